@@ -1,0 +1,79 @@
+"""Stop when a metric no longer improves."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from onstep import Callback, Loop, Record, improves
+
+
+class EarlyStopping(Callback):
+    """Stops the run at the `patience`-th evaluation in a row without an improvement.
+
+    An improvement is better than the best so far by more than `min_delta`; an equal value or a
+    NaN is none. The stop is final: a later resume runs no step.
+
+    Args:
+        metric: the name in the records, such as `"val/loss"`.
+        patience: evaluations without an improvement, >= 1.
+        mode: `"min"` or `"max"`.
+        min_delta: what an improvement must exceed, absolute, >= 0.
+        name: the callback's name.
+
+    Attributes:
+        best: the best value so far, None before the first.
+        misses: evaluations in a row without an improvement.
+
+    Raises:
+        ValueError: a number out of range; or, when the run ends, the metric never appeared.
+    """
+
+    def __init__(
+        self, metric: str, *, patience: int, mode: str = "min", min_delta: float = 0.0, name: str | None = None
+    ):
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"EarlyStopping needs patience >= 1, a whole number, got {patience!r}.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"EarlyStopping needs mode 'min' or 'max', got {mode!r}.")
+        if not 0 <= min_delta < math.inf:
+            raise ValueError(f"EarlyStopping needs min_delta >= 0, got {min_delta}.")
+        self.metric, self.patience, self.mode, self.min_delta, self.name = metric, patience, mode, min_delta, name
+        self.best: float | None = None
+        self.misses = 0
+        self._seen = False
+
+    def on_log(self, loop: Loop, record: Record) -> None:
+        if self.metric in record.values:
+            self._seen = True
+            if self.stalled(record.values[self.metric]):
+                loop.stop(f"{self.metric} has not improved on {self.best} in {self.patience} evaluations")
+
+    def stalled(self, value: float) -> bool:
+        """Takes the next value; whether patience has run out."""
+        if improves(value, self.best, mode=self.mode, min_delta=self.min_delta):
+            self.best, self.misses = value, 0
+        else:
+            self.misses += 1
+        return self.misses >= self.patience
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        if not self._seen and loop.epoch == 1:
+            warnings.warn(self._unseen(loop), stacklevel=2)
+
+    def on_run_end(self, loop: Loop) -> None:
+        if not self._seen and loop.error is None and loop.finished:
+            raise ValueError(self._unseen(loop))
+
+    def _unseen(self, loop: Loop) -> str:
+        return (
+            f"EarlyStopping watches {self.metric!r}, but the records hold {sorted(loop.latest)}. "
+            "Add Evaluate(...) or watch one of these."
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"best": self.best, "misses": self.misses, "seen": self._seen}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.best, self.misses, self._seen = state["best"], state["misses"], state["seen"]

@@ -1,0 +1,58 @@
+"""Evaluate the state on other data during a run."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Protocol
+
+import jax
+
+from onstep import Cadence, Callback, Loop, evaluate, every
+
+
+class Averaged(Protocol):
+    """A callback that knows another state to evaluate, such as EMA."""
+
+    def apply(self, source: Any) -> Any:
+        """The state to evaluate instead of the run's own."""
+        ...
+
+
+class Evaluate(Callback):
+    """Evaluates the state on a set of data and logs `<name>/<metric>`.
+
+    Every evaluation gives a step that takes a random key the same keys, so that values compare.
+
+    Args:
+        step: `(state, batch) -> metrics`; a third required argument is a random key.
+        data: an iterable of batches, read whole each time; each batch counts by its leading axis.
+        name: the first part of the recorded names, and the callback's name; one a set.
+        when: when to evaluate.
+        using: a callback whose `apply(loop)` gives the state to evaluate: `using=ema`.
+        steps: batches to use, for data without an end.
+
+    Raises:
+        ValueError: the data is empty, or no key was given to the run for a step that takes one.
+    """
+
+    def __init__(
+        self,
+        step: Any,
+        data: Any,
+        *,
+        name: str = "val",
+        when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
+        using: Averaged | None = None,
+        steps: int | None = None,
+    ):
+        self.step, self.data, self.name, self.when, self.using, self.steps = step, data, name, when, using, steps
+
+    def on_run_begin(self, loop: Loop) -> None:
+        if isinstance(self.using, Callback):
+            loop.carry(self.using)
+
+    def on_step_end(self, loop: Loop) -> None:
+        state = self.using.apply(loop) if self.using is not None else loop.state
+        key = None if loop.rng is None else jax.random.fold_in(loop.rng, zlib.crc32(str(self.name).encode()))
+        means = evaluate(self.step, state, self.data, rng=key, steps=self.steps)
+        loop.log({f"{self.name}/{metric}": mean for metric, mean in means.items()})

@@ -1,0 +1,52 @@
+"""Write records as TensorBoard event files."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+from onstep import Callback, Loop, Record
+
+
+class TensorBoard(Callback):
+    """Writes every record to TensorBoard event files, by tensorboardX.
+
+    Nothing is written before the first record. A run that goes on hides the points that an
+    earlier process wrote beyond the step at which it goes on.
+
+    Args:
+        directory: where `tensorboard --logdir` shall look.
+        flush_seconds: the longest that a point waits before it is on disk.
+        name: the callback's name.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, flush_seconds: int = 10, name: str | None = None):
+        self.directory, self.flush_seconds, self.name = os.fspath(directory), flush_seconds, name
+        self._writer: Any = None
+        self._first = 0
+
+    def on_run_begin(self, loop: Loop) -> None:
+        self._first = loop.step + 1
+
+    def on_log(self, loop: Loop, record: Record) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        for name, value in record.values.items():
+            self._writer.add_scalar(name, value, record.step)
+
+    def on_run_end(self, loop: Loop) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self) -> Any:
+        from tensorboardX import SummaryWriter
+
+        # Two writers in one second would share a file, and one would lose its points.
+        return SummaryWriter(
+            self.directory,
+            purge_step=self._first if self._first > 1 else None,
+            flush_secs=self.flush_seconds,
+            filename_suffix=f".{uuid.uuid4().hex[:8]}",
+        )

@@ -1,0 +1,30 @@
+"""onstep: a callback-and-hooks engine for JAX training."""
+
+from .batches import Batches
+from .cadence import Cadence, at, every
+from .callback import Callback, Context
+from .engine import Engine, Steps
+from .evaluate import evaluate
+from .loop import Loop, Result
+from .metrics import History, Record, improves
+from .snapshot import Snapshot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batches",
+    "Cadence",
+    "Callback",
+    "Context",
+    "Engine",
+    "History",
+    "Loop",
+    "Record",
+    "Result",
+    "Snapshot",
+    "Steps",
+    "at",
+    "evaluate",
+    "every",
+    "improves",
+]

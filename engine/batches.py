@@ -1,0 +1,93 @@
+"""Arrays in memory as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from .trees import Batch, leaves
+
+
+class Batches:
+    """Arrays in memory, served in batches; the order depends on (seed, epoch) alone.
+
+    Calling it with an epoch gives that epoch's batches; iterating gives those of epoch 0.
+
+    Args:
+        arrays: a pytree of arrays of shape (examples, ...), one leading axis for all.
+        batch_size: examples in a batch.
+        seed: of the order.
+        shuffle: False keeps the arrays' own order.
+        drop_last: False serves a last batch that is shorter; a second shape is a second compilation.
+
+    Raises:
+        ValueError: no array, leading axes that differ, a batch larger than the data.
+
+    >>> batches = Batches({"x": np.arange(6)}, 2, shuffle=False)
+    >>> [batch["x"].tolist() for batch in batches]
+    [[0, 1], [2, 3], [4, 5]]
+    """
+
+    def __init__(self, arrays: Any, batch_size: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = True):
+        self._arrays = jax.tree.map(np.asarray, arrays)
+        sizes = {name: array.shape[:1] for name, array in leaves(self._arrays).items()}
+        if len(set(sizes.values())) != 1 or () in sizes.values():
+            raise ValueError(f"Batches needs arrays of one leading axis, got {sizes}.")
+        self.examples: int = next(iter(sizes.values()))[0]
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"Batches needs batch_size >= 1, a whole number, got {batch_size!r}.")
+        if batch_size > self.examples and drop_last:
+            raise ValueError(
+                f"Batches needs batch_size <= the {self.examples} examples there are, got {batch_size}; or drop_last=False."
+            )
+        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
+
+    @property
+    def dropped(self) -> int:
+        """Examples that an epoch leaves out."""
+        return self.examples % self.batch_size if self.drop_last else 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.examples, self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __call__(self, epoch: int) -> _Pass:
+        return _Pass(self, epoch)
+
+    def __iter__(self) -> _Pass:
+        return _Pass(self, 0)
+
+    def _order(self, epoch: int) -> np.ndarray | None:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.examples) if self.shuffle else None
+
+    def _batch(self, index: int, order: np.ndarray | None) -> Batch:
+        rows: Any = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        rows = rows if order is None else order[rows]
+        return jax.tree.map(lambda array: array[rows], self._arrays)
+
+
+class _Pass(Iterator[Batch]):
+    """One epoch's batches; goes to any position without gathering what lies before."""
+
+    def __init__(self, batches: Batches, epoch: int):
+        self._batches, self._index, self._order = batches, 0, batches._order(epoch)
+        self._shape = [batches.examples, batches.batch_size, batches.seed, batches.shuffle, batches.drop_last]
+
+    def __next__(self) -> Batch:
+        if self._index >= len(self._batches):
+            raise StopIteration
+        self._index += 1
+        return self._batches._batch(self._index - 1, self._order)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"index": self._index, "of": self._shape}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["of"] != self._shape:
+            names = ("examples", "batch_size", "seed", "shuffle", "drop_last")
+            changed = [f"{n} {a} became {b}" for n, a, b in zip(names, state["of"], self._shape, strict=True) if a != b]
+            raise ValueError(f"Batches is not the one that the saved run read: {', '.join(changed)}.")
+        self._index = state["index"]

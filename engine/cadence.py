@@ -1,0 +1,104 @@
+"""When something is due: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, repr=False)
+class Cadence:
+    """When something is due; made by `every` and `at`, combined by `|`.
+
+    Steps and epochs are counted from 1 and absolute, so a resumed run keeps the rhythm.
+    """
+
+    steps: tuple[int, ...] = ()
+    epochs: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+    points: tuple[int, ...] = ()
+
+    def __or__(self, other: Cadence | int) -> Cadence:
+        other = as_cadence(other, "A cadence combined by |")
+        return Cadence(
+            self.steps + other.steps,
+            self.epochs + other.epochs,
+            self.seconds + other.seconds,
+            tuple(sorted({*self.points, *other.points})),
+        )
+
+    __ror__ = __or__
+
+    def next(self, step: int) -> float:
+        """The first step after `step` that is due by its number; `inf` if there is none."""
+        following = [(step // n + 1) * n for n in self.steps]
+        later = self.points[bisect_right(self.points, step) :]
+        return min(following + list(later[:1]), default=math.inf)
+
+    def due(self, step: int, *, epoch: int = 0, elapsed: float = 0.0) -> bool:
+        """Whether `step` is due.
+
+        Args:
+            step: steps completed.
+            epoch: epochs completed by this very step, 0 if it completes none.
+            elapsed: seconds since this was last due, or since the run began.
+        """
+        return (
+            (step > 0 and self.next(step - 1) == step)
+            or (epoch > 0 and any(epoch % n == 0 for n in self.epochs))
+            or any(elapsed >= s for s in self.seconds)
+        )
+
+    def __repr__(self) -> str:
+        units = {"steps": self.steps, "epochs": self.epochs, "seconds": self.seconds}
+        terms = [f"every({unit}={n})" for unit, counts in units.items() for n in counts]
+        return " | ".join(terms + ([f"at({', '.join(map(str, self.points))})"] if self.points else []))
+
+
+def every(steps: int | None = None, *, epochs: int | None = None, seconds: float | None = None) -> Cadence:
+    """Due again and again: every so many steps, epochs or seconds.
+
+    `every(100)` is due at steps 100, 200, ...; never at 0. `every(epochs=1)` is due at the
+    step that completes an epoch. `every(seconds=60)` is looked at whenever the loop is on
+    the host.
+
+    Raises:
+        ValueError: not exactly one unit, or not a positive number.
+
+    >>> every(100) | every(epochs=1)
+    every(steps=100) | every(epochs=1)
+    """
+    given = {k: v for k, v in {"steps": steps, "epochs": epochs, "seconds": seconds}.items() if v is not None}
+    if len(given) != 1:
+        raise ValueError(f"every needs one of steps, epochs and seconds, got {given or 'none'}. Combine with |.")
+    (unit, count), whole = next(iter(given.items())), (int,)
+    if isinstance(count, bool) or not isinstance(count, (int, float) if unit == "seconds" else whole) or not count > 0:
+        raise ValueError(f"every needs {unit} > 0{'' if unit == 'seconds' else ', a whole number'}, got {count!r}.")
+    return Cadence(**{unit: (count,)})
+
+
+def at(*steps: int) -> Cadence:
+    """Due at exactly these steps, counted from 1.
+
+    Raises:
+        ValueError: no step, or one that is not a positive whole number.
+
+    >>> at(1, 10) | every(steps=100)
+    every(steps=100) | at(1, 10)
+    """
+    if not steps or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in steps):
+        raise ValueError(f"at needs whole numbers >= 1, got {steps}.")
+    return Cadence(points=tuple(sorted(set(steps))))
+
+
+def as_cadence(value: Cadence | int, who: str) -> Cadence:
+    """A cadence as given, or `every(steps=n)` for a plain int n."""
+    if isinstance(value, Cadence):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return every(steps=value)
+    raise ValueError(f"{who} needs a cadence such as every(steps=100) or a whole number > 0, got {value!r}.")
+
+
+ALWAYS = every(steps=1)

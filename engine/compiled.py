@@ -1,0 +1,193 @@
+"""The step and the pure halves as one compiled call."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .cadence import ALWAYS, as_cadence
+from .callback import Callback, Carry, Context, own
+from .events import Due
+from .metrics import Metrics, as_metrics
+from .trees import Batch, State, compare, difference, home, signature, strong
+
+Step = Callable[..., Any]
+"""`(state, batch) -> (state, metrics)`; a third argument is a random key, a third result `aux`."""
+
+Bundle = tuple[State, dict[str, Carry], Any]
+"""What a call takes and gives back, donated: the state, the carries, and the number of steps
+completed (an int32 scalar; None where nothing compiled asks for it)."""
+
+
+def takes_rng(step: Step) -> bool:
+    """Whether a step has a third required argument, which is a random key.
+
+    Raises:
+        TypeError: it has another number of required arguments.
+    """
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except ValueError:  # some builtins have no signature
+        return False
+    except TypeError:
+        raise TypeError(f"The step needs to be a function (state, batch), got {type(step).__name__}.") from None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+    keywords = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if keywords or not (len(required) in (2, 3) or (takes_any and len(required) < 2)):
+        raise TypeError(
+            f"The step needs the arguments (state, batch) or (state, batch, rng), got ({', '.join(required + keywords)})."
+        )
+    return len(required) == 3
+
+
+def _no_clock() -> float:
+    return 0.0
+
+
+class Program:
+    """One step and the pure halves of some callbacks as one compiled call.
+
+    `call(bundle, batch, key, due) -> (bundle, metrics)` is the seam to the device: whatever
+    takes its place sees every step.
+
+    Args:
+        step: the user's step.
+        callbacks: by name; those with an `update` are compiled in, in this order.
+        jit: False runs the same uncompiled, under `jax.disable_jit()`.
+    """
+
+    def __init__(self, step: Step, callbacks: dict[str, Callback], jit: bool = True):
+        self.step = step
+        self.rng = takes_rng(step)
+        self.halves = {name: half for name, half in callbacks.items() if own(half, "update")}
+        cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in self.halves.items()}
+        self.at_times = {name: Due(cadence, _no_clock) for name, cadence in cadences.items() if cadence != ALWAYS}
+        for name, cadence in cadences.items():
+            if cadence.seconds:
+                raise ValueError(f"{name}.update_when needs steps or epochs, got {cadence}: it is compiled in.")
+        self.counted = self.rng or bool(self.halves)
+        self.call = jax.jit(self._body, donate_argnums=0) if jit else self._uncompiled
+        self.init = jax.jit(self._init) if jit else self._init
+        self._masks: dict[tuple[bool, ...], jax.Array] = {}
+        self._logged: dict[str, list[str]] = {}  # by half that is not always due: the metrics it adds
+        self._batch: dict[str, str] | None = None  # the shapes seen first in this run
+
+    def start(self, step: int) -> None:
+        """A run begins with `step` steps completed."""
+        self._batch = None
+        for due in self.at_times.values():
+            due.start(step)
+
+    def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
+        """What the first call takes, with `step` steps completed."""
+        count, there = jnp.asarray(step, jnp.int32), home(state)
+        count = count if there is None else jax.device_put(count, there)
+        return state, carries, count if self.counted else None
+
+    def expect(self, batch: Batch) -> None:
+        """The run begins with this batch: other shapes are worth a warning from now on."""
+        self._batch = signature(batch)
+
+    @staticmethod
+    def wait(metrics: Metrics) -> None:
+        """Waits for the call that returned these metrics: they are its outputs that are not donated."""
+        for value in metrics.values():
+            try:
+                value.block_until_ready()
+            except AttributeError:  # a clu metric, or a plain number
+                jax.block_until_ready(value)
+            return
+
+    def branched(self, bundle: Bundle, batch: Batch, key: Any, step: int, epoch: int) -> tuple[Bundle, Metrics]:
+        """One call where some halves are not always due: what those that are not would have
+        logged is left out of the metrics.
+
+        Args:
+            step, epoch: the step that this call completes, and the epoch (0 if it completes none).
+        """
+        due = tuple(half.now(step, epoch) for half in self.at_times.values())
+        if due not in self._masks:
+            self._masks[due] = jnp.asarray(due)
+        bundle, metrics = self.call(bundle, batch, key, self._masks[due])
+        absent = {name for half, now in zip(self.at_times, due, strict=True) if not now for name in self._logged[half]}
+        return bundle, {name: value for name, value in metrics.items() if name not in absent}
+
+    def _init(self, state: State) -> dict[str, Carry]:
+        carries = {name: half.init(state) for name, half in self.halves.items()}
+        return jax.tree.map(jnp.copy, strong(carries))  # copied: no carry may share a buffer with the state
+
+    def _uncompiled(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
+        with jax.disable_jit():
+            return self._body(bundle, jax.tree.map(jnp.asarray, batch), key, due)
+
+    def _body(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
+        """One step. Traced, so what it checks costs nothing afterwards."""
+        state, carries, count = bundle
+        self._compare(batch)
+        folded = None if key is None else jax.random.fold_in(key, count)
+        new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.rng else [])), state)
+        # Without this, what observers compute could change how the step itself is fused, and so its bits.
+        new, metrics = jax.lax.optimization_barrier((new, metrics))
+        ctx = Context(count, state, new, batch, metrics, aux, folded)
+        carries = dict(carries)
+        for name, half in self.halves.items():
+            ctx = dataclasses.replace(ctx, _who=name)
+            now = due[list(self.at_times).index(name)] if name in self.at_times else None
+            carries[name], ctx = self._update(name, half, carries[name], ctx, now)
+        return (ctx.state, carries, None if count is None else count + 1), ctx.metrics
+
+    def _results(self, results: Any, state: State) -> tuple[State, Metrics, dict[str, Any]]:
+        if not isinstance(results, tuple) or len(results) not in (2, 3):
+            got = f"{len(results)} results" if type(results) is tuple else type(results).__name__
+            raise TypeError(f"The step needs to return (state, metrics) or (state, metrics, aux), got {got}.")
+        new, metrics, aux = (*results, {})[:3]
+        if not isinstance(aux, dict):
+            raise TypeError(f"The step needs a dict as its third result, aux, got {type(aux).__name__}.")
+        return self._kept(state, new, "The step"), as_metrics(metrics, "The step"), aux
+
+    @staticmethod
+    def _kept(old: Any, new: Any, who: str, what: str = "state") -> Any:
+        new = strong(new)
+        if changed := difference(old, new):
+            raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.")
+        return new
+
+    def _update(self, name: str, half: Callback, carry: Carry, ctx: Context, now: Any) -> tuple[Carry, Context]:
+        """One pure half; behind a branch where it is not always due."""
+
+        def due() -> tuple[Carry, State, Metrics]:
+            out = half.update(carry, ctx)
+            if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Context)):
+                raise TypeError(f"{name}.update needs to return (carry, ctx), got {out!r:.80}.")
+            new, after = out
+            state = ctx.state if after.state is ctx.state else self._kept(ctx.state, after.state, f"{name}.update")
+            return self._kept(carry, new, f"{name}.update", "carry"), state, as_metrics(after.metrics, name)
+
+        def not_due() -> tuple[Carry, State, Metrics]:
+            zero = {n: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m) for n, m in shapes.items()}
+            return carry, ctx.state, zero | ctx.metrics
+
+        if now is None:
+            out = due()
+        else:
+            shapes = jax.eval_shape(due)[2]
+            self._logged[name] = [n for n in shapes if n not in ctx.metrics]
+            out = jax.lax.cond(now, due, not_due)
+        carry, state, metrics = jax.lax.optimization_barrier(out)  # no half changes another's bits
+        return carry, ctx.replace(state=state, metrics=metrics)
+
+    def _compare(self, batch: Batch) -> None:
+        if self._batch is not None and (changed := compare(self._batch, signature(batch))):
+            warnings.warn(
+                f"A batch has another shape than the run's first, so the step is compiled again: {changed}. "
+                "Batches of one shape spare that (drop the last short one, or pad it).",
+                stacklevel=2,
+            )

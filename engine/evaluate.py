@@ -1,0 +1,65 @@
+"""Metrics of a state over a set of data."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import islice
+from typing import Any
+
+import jax
+
+from .compiled import Step, takes_rng
+from .feed import Data, open_pass
+from .metrics import Metrics, Tally, as_metrics, fetch
+from .trees import Batch, State
+
+QUEUE = 2
+"""Batches whose computation may be queued, as in training."""
+
+
+def evaluate(
+    step: Step, state: State, data: Data, *, rng: jax.Array | None = None, steps: int | None = None
+) -> dict[str, float]:
+    """The mean of a step's metrics over a set of data.
+
+    Each batch counts by its leading axis, so a short last one does not bias the mean; clu
+    metrics merge exactly. Compiled once for each function and shape.
+
+    Args:
+        step: `(state, batch) -> metrics`; a third required argument is a random key, `rng` folded
+            with the batch's number.
+        state: any pytree.
+        data: an iterable of batches; a callable is called with 0.
+        rng: a random key.
+        steps: batches to use, for data without an end.
+
+    Raises:
+        ValueError: there is no batch, or no key for a step that takes one.
+    """
+    random = takes_rng(step)
+    if random and rng is None:
+        raise ValueError("The evaluation step takes a random key as its third argument. Pass one: rng=...")
+    if left_out := getattr(data, "dropped", 0):
+        warnings.warn(f"The data leaves out {left_out} examples of an evaluation. Pass drop_last=False.", stacklevel=2)
+    compiled = jax.jit(step)  # jax keeps one cache for a function, however often it is wrapped
+    results: list[Metrics] = []
+    weights: list[int] = []
+    for number, batch in enumerate(islice(open_pass(data, 0), steps)):
+        key = [jax.random.fold_in(rng, number)] if random else []
+        results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
+        weights.append(_examples(batch))
+        jax.block_until_ready(results[-QUEUE - 1 : -QUEUE])
+    if not results:
+        raise ValueError(
+            f"The data to evaluate on yielded no batches: {type(data).__name__}. A generator is read once."
+        )
+    means = {}
+    for name, values in fetch(results).items():
+        tally = Tally()
+        tally.add(values, weights)
+        means[name] = tally.mean(name)
+    return means
+
+
+def _examples(batch: Batch) -> int:
+    return next((len(leaf) for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)), 1)

@@ -1,0 +1,262 @@
+"""Loop: where a run stands, and what every event is given."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .callback import Callback, Carry, own
+from .events import Events
+from .feed import Feed
+from .metrics import History, Meter, Metrics, Record, to_float
+from .snapshot import Snapshot, pack, unpack
+from .trees import Batch, State, compare, difference, place, signature
+
+if TYPE_CHECKING:
+    from .compiled import Program
+
+MODE = "plain"
+"""How steps are compiled: one to a call."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        state: the last state, the caller's to keep.
+        step: steps completed.
+        epoch: epochs completed.
+        stopped: the reason of `loop.stop`, None if the run reached its target.
+        history: what this call of run recorded.
+        latest: the newest value of every name.
+        snapshot: the run at its end; hand the Result to `run` as its state to go on.
+    """
+
+    state: State
+    step: int
+    epoch: int
+    stopped: str | None
+    history: History
+    latest: dict[str, float]
+    snapshot: Snapshot = field(repr=False)
+    _callbacks: dict[str, Callback] = field(repr=False)
+    _feed: Feed = field(repr=False)
+
+    def carry(self, callback: Callback) -> Carry:
+        """The carry of a callback of the run."""
+        return _carry(self.snapshot.tree["carries"], self._callbacks, callback)  # type: ignore[index]
+
+
+class Loop:
+    """Where a run stands. Every event is given the loop.
+
+    Attributes:
+        step: steps completed, absolute across restarts.
+        epoch: epochs completed.
+        epoch_step: steps completed in the present epoch.
+        metrics: what the last step returned, on the device, with what pure halves logged.
+        batch: the last step's batch; in `on_step_begin` the next one, which may be assigned.
+        latest: the newest value of every name that was recorded.
+        history: every value recorded by this run.
+        stopped: the reason of the stop that was asked for, or None.
+        error: what is ending the run, or None.
+        steps, epochs: the targets of the run, or None.
+        rng: the run's random key, or None.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        callbacks: dict[str, Callback],
+        events: Events,
+        feed: Feed,
+        state: State,
+        rng: Any,
+        steps: int | None,
+        epochs: int | None,
+    ):
+        self.step = self.epoch = self.epoch_step = 0
+        self.metrics: Metrics = {}
+        self.batch: Batch = None
+        self.latest: dict[str, float] = {}
+        self.history = History()
+        self.stopped: str | None = None
+        self.error: BaseException | None = None
+        self.steps, self.epochs, self.rng = steps, epochs, rng
+        self._program, self._callbacks, self._events, self._feed = program, callbacks, events, feed
+        self._bundle = program.bundle(state, program.init(state), 0)
+        self._meter = Meter()
+        self._final = True  # whether a stop is
+        self._loading = True
+        self._restored = False
+        self._began = 0  # the step at which this call of run began
+        self._last: Snapshot  # the run at its end
+
+    @property
+    def state(self) -> State:
+        """The state after the last step. The next step donates it: copy what must outlive the
+        event. May be assigned a tree of the same structure, shapes and dtypes."""
+        return self._bundle[0]
+
+    @state.setter
+    def state(self, new: State) -> None:
+        if changed := difference(self.state, new):
+            raise ValueError(f"loop.state needs a state like the one it has: {changed}.")
+        self._bundle = (place(new, "The state"), *self._bundle[1:])
+
+    @property
+    def carries(self) -> dict[str, Carry]:
+        """What the pure halves keep, by the callback's name; donated like the state."""
+        return self._bundle[1]
+
+    def carry(self, callback: Callback) -> Carry:
+        """The carry of a callback of this run."""
+        return _carry(self.carries, self._callbacks, callback)
+
+    @property
+    def epoch_length(self) -> int | None:
+        """Steps in an epoch, None if the data cannot tell."""
+        return self._feed.length
+
+    @property
+    def total(self) -> int | None:
+        """The step at which the run reaches its target, None if that is not known."""
+        left = None
+        if self.epochs is not None and self.epoch_length is not None:
+            left = self.step - self.epoch_step + (self.epochs - self.epoch) * self.epoch_length
+        return min((n for n in (self.steps, left) if n is not None), default=None)
+
+    @property
+    def over(self) -> bool:
+        """Whether no further step will run."""
+        reached = (self.steps is not None and self.step >= self.steps) or (
+            self.epochs is not None and self.epoch >= self.epochs
+        )
+        return reached or self.stopped is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over for good: at its target, or by a final stop."""
+        return self.over and (self.stopped is None or self._final)
+
+    def stop(self, reason: str, *, final: bool = True) -> None:
+        """Ends the run once everything due at this step is done.
+
+        Args:
+            reason: what `result.stopped` will say; the first one given stands.
+            final: False for a stop that is meant to be resumed; after a final one a later
+                resume runs no step.
+        """
+        if self.stopped is None:
+            self.stopped, self._final = reason, final
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Records numbers under their whole names and hands them to every `on_log`, now.
+
+        Args:
+            values: scalars by name, such as `{"val/loss": 0.3}`; device scalars are waited for.
+        """
+        record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
+        if record.values:
+            self.latest.update(record.values)
+            self.history.add(record)
+            self._events.fire("on_log", self, record)
+
+    def snapshot(self) -> Snapshot:
+        """Everything the run needs to go on from here; waits for the device.
+
+        The arrays in it are the live ones: write or copy them before the event returns.
+        """
+        tree = {"state": self.state, "carries": self.carries}
+        host = {
+            "mode": MODE,
+            "rng": _describe_key(self.rng),
+            "tree": signature(tree),
+            "step": self.step,
+            "epoch": self.epoch,
+            "epoch_step": self.epoch_step,
+            "data": self._feed.position(),
+            "windows": self._meter.get_state(),
+            "latest": self.latest,
+            "stopped": self.stopped,
+            "final": self._final,
+            "callbacks": {name: cb.get_state() for name, cb in self._callbacks.items() if own(cb, "get_state")},
+        }
+        return Snapshot(self.step, tree, pack(host, "A snapshot"))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts a saved run in the place of this one; in `on_load` alone.
+
+        Raises:
+            RuntimeError: the run has begun.
+            ValueError: the snapshot is of another mode, random key or tree; the message has both sides.
+        """
+        if not self._loading:
+            raise RuntimeError("loop.restore belongs in on_load: the run has begun.")
+        host = unpack(snapshot.host)
+        key = _describe_key(self.rng)
+        for what, saved, here in (("execution mode", host["mode"], MODE), ("random key (rng)", host["rng"], key)):
+            if saved != here:
+                raise ValueError(
+                    f"The saved run has the {what} {saved}, this run {here}. Give the same, or start anew."
+                )
+        like = {"state": self.state, "carries": self.carries}
+        if changed := compare(host["tree"], signature(like)):
+            raise ValueError(f"The saved run does not fit this one (saved, then here): {changed}.")
+        loads = callable(snapshot.tree)
+        tree = place(snapshot.tree(like) if loads else snapshot.tree, "The saved run", copy=not loads)  # type: ignore
+        tree = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+        self._bundle = self._program.bundle(tree["state"], tree["carries"], host["step"])
+        self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
+        self.latest, self._restored = host["latest"], True
+        if host["final"]:
+            self.stopped = host["stopped"]
+        self._meter.set_state(host["windows"])
+        self._feed.seek(host["data"])
+        self._give_back(host["callbacks"])
+
+    def _result(self) -> Result:
+        return Result(
+            self.state,
+            self.step,
+            self.epoch,
+            self.stopped,
+            self.history,
+            self.latest,
+            self._last,
+            self._callbacks,
+            self._feed,
+        )
+
+    def _give_back(self, states: dict[str, Any]) -> None:
+        keepers = {name: callback for name, callback in self._callbacks.items() if own(callback, "set_state")}
+        for name in states:
+            if name in keepers:
+                keepers[name].set_state(states[name])
+            else:
+                warnings.warn(
+                    f"The saved run holds the state of {name}, which this run has not; it is left out.", stacklevel=3
+                )
+
+
+def _carry(carries: dict[str, Carry], callbacks: dict[str, Callback], callback: Callback) -> Carry:
+    name = next((name for name, known in callbacks.items() if known is callback), None)
+    if name is None:
+        raise ValueError(f"This {type(callback).__name__} is not among the run's callbacks {list(callbacks)}.")
+    if name not in carries:
+        raise ValueError(f"{name} keeps no carry: it has no update.")
+    return carries[name]
+
+
+def _describe_key(key: Any) -> dict[str, Any] | None:
+    if key is None:
+        return None
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(key) if typed else key)
+    return {"impl": str(jax.random.key_impl(key)) if typed else "raw", "data": data.tolist()}

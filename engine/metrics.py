@@ -1,0 +1,221 @@
+"""Numbers: what a step returns, read at due steps alone, as means and records."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Metrics = dict[str, Any]
+"""Scalars on the device by name; a value may be a clu metric, which merges exactly."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Numbers on the host: what `on_log` receives.
+
+    Attributes:
+        step: steps completed when the numbers were taken.
+        epoch: epochs completed then.
+        values: by name: `train/loss`, `epoch/loss`, `val/accuracy`.
+    """
+
+    step: int
+    epoch: int
+    values: dict[str, float]
+
+
+class History(Mapping[str, list[float]]):
+    """The values recorded by one call of run, by name, with their steps beside them."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+        self._steps: dict[str, list[int]] = {}
+
+    def add(self, record: Record) -> None:
+        """Appends a record's values."""
+        for name, value in record.values.items():
+            self._values.setdefault(name, []).append(value)
+            self._steps.setdefault(name, []).append(record.step)
+
+    def steps(self, name: str) -> list[int]:
+        """The steps at which `history[name]` was recorded."""
+        self[name]
+        return self._steps[name]
+
+    def __getitem__(self, name: str) -> list[float]:
+        if name not in self._values:
+            raise KeyError(f"{name!r} was not recorded; the history holds {sorted(self._values)}")
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"History({', '.join(f'{name}: {len(values)}' for name, values in self._values.items())})"
+
+
+def improves(value: float, best: float | None, *, mode: str = "min", min_delta: float = 0.0) -> bool:
+    """Whether `value` beats `best` by more than `min_delta`; NaN and an equal value never do."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    gain = best - value if mode == "min" else value - best
+    return gain > min_delta
+
+
+def as_metrics(given: Any, who: str) -> Metrics:
+    """A step's metrics as a flat dict of scalars and clu metrics.
+
+    Raises:
+        TypeError: neither a dict with string keys nor a `clu.metrics.Collection`.
+        ValueError: a value is not a scalar.
+    """
+    clu = sys.modules.get("clu.metrics")  # whoever returns a collection has imported it
+    if clu is not None and isinstance(given, clu.Collection):
+        given = {name: getattr(given, name) for name in type(given).__annotations__ if not name.startswith("_")}
+    if not isinstance(given, dict) or any(not isinstance(name, str) for name in given):
+        raise TypeError(f"{who} needs metrics as a dict of scalars by name, got {type(given).__name__}: {given!r:.80}.")
+    return {name: value if _merges(value) else _scalar(value, name, who) for name, value in given.items()}
+
+
+def _merges(value: Any) -> bool:
+    return hasattr(value, "merge") and hasattr(value, "compute")
+
+
+def _scalar(value: Any, name: str, who: str) -> jax.Array:
+    try:
+        array = jnp.asarray(value)
+    except TypeError:
+        raise TypeError(f"{who} needs scalar metrics, got {type(value).__name__} for {name!r}.") from None
+    if array.ndim:
+        raise ValueError(f"{who} needs scalar metrics, got shape {array.shape} for {name!r}. Reduce it, e.g. .mean().")
+    return array
+
+
+def to_float(value: Any, name: str) -> float:
+    """A host number from anything scalar; waits for the device if it must."""
+    array = np.asarray(value)
+    if array.ndim:
+        raise ValueError(f"A record needs scalars, got shape {array.shape} for {name!r}.")
+    return float(array)
+
+
+def fetch(steps: list[Metrics]) -> dict[str, list[Any]]:
+    """What several steps returned, read to the host: by name, the values in order.
+
+    Waits for the device. A clu metric comes back as itself, with its leaves on the host.
+    """
+    if jax.default_backend() != "cpu":  # there a read is a view; elsewhere let the transfers overlap
+        for leaf in jax.tree.leaves(steps):
+            leaf.copy_to_host_async()
+    names = dict.fromkeys(name for step in steps for name in step)
+    columns = {name: [step[name] for step in steps if name in step] for name in names}
+    return {
+        name: jax.device_get(column) if _merges(column[0]) else [float(np.asarray(x)) for x in column]
+        for name, column in columns.items()
+    }
+
+
+@dataclass
+class Tally:
+    """The mean of the values added so far, whatever the order in which they came.
+
+    Sums are exact (`math.fsum`), so a mean does not depend on how a run was cut. A clu
+    metric is merged value by value instead.
+    """
+
+    count: int = 0
+    terms: list[float] = field(default_factory=list)
+    merged: Any = None
+
+    def add(self, values: list[Any], weights: list[int] | None = None) -> None:
+        """Adds values as `fetch` gives them, each counting by its weight (once without)."""
+        if values and _merges(values[0]):
+            before = [] if self.merged is None else [self._unmerged(values[0])]
+            self.merged = functools.reduce(lambda a, b: a.merge(b), before + values)
+        else:
+            self.terms += values if weights is None else [v * w for v, w in zip(values, weights, strict=True)]
+        self.count += len(values) if weights is None else sum(weights)
+        if len(self.terms) > 4096:
+            self.terms = _expansion(self.terms)
+
+    def _unmerged(self, like: Any) -> Any:
+        """What was merged before, which comes back from a snapshot as bare leaves."""
+        if isinstance(self.merged, list):
+            return jax.tree.unflatten(jax.tree.structure(like), self.merged)
+        return self.merged
+
+    def mean(self, name: str) -> float:
+        """The mean of what was added."""
+        if self.merged is not None:
+            return to_float(self.merged.compute(), name)
+        return _fsum(self.terms) / self.count
+
+    def get_state(self) -> dict[str, Any]:
+        """As JSON values and arrays."""
+        leaves = None if self.merged is None else [np.asarray(x) for x in jax.tree.leaves(self.merged)]
+        return {"count": self.count, "terms": _expansion(self.terms), "leaves": leaves}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Tally:
+        """The tally that `get_state` described."""
+        return cls(state["count"], list(state["terms"]), state["leaves"])
+
+
+def _fsum(terms: list[float]) -> float:
+    try:
+        return math.fsum(terms)
+    except (ValueError, OverflowError):  # inf - inf, or beyond the range of a double
+        return sum(terms)
+
+
+def _expansion(terms: list[float]) -> list[float]:
+    """The same sum in few terms, exactly: rounding errors are kept as terms of their own."""
+    out: list[float] = []
+    while rest := _fsum(terms + [-x for x in out]):
+        if not math.isfinite(rest):
+            return [rest]
+        out.append(rest)
+    return out
+
+
+class Meter:
+    """The steps' metrics: still on the device (`pending`), and as open means on the host."""
+
+    def __init__(self) -> None:
+        self.pending: list[Metrics] = []
+        self.windows: dict[str, dict[str, Tally]] = {"train": {}, "epoch": {}}
+
+    def read(self) -> None:
+        """Fetches what is pending into the open means: the one place that waits for metrics."""
+        steps, self.pending = self.pending, []
+        for name, values in fetch(steps).items():
+            for window in self.windows.values():
+                window.setdefault(name, Tally()).add(values)
+
+    def close(self, window: str) -> dict[str, float]:
+        """The means of a window by full name (`train/loss`); the window starts again."""
+        self.read()
+        tallies, self.windows[window] = self.windows[window], {}
+        return {f"{window}/{name}": tally.mean(name) for name, tally in tallies.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """The open windows, pending steps included."""
+        self.read()
+        return {w: {name: t.get_state() for name, t in tallies.items()} for w, tallies in self.windows.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes back open windows."""
+        self.windows = {w: {n: Tally.from_state(t) for n, t in tallies.items()} for w, tallies in state.items()}
