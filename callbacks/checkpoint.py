@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from onstep import Cadence, Callback, Loop, Snapshot, every
 
 

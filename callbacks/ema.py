@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from onstep import Cadence, Callback, Context, Loop, Result
 from onstep.trees import get_field, set_field
 

@@ -6,7 +6,6 @@ import zlib
 from typing import Any, Protocol
 
 import jax
-
 from onstep import Cadence, Callback, Loop, evaluate, every
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-
 from onstep import Cadence, Callback, Context
 from onstep.trees import get_field
 

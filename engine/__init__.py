@@ -3,11 +3,12 @@
 from .batches import Batches
 from .cadence import Cadence, at, every
 from .callback import Callback, Context
-from .engine import Engine, Steps
+from .engine import Engine
 from .evaluate import evaluate
 from .loop import Loop, Result
 from .metrics import History, Record, improves
 from .snapshot import Snapshot
+from .steps import Steps
 
 __version__ = "0.1.0"
 

@@ -41,7 +41,8 @@ class Batches:
             raise ValueError(f"Batches needs batch_size >= 1, a whole number, got {batch_size!r}.")
         if batch_size > self.examples and drop_last:
             raise ValueError(
-                f"Batches needs batch_size <= the {self.examples} examples there are, got {batch_size}; or drop_last=False."
+                f"Batches needs batch_size <= {self.examples}, the examples there are, got {batch_size}; "
+                "or drop_last=False."
             )
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
 
@@ -55,6 +56,7 @@ class Batches:
         return full + (rest > 0 and not self.drop_last)
 
     def __call__(self, epoch: int) -> _Pass:
+        """The batches of an epoch, counted from 0."""
         return _Pass(self, epoch)
 
     def __iter__(self) -> _Pass:

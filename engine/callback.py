@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from . import checks
 from .cadence import ALWAYS, Cadence, as_cadence
 from .snapshot import pack, unpack
 from .trees import Batch, State
@@ -83,7 +82,8 @@ class Callback:
 
     def get_state(self) -> dict[str, Any]:
         """What the host half must remember: JSON values, numpy arrays, bytes. Saved and restored,
-        and put back to what it was before the first run whenever a run starts afresh."""
+        and put back to what it was before the first run whenever a run starts afresh.
+        """
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -101,9 +101,9 @@ class Callback:
         super().__init_subclass__(**kwargs)
         for name, found in vars(cls).items():
             if name.startswith("on_") and name not in EVENTS:
-                raise TypeError(f"{cls.__name__}.{name} is not an event.{nearest(name, EVENTS)}")
+                raise TypeError(f"{cls.__name__}.{name} is not an event.{checks.nearest(name, EVENTS)}")
             if name in _ARGUMENTS:
-                check_arguments(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
+                checks.arguments(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
         for one, other in (("get_state", "set_state"), ("set_state", "get_state"), ("init", "update")):
             if getattr(cls, one) is not getattr(Callback, one) and getattr(cls, other) is getattr(Callback, other):
                 raise TypeError(f"{cls.__name__} has {one} without {other}; define both.")
@@ -112,7 +112,7 @@ class Callback:
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 """The events, in the order in which a run meets them first."""
 
-_ARGUMENTS = {name: ("loop",) for name in EVENTS} | {
+_ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
     "on_log": ("loop", "record"),
     "on_exception": ("loop", "error"),
     "init": ("state",),
@@ -120,26 +120,6 @@ _ARGUMENTS = {name: ("loop",) for name in EVENTS} | {
     "get_state": (),
     "set_state": ("state",),
 }
-
-
-def check_arguments(method: Any, arguments: tuple[str, ...], who: str) -> None:
-    """Raises TypeError unless `method` can be called with these positional arguments."""
-    if isinstance(method, (staticmethod, classmethod)) or not callable(method):
-        raise TypeError(f"{who} needs to be a plain method, got {type(method).__name__}.")
-    try:
-        signature = inspect.signature(method)
-    except ValueError:  # some builtins have none
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError:
-        raise TypeError(f"{who} needs the arguments ({', '.join(arguments)}), got {signature}.") from None
-
-
-def nearest(name: str, among: Any) -> str:
-    """` Did you mean ...?`, or `""` where nothing is near."""
-    found = difflib.get_close_matches(name, list(among), n=1)
-    return f" Did you mean {found[0]}?" if found else ""
 
 
 def own(callback: Callback, name: str) -> Any:
@@ -155,8 +135,8 @@ class Function(Callback):
         method = event if event.startswith("on_") else f"on_{event}"
         if method not in EVENTS:
             names = [name.removeprefix("on_") for name in EVENTS]
-            raise ValueError(f"{event!r} is not an event.{nearest(method.removeprefix('on_'), names)}")
-        check_arguments(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
+            raise ValueError(f"{event!r} is not an event.{checks.nearest(method.removeprefix('on_'), names)}")
+        checks.arguments(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
         self.name = getattr(function, "__name__", None)
         self.when = as_cadence(when, f"{self.name}.when")
         setattr(self, method, function)

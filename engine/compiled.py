@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import functools
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import checks
 from .cadence import ALWAYS, as_cadence
 from .callback import Callback, Carry, Context, own
 from .events import Due
@@ -25,37 +27,10 @@ Bundle = tuple[State, dict[str, Carry], Any]
 completed (an int32 scalar; None where nothing compiled asks for it)."""
 
 
-def takes_rng(step: Step) -> bool:
-    """Whether a step has a third required argument, which is a random key.
-
-    Raises:
-        TypeError: it has another number of required arguments.
-    """
-    try:
-        parameters = inspect.signature(step).parameters.values()
-    except ValueError:  # some builtins have no signature
-        return False
-    except TypeError:
-        raise TypeError(f"The step needs to be a function (state, batch), got {type(step).__name__}.") from None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in positional]
-    keywords = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    if keywords or not (len(required) in (2, 3) or (takes_any and len(required) < 2)):
-        raise TypeError(
-            f"The step needs the arguments (state, batch) or (state, batch, rng), got ({', '.join(required + keywords)})."
-        )
-    return len(required) == 3
-
-
-def _no_clock() -> float:
-    return 0.0
-
-
 class Program:
     """One step and the pure halves of some callbacks as one compiled call.
 
-    `call(bundle, batch, key, due) -> (bundle, metrics)` is the seam to the device: whatever
+    `call(bundle, batch, rng, due) -> (bundle, metrics)` is the seam to the device: whatever
     takes its place sees every step.
 
     Args:
@@ -65,36 +40,35 @@ class Program:
     """
 
     def __init__(self, step: Step, callbacks: dict[str, Callback], jit: bool = True):
-        self.step = step
-        self.rng = takes_rng(step)
-        self.halves = {name: half for name, half in callbacks.items() if own(half, "update")}
-        cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in self.halves.items()}
-        self.at_times = {name: Due(cadence, _no_clock) for name, cadence in cadences.items() if cadence != ALWAYS}
+        halves = {name: half for name, half in callbacks.items() if own(half, "update")}
+        cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in halves.items()}
         for name, cadence in cadences.items():
             if cadence.seconds:
                 raise ValueError(f"{name}.update_when needs steps or epochs, got {cadence}: it is compiled in.")
-        self.counted = self.rng or bool(self.halves)
-        self.call = jax.jit(self._body, donate_argnums=0) if jit else self._uncompiled
-        self.init = jax.jit(self._init) if jit else self._init
+        self.at_times = {n: Due(cadence, time.monotonic) for n, cadence in cadences.items() if cadence != ALWAYS}
+        self.takes_rng = checks.takes_rng(step)
+        self._counted = self.takes_rng or bool(halves)
+        self._traced = Traced(step, halves, list(self.at_times), self.takes_rng)
+        self.call = jax.jit(self._traced, donate_argnums=0) if jit else functools.partial(_uncompiled, self._traced)
+        self.init = jax.jit(self._traced.init) if jit else self._traced.init
         self._masks: dict[tuple[bool, ...], jax.Array] = {}
-        self._logged: dict[str, list[str]] = {}  # by half that is not always due: the metrics it adds
-        self._batch: dict[str, str] | None = None  # the shapes seen first in this run
 
     def start(self, step: int) -> None:
         """A run begins with `step` steps completed."""
-        self._batch = None
+        self._traced.expected = None
         for due in self.at_times.values():
             due.start(step)
 
-    def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
-        """What the first call takes, with `step` steps completed."""
-        count, there = jnp.asarray(step, jnp.int32), home(state)
-        count = count if there is None else jax.device_put(count, there)
-        return state, carries, count if self.counted else None
-
     def expect(self, batch: Batch) -> None:
         """The run begins with this batch: other shapes are worth a warning from now on."""
-        self._batch = signature(batch)
+        self._traced.expected = signature(batch)
+
+    def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
+        """What the first call takes, with `step` steps completed."""
+        if not self._counted:
+            return state, carries, None
+        count, there = jnp.asarray(step, jnp.int32), home(state)
+        return state, carries, count if there is None else jax.device_put(count, there)
 
     @staticmethod
     def wait(metrics: Metrics) -> None:
@@ -106,41 +80,59 @@ class Program:
                 jax.block_until_ready(value)
             return
 
-    def branched(self, bundle: Bundle, batch: Batch, key: Any, step: int, epoch: int) -> tuple[Bundle, Metrics]:
+    def branched(self, bundle: Bundle, batch: Batch, rng: Any, step: int, epoch: int) -> tuple[Bundle, Metrics]:
         """One call where some halves are not always due: what those that are not would have
         logged is left out of the metrics.
 
         Args:
+            bundle, batch, rng: as for `call`.
             step, epoch: the step that this call completes, and the epoch (0 if it completes none).
         """
         due = tuple(half.now(step, epoch) for half in self.at_times.values())
         if due not in self._masks:
             self._masks[due] = jnp.asarray(due)
-        bundle, metrics = self.call(bundle, batch, key, self._masks[due])
-        absent = {name for half, now in zip(self.at_times, due, strict=True) if not now for name in self._logged[half]}
+        bundle, metrics = self.call(bundle, batch, rng, self._masks[due])
+        absent = {n for half, now in zip(self.at_times, due, strict=True) if not now for n in self._traced.logged[half]}
         return bundle, {name: value for name, value in metrics.items() if name not in absent}
 
-    def _init(self, state: State) -> dict[str, Carry]:
+
+def _uncompiled(traced: Traced, bundle: Bundle, batch: Batch, rng: Any, due: Any) -> tuple[Bundle, Metrics]:
+    with jax.disable_jit():
+        return traced(bundle, jax.tree.map(jnp.asarray, batch), rng, due)
+
+
+class Traced:
+    """What is compiled: pure but for what it notes while it is traced.
+
+    Attributes:
+        at_times: the halves that are not always due, in the order of the `due` flags.
+        logged: by such a half, the metrics that it adds.
+        expected: the signature of the run's first batch.
+    """
+
+    def __init__(self, step: Step, halves: dict[str, Callback], at_times: list[str], takes_rng: bool):
+        self.step, self.halves, self.at_times, self.takes_rng = step, halves, at_times, takes_rng
+        self.logged: dict[str, list[str]] = {}
+        self.expected: dict[str, str] | None = None
+
+    def init(self, state: State) -> dict[str, Carry]:
+        """The first carries."""
         carries = {name: half.init(state) for name, half in self.halves.items()}
         return jax.tree.map(jnp.copy, strong(carries))  # copied: no carry may share a buffer with the state
 
-    def _uncompiled(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
-        with jax.disable_jit():
-            return self._body(bundle, jax.tree.map(jnp.asarray, batch), key, due)
-
-    def _body(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
-        """One step. Traced, so what it checks costs nothing afterwards."""
+    def __call__(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
+        """One step; what it checks costs nothing afterwards."""
         state, carries, count = bundle
         self._compare(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
-        new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.rng else [])), state)
+        new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
         # Without this, what observers compute could change how the step itself is fused, and so its bits.
         new, metrics = jax.lax.optimization_barrier((new, metrics))
         ctx = Context(count, state, new, batch, metrics, aux, folded)
         carries = dict(carries)
         for name, half in self.halves.items():
             ctx = dataclasses.replace(ctx, _who=name)
-            now = due[list(self.at_times).index(name)] if name in self.at_times else None
+            now = due[self.at_times.index(name)] if name in self.at_times else None
             carries[name], ctx = self._update(name, half, carries[name], ctx, now)
         return (ctx.state, carries, None if count is None else count + 1), ctx.metrics
 
@@ -179,13 +171,13 @@ class Program:
             out = due()
         else:
             shapes = jax.eval_shape(due)[2]
-            self._logged[name] = [n for n in shapes if n not in ctx.metrics]
+            self.logged[name] = [n for n in shapes if n not in ctx.metrics]
             out = jax.lax.cond(now, due, not_due)
         carry, state, metrics = jax.lax.optimization_barrier(out)  # no half changes another's bits
         return carry, ctx.replace(state=state, metrics=metrics)
 
     def _compare(self, batch: Batch) -> None:
-        if self._batch is not None and (changed := compare(self._batch, signature(batch))):
+        if self.expected is not None and (changed := compare(self.expected, signature(batch))):
             warnings.warn(
                 f"A batch has another shape than the run's first, so the step is compiled again: {changed}. "
                 "Batches of one shape spare that (drop the last short one, or pad it).",

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from . import checks
 from .cadence import Cadence, as_cadence
 from .callback import Callback, Function
 from .compiled import Program, Step
 from .events import Due, Events
 from .feed import Data, Feed
 from .loop import Loop, Result
-from .notice import notice
+from .notice import notice, standing
+from .steps import Steps
 from .trees import State, place
 
 
@@ -50,9 +49,9 @@ class Engine:
         in_flight: int = 2,
         jit: bool = True,
     ):
-        self._log_every = _whole("log_every", log_every, 1)
-        self._in_flight = _whole("in_flight", in_flight, 1)
-        self._callbacks = _named(list(callbacks))
+        self._log_every = checks.whole("log_every", log_every, 1)
+        self._in_flight = checks.whole("in_flight", in_flight, 1)
+        self._callbacks = checks.named(callbacks, Callback)
         for callback in self._callbacks.values():
             callback._reset()
         self._program = Program(step, self._callbacks, jit)
@@ -71,7 +70,8 @@ class Engine:
         """
 
         def add(function: Callable[..., None]) -> Callable[..., None]:
-            self._callbacks = _named([*self._callbacks.values(), Function(event, function, when)])
+            added = Function(event, function, when)
+            self._callbacks = checks.named([*self._callbacks.values(), added], Callback)
             return function
 
         return add
@@ -102,7 +102,7 @@ class Engine:
             ValueError: no target, one below the step the run stands at, empty or exhausted data,
                 or a step that returns another tree than it got; the message says which.
         """
-        loop = self._prepare(state, data, epochs, steps, epoch_steps, rng, donate)
+        loop = self._prepare(state, data, rng, donate, epochs=epochs, steps=steps, epoch_steps=epoch_steps)
         for _ in self._turns(loop, None):
             pass
         return loop._result()
@@ -124,15 +124,14 @@ class Engine:
         Args:
             when: a turn of the `for` comes at each due point of this.
         """
-        loop = self._prepare(state, data, epochs, steps, epoch_steps, rng, donate)
+        loop = self._prepare(state, data, rng, donate, epochs=epochs, steps=steps, epoch_steps=epoch_steps)
         return Steps(loop, self._turns(loop, as_cadence(when, "engine.steps(when=...)")))
 
     def _turns(self, loop: Loop, when: Cadence | None) -> Iterator[Loop]:
         """The loop. Gives a turn at the due points of `when`; whatever begins here ends here."""
         try:
             self._begin(loop)
-            turn = Due(when or Cadence(), self._clock)
-            turn.start(loop.step)
+            turn = Due(when or Cadence(), self._clock, loop.step)
             while not loop.over:
                 self._begin_epoch(loop)
                 ended = False
@@ -156,8 +155,10 @@ class Engine:
         """on_load, in which a saved run may take the place of this one; then on_run_begin."""
         loop._events.load(loop)
         loop._loading, loop._began = False, loop.step
-        _check_target(loop)
-        self._check_epochs(loop)
+        checks.reachable(loop)
+        checks.epochs_known(loop._events, loop._feed, self._program.at_times, steps=loop.steps)
+        if loop._restored:
+            notice(standing(loop))
         self._program.start(loop.step)
         loop._events.begin(loop)
 
@@ -232,147 +233,16 @@ class Engine:
         if ran and loop.finished:
             loop.log(loop._meter.close("train"))
 
-    def _check_epochs(self, loop: Loop) -> None:
-        """Cadences in epochs, where epochs are not known before they end, or may never end."""
-        begins = {answer.name: answer.due for answer in loop._events.answers["on_step_begin"]}
-        for what, dues in (("on_step_begin", begins), ("update", self._program.at_times)):
-            for name, due in dues.items():
-                if due.cadence.epochs and loop.epoch_length is None:
-                    raise ValueError(
-                        f"{name}.{what} is due {due.cadence}, which must be known before a step, but "
-                        f"{type(loop._feed.data).__name__} has no len. Give run epoch_steps=."
-                    )
-        if loop.epoch_length is None and loop._feed.one_shot and loop.steps is not None:
-            ends = [answer for event in ("on_step_end", "on_save") for answer in loop._events.answers[event]]
-            if waiting := dict.fromkeys(answer.name for answer in ends if answer.due.cadence.epochs):
-                warnings.warn(
-                    f"{', '.join(waiting)} wait for the end of an epoch, which may never come: the data is a "
-                    f"{type(loop._feed.data).__name__}. Give run epoch_steps=, or a cadence in steps.",
-                    stacklevel=2,
-                )
-
-    def _prepare(
-        self,
-        state: State | Result,
-        data: Data,
-        epochs: int | None,
-        steps: int | None,
-        epoch_steps: int | None,
-        rng: jax.Array | None,
-        donate: bool,
-    ) -> Loop:
-        if epochs is None and steps is None:
-            raise ValueError("A run needs a target: epochs=, steps= or both.")
-        for name, target in (("epochs", epochs), ("steps", steps)):
-            _whole(name, 0 if target is None else target, 0)
-        if epoch_steps is not None:
-            _whole("epoch_steps", epoch_steps, 1)
-        if self._program.rng and rng is None:
-            raise ValueError("The step takes a random key as its third argument. Pass one: rng=jax.random.key(0).")
-        _check_key(rng)
+    def _prepare(self, state: State | Result, data: Data, rng: Any, donate: bool, **to: int | None) -> Loop:
+        checks.targets(**to)
+        checks.random_key(rng, needed=self._program.takes_rng)
         for callback in self._callbacks.values():
             callback._reset()
         before = state if isinstance(state, Result) else None
         start = before.state if before else place(state, "The state", copy=not donate)
-        events, feed = Events(self._callbacks, self._clock), Feed(data, epoch_steps)
-        loop = Loop(self._program, self._callbacks, events, feed, start, rng, steps, epochs)
+        events, feed = Events(self._callbacks, self._clock), Feed(data, to["epoch_steps"])
+        loop = Loop(self._program, self._callbacks, events, feed, start, rng, to["steps"], to["epochs"])
         if before:
             loop.restore(before.snapshot)
             loop._feed = before._feed.again(feed)
         return loop
-
-
-class Steps:
-    """The loop as a `for` of one's own: a turn at each due point.
-
-    Leaving the `with` early, by `break` say, is a stop that can be resumed; an error raised in
-    it ends the run like one of a callback.
-
-    Attributes:
-        result: the Result, once the `with` is left.
-
-    >>> import jax.numpy as jnp
-    >>> from onstep import Engine
-    >>> engine = Engine(lambda state, batch: (state + batch, {}))
-    >>> with engine.steps(jnp.int32(0), range(5), epochs=1, when=2) as steps:
-    ...     print([int(loop.state) for loop in steps])
-    [1, 6]
-    """
-
-    def __init__(self, loop: Loop, turns: Iterator[Loop]):
-        self._loop, self._turns, self._open = loop, turns, False
-        self.result: Result | None = None
-
-    def __enter__(self) -> Steps:
-        self._open = True
-        return self
-
-    def __iter__(self) -> Iterator[Loop]:
-        if not self._open:
-            raise RuntimeError("engine.steps needs a with: `with engine.steps(...) as steps: for loop in steps: ...`.")
-        return self._turns
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._open = False
-        if error is not None:
-            try:
-                self._turns.throw(error)  # type: ignore[attr-defined]
-            except BaseException as raised:
-                if raised is not error:
-                    raise
-            return
-        if not self._loop.over:
-            self._loop.stop("the for was left early", final=False)
-        for _ in self._turns:
-            pass
-        self.result = self._loop._result()
-
-
-def _named(callbacks: list[Callback]) -> dict[str, Callback]:
-    """The callbacks by name: their own, or the class name, numbered where it is repeated.
-
-    Raises:
-        TypeError: something is no callback.
-        ValueError: a name or a callback occurs twice.
-    """
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            call = f" Did you mean {callback.__name__}(...)?" if isinstance(callback, type) else ""
-            raise TypeError(f"An engine needs callbacks, got {callback!r:.80}.{call}")
-    given = [callback.name for callback in callbacks if callback.name is not None]
-    names: dict[str, Callback] = {}
-    for callback in callbacks:
-        if any(callback is known for known in names.values()) or given.count(callback.name) > 1:
-            who = callback.name or type(callback).__name__
-            raise ValueError(f"Two callbacks are named {who!r}, or one is listed twice. Give each a name of its own.")
-        plain = type(callback).__name__
-        numbered = (plain if n == 1 else f"{plain}_{n}" for n in itertools.count(1))
-        name = callback.name or next(n for n in numbered if n not in names and n not in given)
-        names[name] = callback
-    return names
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} needs a whole number >= {least}, got {value!r}.")
-    return value
-
-
-def _check_key(rng: Any) -> None:
-    kind = getattr(rng, "dtype", None)
-    if rng is not None and not (kind == jnp.uint32 or (kind and jnp.issubdtype(kind, jax.dtypes.prng_key))):
-        raise TypeError(f"rng needs a random key such as jax.random.key(0), got {rng!r:.80}.")
-
-
-def _check_target(loop: Loop) -> None:
-    """Says where a run that goes on stands; raises ValueError where that is beyond its target."""
-    targets = {"step": (loop.step, loop.steps), "epoch": (loop.epoch + (loop.epoch_step > 0), loop.epochs)}
-    for unit, (at, target) in targets.items():
-        if target is not None and at > target:
-            raise ValueError(f"The saved run is at {unit} {at}, beyond the target of {target} {unit}s.")
-    if loop._restored:
-        of = ", ".join(f"{unit} {at} of {target}" for unit, (at, target) in targets.items() if target is not None)
-        if loop.stopped is not None:
-            notice(f"the run was stopped for good at step {loop.step} ({loop.stopped}): nothing to do")
-        else:
-            notice(f"already at {of}: nothing to do" if loop.over else f"going on after step {loop.step} ({of})")

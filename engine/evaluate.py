@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from itertools import islice
-from typing import Any
 
 import jax
 
-from .compiled import Step, takes_rng
+from . import checks
+from .compiled import Step
 from .feed import Data, open_pass
 from .metrics import Metrics, Tally, as_metrics, fetch
 from .trees import Batch, State
@@ -36,7 +36,7 @@ def evaluate(
     Raises:
         ValueError: there is no batch, or no key for a step that takes one.
     """
-    random = takes_rng(step)
+    random = checks.takes_rng(step, "The evaluation step")
     if random and rng is None:
         raise ValueError("The evaluation step takes a random key as its third argument. Pass one: rng=...")
     if left_out := getattr(data, "dropped", 0):

@@ -19,9 +19,9 @@ BY_CADENCE = ("on_step_begin", "on_step_end", "on_save")
 class Due:
     """A cadence followed through a run: keeps the next due step, so that asking is cheap."""
 
-    def __init__(self, cadence: Cadence, clock: Callable[[], float]):
+    def __init__(self, cadence: Cadence, clock: Callable[[], float], step: int = 0):
         self.cadence, self._clock = cadence, clock
-        self.start(0)
+        self.start(step)
 
     def start(self, step: int) -> None:
         """Begins with `step` steps completed."""
@@ -38,7 +38,7 @@ class Due:
         due = step >= self.next
         if due:
             self.next = self.cadence.next(step)
-        elif epoch and self.cadence.epochs or self.cadence.seconds:
+        elif (epoch and self.cadence.epochs) or self.cadence.seconds:
             due = self.cadence.due(step, epoch=epoch, elapsed=self._clock() - self._since)
         if due and self.cadence.seconds:
             self._since = self._clock()

@@ -129,19 +129,21 @@ class Feed:
 
     def seek(self, position: dict[str, Any]) -> None:
         """Goes to a position that `position` gave, when the next batch is drawn: by the loader's
-        state where it has one, else by skipping the batches already used."""
+        state where it has one, else by skipping the batches already used.
+        """
         self._pass, self._used, self._sought = position["pass"], position["used"], position["loader"]
 
     def again(self, other: Feed) -> Feed:
-        """This feed, if it reads what `other` would and still stands where that one seeks to; so
-        an iterator that can be read only once goes on where an earlier run left it."""
+        """Itself, if it reads what `other` would and still stands where that one seeks to; so an
+        iterator that can be read only once goes on where an earlier run left it.
+        """
         if self.data is not other.data or (self._cut, self.length) != (other._cut, other.length):
             return other
         if (self._pass, self._used) == (other._pass, other._used):
             return self
         if self.one_shot and other._sought is None:
             raise ValueError(
-                f"The {type(self.data).__name__} was read beyond the point at which the run shall go on. Pass a new one."
+                f"The {type(self.data).__name__} was read beyond where the run shall go on. Pass a new one."
             )
         return other
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from .callback import Callback, Carry, own
 from .events import Events
 from .feed import Feed
 from .metrics import History, Meter, Metrics, Record, to_float
-from .snapshot import Snapshot, pack, unpack
+from .snapshot import Snapshot, describe_key, pack, unpack
 from .trees import Batch, State, compare, difference, place, signature
 
 if TYPE_CHECKING:
@@ -101,7 +99,8 @@ class Loop:
     @property
     def state(self) -> State:
         """The state after the last step. The next step donates it: copy what must outlive the
-        event. May be assigned a tree of the same structure, shapes and dtypes."""
+        event. May be assigned a tree of the same structure, shapes and dtypes.
+        """
         return self._bundle[0]
 
     @state.setter
@@ -176,7 +175,7 @@ class Loop:
         tree = {"state": self.state, "carries": self.carries}
         host = {
             "mode": MODE,
-            "rng": _describe_key(self.rng),
+            "rng": describe_key(self.rng),
             "tree": signature(tree),
             "step": self.step,
             "epoch": self.epoch,
@@ -200,7 +199,7 @@ class Loop:
         if not self._loading:
             raise RuntimeError("loop.restore belongs in on_load: the run has begun.")
         host = unpack(snapshot.host)
-        key = _describe_key(self.rng)
+        key = describe_key(self.rng)
         for what, saved, here in (("execution mode", host["mode"], MODE), ("random key (rng)", host["rng"], key)):
             if saved != here:
                 raise ValueError(
@@ -252,11 +251,3 @@ def _carry(carries: dict[str, Carry], callbacks: dict[str, Callback], callback: 
     if name not in carries:
         raise ValueError(f"{name} keeps no carry: it has no update.")
     return carries[name]
-
-
-def _describe_key(key: Any) -> dict[str, Any] | None:
-    if key is None:
-        return None
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    data = np.asarray(jax.random.key_data(key) if typed else key)
-    return {"impl": str(jax.random.key_impl(key)) if typed else "raw", "data": data.tolist()}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .loop import Loop
 
 log = logging.getLogger("onstep")
 
@@ -18,3 +22,12 @@ def notice(text: str) -> None:
         log.info(text)
     elif not log.disabled:
         print(f"onstep: {text}", file=sys.stderr)
+
+
+def standing(loop: Loop) -> str:
+    """Where a run that goes on stands, and whether anything is left to do."""
+    if loop.stopped is not None:
+        return f"the run was stopped for good at step {loop.step} ({loop.stopped}): nothing to do"
+    epoch = f"epoch {loop.epoch} of {loop.epochs}" if loop.epochs is not None else f"epoch {loop.epoch}"
+    step = f"step {loop.step} of {loop.steps}" if loop.steps is not None else f"step {loop.step}"
+    return f"already at {step}, {epoch}: nothing to do" if loop.over else f"going on after {step}, {epoch}"

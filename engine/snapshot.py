@@ -9,7 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+_ARRAY, _BYTES = "__array__", "__bytes__"
 
 
 @dataclass(frozen=True)
@@ -71,4 +75,10 @@ def unpack(data: bytes) -> Any:
         return json.loads(arrays["json"].tobytes(), object_hook=whole)
 
 
-_ARRAY, _BYTES = "__array__", "__bytes__"
+def describe_key(key: Any) -> dict[str, Any] | None:
+    """A random key as JSON values, to tell whether two are the same."""
+    if key is None:
+        return None
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(key) if typed else key)
+    return {"impl": str(jax.random.key_impl(key)) if typed else "raw", "data": data.tolist()}
