@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,13 +70,16 @@ def every(steps: int | None = None, *, epochs: int | None = None, seconds: float
     >>> every(100) | every(epochs=1)
     every(steps=100) | every(epochs=1)
     """
-    given = {k: v for k, v in {"steps": steps, "epochs": epochs, "seconds": seconds}.items() if v is not None}
+    units = {"steps": steps, "epochs": epochs, "seconds": seconds}
+    given = {unit: count for unit, count in units.items() if count is not None}
     if len(given) != 1:
         raise ValueError(f"every needs one of steps, epochs and seconds, got {given or 'none'}. Combine with |.")
-    (unit, count), whole = next(iter(given.items())), (int,)
-    if isinstance(count, bool) or not isinstance(count, (int, float) if unit == "seconds" else whole) or not count > 0:
-        raise ValueError(f"every needs {unit} > 0{'' if unit == 'seconds' else ', a whole number'}, got {count!r}.")
-    return Cadence(**{unit: (count,)})
+    ((unit, count),) = given.items()
+    numbers, kind = ((int, float), "a number") if unit == "seconds" else (int, "a whole number")
+    if isinstance(count, bool) or not isinstance(count, numbers) or not 0 < count < math.inf:
+        raise ValueError(f"every needs {unit} > 0, {kind}, got {count!r}.")
+    term: tuple[Any] = (count,)
+    return Cadence(**{unit: term})
 
 
 def at(*steps: int) -> Cadence:

@@ -37,7 +37,9 @@ def evaluate(
         ValueError: there is no batch, or no key for a step that takes one.
     """
     random = checks.takes_rng(step, "The evaluation step")
-    if random and rng is None:
+    if not random:
+        rng = None
+    elif rng is None:
         raise ValueError("The evaluation step takes a random key as its third argument. Pass one: rng=...")
     if left_out := getattr(data, "dropped", 0):
         warnings.warn(f"The data leaves out {left_out} examples of an evaluation. Pass drop_last=False.", stacklevel=2)
@@ -45,7 +47,7 @@ def evaluate(
     results: list[Metrics] = []
     weights: list[int] = []
     for number, batch in enumerate(islice(open_pass(data, 0), steps)):
-        key = [jax.random.fold_in(rng, number)] if random else []
+        key = [] if rng is None else [jax.random.fold_in(rng, number)]
         results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
         weights.append(_examples(batch))
         jax.block_until_ready(results[-QUEUE - 1 : -QUEUE])

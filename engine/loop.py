@@ -48,7 +48,7 @@ class Result:
 
     def carry(self, callback: Callback) -> Carry:
         """The carry of a callback of the run."""
-        return _carry(self.snapshot.tree["carries"], self._callbacks, callback)  # type: ignore[index]
+        return _carry(self.snapshot.tree["carries"], self._callbacks, callback)
 
 
 class Loop:
@@ -209,7 +209,7 @@ class Loop:
         if changed := compare(host["tree"], signature(like)):
             raise ValueError(f"The saved run does not fit this one (saved, then here): {changed}.")
         loads = callable(snapshot.tree)
-        tree = place(snapshot.tree(like) if loads else snapshot.tree, "The saved run", copy=not loads)  # type: ignore
+        tree = place(snapshot.tree(like) if loads else snapshot.tree, "The saved run", copy=not loads)
         tree = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
         self._bundle = self._program.bundle(tree["state"], tree["carries"], host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ class Snapshot:
     """
 
     step: int
-    tree: dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
+    tree: Any
     host: bytes
 
 

@@ -115,10 +115,10 @@ def set_field(tree: Any, path: str, value: Any) -> Any:
     name, _, rest = path.partition(".")
     if rest:
         value = set_field(get_field(tree, name, "set_field"), rest, value)
+    if hasattr(tree, "_replace"):  # a NamedTuple
+        return tree._replace(**{name: value})
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return dataclasses.replace(tree, **{name: value})
-    if hasattr(tree, "_replace"):
-        return tree._replace(**{name: value})
     changed = jax.tree.map(lambda x: x, tree)  # a copy of the containers, whatever mapping it is
     changed[name] = value
     return changed

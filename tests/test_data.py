@@ -1,0 +1,538 @@
+"""What may be data, what is drawn from it and when, and what goes wrong with it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Batches, Callback, Engine, every
+from onstep.snapshot import unpack
+
+
+def add(state, batch):
+    return state + batch, {"loss": batch}
+
+
+def recorded(batches, drawn):
+    """Batches one by one; `drawn` gets each as it is drawn."""
+    for batch in batches:
+        drawn.append(batch)
+        yield batch
+
+
+class Sized:
+    """Batches with any `len`, or an error for one; `drawn` as above."""
+
+    def __init__(self, batches, length, drawn=None):
+        self.batches, self.length, self.drawn = batches, length, [] if drawn is None else drawn
+
+    def __len__(self):
+        if isinstance(self.length, Exception):
+            raise self.length
+        return self.length
+
+    def __iter__(self):
+        return recorded(self.batches, self.drawn)
+
+
+class Loader:
+    """A loader in the manner of grain: its iterator can say where it stands and be put there."""
+
+    def __init__(self, batches):
+        self.batches, self.drawn, self.sought = batches, [], []
+
+    def __iter__(self):
+        return LoaderIterator(self)
+
+
+class LoaderIterator:
+    def __init__(self, loader):
+        self.loader, self.next = loader, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.next == len(self.loader.batches):
+            raise StopIteration
+        self.next += 1
+        self.loader.drawn.append(self.loader.batches[self.next - 1])
+        return self.loader.drawn[-1]
+
+    def get_state(self):
+        return {"next": self.next}
+
+    def set_state(self, state):
+        self.loader.sought.append(state["next"])
+        self.next = state["next"]
+
+
+class SizedLoader(Loader):
+    def __len__(self):
+        return len(self.batches)
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, loop):
+        if loop.step == self.step:
+            loop.stop("enough", final=False)
+
+
+class Steps(Callback):
+    """The steps at which something happened."""
+
+    def __init__(self, when=1):
+        self.when, self.saves, self.epochs = when, [], []
+
+    def on_epoch_end(self, loop):
+        self.epochs.append(loop.step)
+
+    def on_save(self, loop):
+        self.saves.append(loop.step)
+
+
+# What may be data.
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [1, 2, 3],
+        (1, 2, 3),
+        range(1, 4),
+        np.arange(1, 4),
+        Sized([1, 2, 3], TypeError("no len")),
+        Sized([1, 2, 3], NotImplementedError()),
+        lambda epoch: [1, 2, 3],
+        lambda epoch: iter([1, 2, 3]),
+        Loader([1, 2, 3]),
+        Batches(np.arange(1, 4), 1),
+    ],
+    ids=[
+        "list",
+        "tuple",
+        "range",
+        "array",
+        "len raises TypeError",
+        "len raises NotImplementedError",
+        "callable to a list",
+        "callable to an iterator",
+        "loader",
+        "Batches",
+    ],
+)
+def test_any_source_that_can_be_read_again_serves_every_epoch(data):
+    def step(state, batch):
+        return state + jnp.sum(batch), {}
+
+    steps = Steps()
+    result = Engine(step, [steps]).run(jnp.int32(0), data, epochs=2)
+    assert (int(result.state), result.step, result.epoch) == (12, 6, 2)
+    assert steps.epochs == [3, 6]
+
+
+def test_a_batch_may_be_any_tree_of_arrays():
+    def step(state, batch):
+        (x, extra), y = batch["pair"], batch["y"]
+        return state + x.sum() + extra + y, {}
+
+    batches = [{"pair": (np.ones(2), 10), "y": jnp.float32(100)}] * 2
+    assert Engine(step).run(jnp.float32(0), batches, epochs=1).state == 2 * 112
+
+
+def test_a_callable_is_given_the_number_of_its_epoch():
+    result = Engine(add).run(jnp.int32(0), lambda epoch: [10**epoch] * 2, epochs=3)
+    assert int(result.state) == 222
+
+
+def test_a_generator_serves_a_run_of_so_many_steps():
+    assert int(Engine(add).run(jnp.int32(0), itertools.count(1), steps=4).state) == 10
+
+
+def test_an_endless_source_has_epochs_where_their_length_is_given():
+    steps, drawn = Steps(), []
+    result = Engine(add, [steps]).run(jnp.int32(0), recorded(itertools.count(), drawn), epochs=3, epoch_steps=5)
+    assert (result.step, result.epoch, steps.epochs) == (15, 3, [5, 10, 15])
+    assert drawn == list(range(15))
+
+
+def test_epochs_of_a_given_length_read_on_where_the_last_one_ended():
+    batches = []
+    engine = Engine(add)
+
+    @engine.on("step_end")
+    def note(loop):
+        batches.append(int(loop.batch))
+
+    engine.run(jnp.int32(0), lambda number: [10 * number + n for n in range(3)], epochs=2, epoch_steps=4)
+    assert batches == [0, 1, 2, 10, 11, 12, 20, 21]
+
+
+def test_an_iterator_of_unknown_length_makes_one_epoch():
+    steps = Steps()
+    result = Engine(add, [steps]).run(jnp.int32(0), (n for n in range(11)), epochs=1)
+    assert (result.step, result.epoch, steps.epochs) == (11, 1, [11])
+
+
+# What is drawn, and when.
+
+
+def test_no_batch_is_drawn_before_its_step_where_len_is_known():
+    drawn, counts = [], []
+    engine = Engine(add)
+
+    @engine.on("step_end")
+    def note(loop):
+        counts.append((loop.step, len(drawn)))
+
+    engine.run(jnp.int32(0), Sized([1, 2, 3], 3, drawn), epochs=2)
+    assert counts == [(n, n) for n in range(1, 7)]
+
+
+def test_one_batch_is_drawn_ahead_where_the_end_is_learnt_by_asking():
+    drawn, counts = [], []
+    engine = Engine(add)
+
+    @engine.on("step_end")
+    def note(loop):
+        counts.append((loop.step, len(drawn)))
+
+    engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=3)
+    assert counts == [(1, 2), (2, 3), (3, 4)]
+
+
+def test_nothing_is_drawn_ahead_of_a_step_that_is_not_due():
+    drawn, counts = [], []
+    engine = Engine(add)
+
+    @engine.on("step_end", when=4)
+    def note(loop):
+        counts.append((loop.step, len(drawn)))
+
+    engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=8)
+    assert counts == [(4, 5), (8, 9)]
+
+
+@pytest.mark.parametrize("event", ["load", "run_begin", "epoch_begin"])
+def test_no_batch_is_drawn_if_the_run_is_stopped_before(event):
+    drawn = []
+    engine = Engine(add)
+
+    @engine.on(event)
+    def stop(loop):
+        loop.stop("not today")
+
+    result = engine.run(jnp.int32(0), recorded([1, 2], drawn), epochs=1)
+    assert (result.step, result.stopped, drawn) == (0, "not today", [])
+
+
+@pytest.mark.parametrize("kind", [Loader, SizedLoader], ids=["drawn ahead", "not drawn ahead"])
+def test_the_saved_position_does_not_depend_on_what_was_drawn_ahead(kind):
+    positions = []
+    engine = Engine(add)
+
+    @engine.on("save")
+    def save(loop):
+        positions.append(unpack(loop.snapshot().host)["data"])
+
+    data = kind([1, 2, 3])
+    engine.run(jnp.int32(0), data, steps=2)
+    assert [(place["used"], place["loader"]) for place in positions] == [(1, {"next": 1}), (2, {"next": 2})]
+    assert len(data.drawn) == (3 if kind is Loader else 2)
+
+
+# Going on in the middle of the data.
+
+
+@pytest.mark.parametrize("kind", [Loader, SizedLoader], ids=["without len", "with len"])
+def test_a_loader_goes_on_by_its_own_state_and_reads_nothing_twice(kind, capsys):
+    engine = Engine(add, [StopAt(2)])
+    part = engine.run(jnp.int32(0), kind([1, 2, 3, 4]), epochs=2)
+    fresh = kind([1, 2, 3, 4])
+    rest = engine.run(part, fresh, epochs=2)
+    assert (rest.step, int(rest.state)) == (8, 20)
+    assert (fresh.sought, fresh.drawn) == ([2], [3, 4, 1, 2, 3, 4])
+    assert "skipping" not in capsys.readouterr().err
+
+
+def test_a_source_without_state_is_read_past_what_was_used_and_says_so_once(capsys):
+    drawn, ran = [], []
+    engine = Engine(add, [StopAt(2)])
+    part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=2)
+
+    @engine.on("step_begin")
+    def note(loop):
+        ran.append(int(loop.batch))
+
+    rest = engine.run(part, Sized([1, 2, 3, 4], 4, drawn), epochs=2)
+    assert int(rest.state) == 20
+    assert (drawn, ran) == ([1, 2, 3, 4] * 2, [3, 4, 1, 2, 3, 4])
+    assert capsys.readouterr().err.count("skipping 2 batches") == 1
+
+
+def test_a_callable_goes_on_in_the_epoch_that_was_cut():
+    called = []
+
+    def data(epoch):
+        called.append(epoch)
+        return [10**epoch] * 3
+
+    engine = Engine(add, [StopAt(5)])
+    part = engine.run(jnp.int32(0), data, epochs=3)
+    rest = engine.run(part, lambda epoch: data(epoch), epochs=3)
+    assert (int(rest.state), called) == (333, [0, 1, 1, 2])
+
+
+def test_epochs_of_a_given_length_go_on_in_the_middle_of_a_pass():
+    engine = Engine(add, [StopAt(5)])
+    data = [1, 20, 300]
+    whole = Engine(add).run(jnp.int32(0), data, epochs=4, epoch_steps=2)
+    part = engine.run(jnp.int32(0), data, epochs=4, epoch_steps=2)
+    rest = engine.run(part, list(data), epochs=4, epoch_steps=2)
+    assert (int(rest.state), rest.step) == (int(whole.state), 8)
+
+
+def test_data_that_became_shorter_than_what_was_used_are_an_error():
+    engine = Engine(add, [StopAt(3)])
+    part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=1)
+    with pytest.raises(ValueError, match="had used 3 batches of this pass, but the data now has 2"):
+        engine.run(part, [1, 2], epochs=2)
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_generator_goes_on_where_the_run_before_left_it(steps):
+    drawn = []
+    data = recorded(itertools.count(1), drawn)
+    engine = Engine(add)
+    part = engine.run(jnp.int32(0), data, steps=steps)
+    rest = engine.run(part, data, steps=7)
+    assert (int(rest.state), drawn) == (28, [1, 2, 3, 4, 5, 6, 7, 8])
+
+
+def test_a_generator_goes_on_through_any_number_of_runs():
+    data = itertools.count(1)
+    engine = Engine(add)
+    result = engine.run(jnp.int32(0), data, steps=1)
+    for target in (2, 5, 9):
+        result = engine.run(result, data, steps=target)
+    assert int(result.state) == 45
+
+
+def test_a_generator_goes_on_after_the_for_was_left():
+    data = itertools.count(1)
+    engine = Engine(add)
+    with engine.steps(jnp.int32(0), data, steps=4) as steps:
+        next(iter(steps))
+    assert int(engine.run(steps.result, data, steps=4).state) == 10
+
+
+def test_a_generator_that_was_read_beyond_a_result_is_refused():
+    data = itertools.count(1)
+    engine = Engine(add)
+    early = engine.run(jnp.int32(0), data, steps=2)
+    engine.run(early, data, steps=5)
+    with pytest.raises(ValueError, match="was read beyond the point at which the run shall go on. Pass a new one"):
+        engine.run(early, data, steps=5)
+
+
+def test_a_generator_is_not_read_past_anything_when_epoch_steps_change():
+    data = itertools.count(1)
+    engine = Engine(add)
+    part = engine.run(jnp.int32(0), data, steps=5)
+    assert int(engine.run(part, data, steps=10, epoch_steps=5).state) == 55
+
+
+def test_a_new_generator_is_read_past_what_was_used(capsys):
+    engine = Engine(add)
+    part = engine.run(jnp.int32(0), itertools.count(1), steps=2)
+    assert int(engine.run(part, itertools.count(1), steps=4).state) == 10
+    assert "skipping 2 batches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [[1, 2, 3, 4], iter([1, 2, 3, 4])], ids=["list", "generator"])
+def test_a_batch_that_was_replaced_before_a_stop_is_replaced_once(data):
+    asked = []
+    engine = Engine(add)
+
+    @engine.on("step_begin")
+    def double(loop):
+        asked.append(int(loop.batch))
+        loop.batch = loop.batch * 2
+        if asked == [1, 2, 3]:
+            loop.stop("before step 3", final=False)
+
+    part = engine.run(jnp.int32(0), data, epochs=1)
+    rest = engine.run(part, data, epochs=1)
+    assert (asked, int(rest.state)) == ([1, 2, 3, 3, 4], 20)
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    "data",
+    [[], (), Sized([], TypeError("no len")), lambda epoch: [], Loader([])],
+    ids=["list", "tuple", "without len", "callable", "loader"],
+)
+def test_empty_data_are_an_error_before_anything_is_saved(data):
+    steps = Steps()
+    with pytest.raises(ValueError, match="yielded no batches in epoch 1"):
+        Engine(add, [steps]).run(jnp.int32(0), data, epochs=1)
+    assert (steps.saves, steps.epochs) == ([], [])
+
+
+def test_a_callable_that_gives_nothing_for_a_later_epoch_is_an_error_there():
+    steps = Steps()
+    with pytest.raises(ValueError, match="yielded no batches in epoch 2"):
+        Engine(add, [steps]).run(jnp.int32(0), lambda epoch: [1, 2] if epoch == 0 else [], epochs=2)
+    assert (steps.saves, steps.epochs) == ([1, 2], [2])
+
+
+@pytest.mark.parametrize("targets", [{"epochs": 2}, {"steps": 24}], ids=str)
+def test_a_generator_is_exhausted_at_its_second_epoch(targets):
+    steps = Steps()
+    with pytest.raises(ValueError, match="exhausted at the start of epoch 2: a generator can be read only once"):
+        Engine(add, [steps]).run(jnp.int32(0), (n for n in range(12)), **targets)
+    assert (steps.saves, steps.epochs) == (list(range(1, 13)), [12])
+
+
+def test_a_generator_shorter_than_one_epoch_is_an_error():
+    steps = Steps()
+    with pytest.raises(ValueError, match=r"ended after 3 batches, but an epoch needs 5 \(epoch_steps\)"):
+        Engine(add, [steps]).run(jnp.int32(0), iter([1, 2, 3]), epochs=1, epoch_steps=5)
+    assert steps.saves == [1, 2, 3]
+
+
+def test_empty_data_are_an_error_where_epochs_have_a_given_length():
+    with pytest.raises(ValueError, match="ended after 0 batches, but an epoch needs 5"):
+        Engine(add).run(jnp.int32(0), [], epochs=1, epoch_steps=5)
+
+
+def test_a_len_that_is_too_long_is_an_error_when_the_data_end():
+    steps = Steps(when=2)
+    with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Mend its len"):
+        Engine(add, [steps]).run(jnp.int32(0), Sized([1, 2, 3], 5), epochs=1)
+    assert (steps.saves, steps.epochs) == ([2], [])
+
+
+def test_a_len_that_is_too_long_by_one_step_at_a_time_is_an_error_too():
+    steps = Steps()
+    with pytest.raises(ValueError, match="has len 5, but pass 1 ended after 3 batches"):
+        Engine(add, [steps]).run(jnp.int32(0), Sized([1, 2, 3], 5), epochs=1)
+    assert (steps.saves, steps.epochs) == ([1, 2, 3], [])
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [({"x": [1, 2]}, "dict"), ("abc", "str"), (5, "int"), (None, "NoneType"), (lambda epoch: None, "NoneType")],
+    ids=["dict", "string", "number", "None", "callable to None"],
+)
+def test_what_is_no_source_of_batches_is_refused(data, kind):
+    with pytest.raises(TypeError, match=f"data needs to be an iterable of batches or a callable .*, got {kind}"):
+        Engine(add).run(jnp.int32(0), data, epochs=1)
+
+
+def failing(drawn=()):
+    """Six batches, then an error."""
+    yield from recorded(range(1, 7), list(drawn))
+    raise OSError("disk gone")
+
+
+class Failing:
+    def __iter__(self):
+        return failing()
+
+
+class SizedFailing(Failing):
+    def __len__(self):
+        return 12
+
+
+@pytest.mark.parametrize("when", [1, 4, every(epochs=1)], ids=repr)
+@pytest.mark.parametrize("data", [Failing, SizedFailing, failing], ids=["without len", "with len", "generator"])
+def test_an_error_of_the_data_arrives_unchanged_and_says_where_it_came_from(data, when):
+    with pytest.raises(OSError, match="^disk gone$") as caught:
+        Engine(add, [Steps(when)]).run(jnp.int32(0), data(), epochs=1)
+    assert caught.value.__notes__ == ["onstep: raised by the data, at batch 7 of pass 1"]
+
+
+@pytest.mark.parametrize("data", [Failing, SizedFailing], ids=["without len", "with len"])
+def test_the_step_before_an_error_of_the_data_is_saved(data):
+    steps = Steps()
+    with pytest.raises(OSError, match="disk gone"):
+        Engine(add, [steps]).run(jnp.int32(0), data(), epochs=1)
+    assert steps.saves == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_error_of_a_batch_that_no_step_needs_is_not_raised():
+    assert int(Engine(add).run(jnp.int32(0), failing(), steps=6).state) == 21
+
+
+def test_an_error_that_was_put_off_is_raised_when_its_batch_is_due():
+    data = failing()
+    engine = Engine(add)
+    part = engine.run(jnp.int32(0), data, steps=6)
+    with pytest.raises(OSError, match="disk gone"):
+        engine.run(part, data, steps=7)
+
+
+def test_an_error_of_the_first_batch_of_an_epoch_names_the_pass():
+    def data(epoch):
+        if epoch == 1:
+            raise OSError("disk gone")
+        return [1, 2]
+
+    with pytest.raises(OSError, match="disk gone") as caught:
+        Engine(add).run(jnp.int32(0), data, epochs=2)
+    assert caught.value.__notes__ == ["onstep: raised by the data, at batch 1 of pass 2"]
+
+
+# A batch of another shape.
+
+
+def summing(shapes):
+    """A step that notes the shape of its batch whenever it is traced."""
+
+    def step(state, batch):
+        shapes.append(batch["x"].shape)
+        return state + batch["x"].sum(), {}
+
+    return step
+
+
+def test_a_short_last_batch_is_compiled_once_more_and_warned_of_once():
+    shapes = []
+    data = Batches({"x": np.ones(23, np.float32)}, 2, drop_last=False)
+    with pytest.warns(UserWarning, match=r"x: float32\[2\] became float32\[1\]") as warned:
+        result = Engine(summing(shapes)).run(jnp.float32(0), data, epochs=2)
+    assert (result.step, float(result.state)) == (24, 46)
+    assert (shapes, len(warned)) == ([(2,), (1,)], 1)
+
+
+def test_batches_of_one_shape_are_compiled_once():
+    shapes = []
+    data = Batches({"x": np.ones(23, np.float32)}, 2, drop_last=True)
+    assert Engine(summing(shapes)).run(jnp.float32(0), data, epochs=2).step == 22
+    assert shapes == [(2,)]
+
+
+def test_a_second_run_of_an_engine_compiles_nothing():
+    shapes = []
+    data = Batches({"x": np.ones(6, np.float32)}, 2)
+    engine = Engine(summing(shapes))
+    first = engine.run(jnp.float32(0), data, epochs=1)
+    engine.run(jnp.float32(0), data, epochs=1)
+    engine.run(first, data, epochs=2)
+    assert shapes == [(2,)]
+
+
+def test_a_leaf_that_is_new_in_a_batch_is_named():
+    def step(state, batch):
+        return state + sum(jax.tree.leaves(batch)), {}
+
+    with pytest.warns(UserWarning, match=r"y: int32\[\] is new"):
+        Engine(step).run(jnp.int32(0), [{"x": 1}, {"x": 1, "y": 2}], epochs=1)

@@ -1,0 +1,331 @@
+"""EarlyStopping: the decision by itself, and in runs with scripted values."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+from onstep import Callback, Engine, at, every, improves
+from onstep.callbacks import EarlyStopping
+from onstep.snapshot import unpack
+
+NAN, INF = math.nan, math.inf
+
+
+class Script(Callback):
+    """Logs one value of a list at each due step; None logs nothing."""
+
+    def __init__(self, values, metric="val/loss", when=1):
+        self.values, self.metric, self.when = values, metric, when
+
+    def on_step_end(self, loop):
+        value = self.values[loop.step - 1]
+        if value is not None:
+            loop.log({self.metric: value})
+
+
+def step(state, batch):
+    return state + batch, {"loss": state}
+
+
+def plain_engine(callbacks):
+    """An engine whose step does nothing: what counts here is the script."""
+    engine = Engine(step, callbacks)
+    engine._program.call = lambda bundle, batch, key, due: (bundle, {})
+    return engine
+
+
+def run(callbacks, steps):
+    return plain_engine(callbacks).run(jnp.int32(0), [1] * steps, steps=steps)
+
+
+def stops_at(stopper, values):
+    """The number, from 1, of the value at which patience runs out; None if it never does."""
+    return next((number for number, value in enumerate(values, 1) if stopper.stalled(value)), None)
+
+
+TABLE = [
+    pytest.param("max", 2, 0, [1.0, 0.8, 0.88], 3, id="two misses in a row, max"),
+    pytest.param("max", 2, 0, [1.0, 0.8, 1.2], None, id="an improvement just in time, max"),
+    pytest.param("max", 1, 0, [42, 42], 2, id="plateau, max, patience 1"),
+    pytest.param("max", 4, 0, [0.047] * 10, 5, id="plateau, max, patience 4"),
+    pytest.param("min", 3, 0, [0.5] * 10, 4, id="plateau, min, patience 3"),
+    pytest.param("min", 5, 0, [1.0] * 8, 6, id="plateau, min, patience 5"),
+    pytest.param("min", 5, 0, [8, 7, 6, 5, 4, 3, 2, 1], None, id="better every time"),
+    pytest.param(
+        "max", 3, 0, [1.0, 0.8, 1.2, 1.5, 0.9, 1.0, 0.99, 1.1, 0.9], 7, id="a new best starts the count again"
+    ),
+    pytest.param("max", 5, 0, [1.0, 0.8, 1.2, 1.23, 0.9, 1.0, 1.1, 1.253, 1.26, 1.2], None, id="a new best in time"),
+    pytest.param("min", 3, 0, [6, 5, 5, 5, 5, 5], 5, id="equal to the best is a miss, patience 3"),
+    pytest.param("min", 1, 0, [6, 5, 4, 4, 3, 3], 4, id="equal to the best is a miss, patience 1"),
+    pytest.param("min", 3, 0, [8, 4, 2, 3, 4, 5, 8, 10], 6, id="worse and worse"),
+    pytest.param("min", 3, 0, [0.4, 0.3, 0.28, 0.25, 0.26, 0.25, 0.25, 0.25], 7, id="back to the best, patience 3"),
+    pytest.param("min", 4, 0, [0.4, 0.3, 0.28, 0.25, 0.26, 0.25, 0.25, 0.25], 8, id="back to the best, patience 4"),
+    pytest.param("min", 1, 0, [10, 9, 8, 9, 8.9, 8.8, 8.7, 8.6, 8.5], 4, id="better than the last, patience 1"),
+    pytest.param("min", 2, 0, [10, 9, 8, 9, 8.9, 8.8, 8.7, 8.6, 8.5], 5, id="better than the last, patience 2"),
+    pytest.param("min", 3, 0, [10, 9, 8, 9, 8.9, 8.8, 8.7, 8.6, 8.5], 6, id="better than the last, patience 3"),
+    pytest.param("min", 3, 0, [4, 3, 2, 2, 2, 2], 6, id="patience counts from the first value that is no better"),
+    pytest.param("max", 2, 0.1, [1, 2, 2.01, 3, 3.01, 3.02], 6, id="min_delta, max"),
+    pytest.param("min", 2, 0.1, [1.1, 0.95, 0.94, 0.93], 4, id="min_delta, min"),
+    pytest.param("max", 3, 1, [90, 91, 92, 88, 89, 90], 6, id="exactly min_delta is a miss"),
+    pytest.param("min", 3, 0.05, [0.4, 0.38, 0.31, 0.25, 0.27, 0.24, 0.25, 0.25], 7, id="min_delta, min, patience 3"),
+    pytest.param("min", 4, 0.05, [0.4, 0.38, 0.31, 0.25, 0.27, 0.24, 0.25, 0.25], 8, id="min_delta, min, patience 4"),
+    pytest.param("max", 3, 0.05, [0.25, 0.3, 0.32, 0.38, 0.39, 0.41, 0.39, 0.39], 7, id="min_delta, max, patience 3"),
+    pytest.param("max", 4, 0.05, [0.25, 0.3, 0.32, 0.38, 0.39, 0.41, 0.39, 0.39], 8, id="min_delta, max, patience 4"),
+    pytest.param("max", 2, 0.4, [0, 0.3, 0.6], None, id="small gains add up, as the best stays"),
+    pytest.param("max", 3, 0.5, [1, 1.4, 1.8, 2.2], None, id="creeping upwards by less than min_delta"),
+    pytest.param("min", 2, 0, [NAN, 0.5, 0.4], None, id="NaN first does not become the best"),
+    pytest.param("max", 2, 0, [1, NAN, 0.5, 0.4], 3, id="NaN in the middle is a miss"),
+    pytest.param("min", 2, 0, [1, NAN, 0.5, NAN, 0.4], None, id="NaN now and then"),
+    pytest.param("min", 2, 0, [NAN, NAN, NAN], 2, id="nothing but NaN"),
+    pytest.param("min", 2, 0, [1.0, -INF, 0.5, 0.4], None, id="minus infinity is no improvement, min"),
+    pytest.param("max", 2, 0, [1.0, INF, INF], 3, id="infinity is no improvement, max"),
+    pytest.param("min", 3, 0, [INF, 3, 2, 4, 4, 4], 6, id="infinity first does not become the best"),
+    pytest.param("min", 2, 0, [0.0, 0.1, 0.2], 3, id="a best of zero, min"),
+    pytest.param("max", 2, 0, [-1.0, 0.0, -0.5, -0.4], 4, id="a best of zero, max"),
+    pytest.param("min", 3, 0, [0.0, 0.0, 0.0, 0.0], 4, id="nothing but zero"),
+    pytest.param("max", 2, 0, [-10, -10.5, -11], 3, id="negative scores"),
+]
+
+
+@pytest.mark.parametrize(("mode", "patience", "min_delta", "values", "expected"), TABLE)
+def test_patience_runs_out_at_this_value(mode, patience, min_delta, values, expected):
+    stopper = EarlyStopping("val/loss", patience=patience, mode=mode, min_delta=min_delta)
+    assert stops_at(stopper, values) == expected
+
+
+@pytest.mark.parametrize(("mode", "patience", "min_delta", "values", "expected"), TABLE)
+def test_a_run_stops_at_this_step(mode, patience, min_delta, values, expected):
+    stopper = EarlyStopping("val/loss", patience=patience, mode=mode, min_delta=min_delta)
+    result = plain_engine([Script(values), stopper]).run(jnp.int32(0), lambda epoch: iter([1] * 20), steps=len(values))
+    assert result.step == (expected or len(values))
+    assert (result.stopped is not None) == (expected is not None)
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "better"),
+    [
+        pytest.param(0.75, 0.0, True, id="by more than min_delta"),
+        pytest.param(0.5, None, True, id="the first value"),
+        pytest.param(0.5, 0.0, False, id="by exactly min_delta"),
+        pytest.param(0.2, 0.5, False, id="worse"),
+        pytest.param(NAN, None, False, id="NaN as the first value"),
+        pytest.param(NAN, 0.0, False, id="NaN"),
+        pytest.param(INF, None, False, id="infinity as the first value"),
+        pytest.param(INF, 0.0, False, id="infinity"),
+    ],
+)
+def test_an_improvement_is_finite_and_exceeds_min_delta(value, best, better):
+    assert improves(value, best, mode="max", min_delta=0.5) == better
+    mirrored = None if best is None else -best
+    assert improves(-value, mirrored, mode="min", min_delta=0.5) == better
+
+
+def test_the_best_value_stays_while_others_creep_towards_it():
+    stopper = EarlyStopping("val/score", patience=3, mode="max", min_delta=0.5)
+    seen = []
+    for value in [1, 1.4, 1.8, 2.2]:
+        stopper.stalled(value)
+        seen.append((stopper.best, stopper.misses))
+    assert seen == [(1, 0), (1, 1), (1.8, 0), (1.8, 1)]
+
+
+def test_the_result_says_why_the_run_stopped():
+    result = run([Script([3.0, 0.5, 0.6, 0.7, 0.1]), EarlyStopping("val/loss", patience=2)], 5)
+    assert result.step == 4
+    assert result.stopped == "val/loss has not improved on 0.5 in 2 evaluations"
+
+
+def test_a_run_that_does_not_stop_early_gives_no_reason():
+    result = run([Script([3, 2, 1]), EarlyStopping("val/loss", patience=1)], 3)
+    assert (result.step, result.stopped) == (3, None)
+
+
+def test_a_stop_counts_evaluations_not_steps():
+    script = Script([None, None, 1.0, None, None, 2.0, None, None, 3.0, None, None, 4.0])
+    result = run([script, EarlyStopping("val/loss", patience=2)], 12)
+    assert result.step == 9
+
+
+def test_records_of_other_metrics_leave_the_count_alone():
+    stopper = EarlyStopping("val/loss", patience=2)
+    run([Script([1.0, 2.0, None, None, None]), Script([5.0] * 5, "val/other"), stopper], 5)
+    assert (stopper.best, stopper.misses) == (1.0, 1)
+
+
+def test_a_mean_of_the_training_metrics_can_be_watched():
+    def constant(state, batch):
+        return state, {"loss": jnp.float32(2.0)}
+
+    result = Engine(constant, [EarlyStopping("epoch/loss", patience=2)]).run(jnp.int32(0), [1] * 4, epochs=9)
+    assert (result.epoch, result.step) == (3, 12)
+    assert result.history["epoch/loss"] == [2.0, 2.0, 2.0]
+
+
+def test_a_device_scalar_can_be_watched():
+    result = run([Script([jnp.float32(1), jnp.float32(2), jnp.float32(3)]), EarlyStopping("val/loss", patience=1)], 3)
+    assert result.step == 2
+
+
+@pytest.mark.parametrize("first", ["stopper", "script"])
+def test_a_stop_does_not_depend_on_the_place_in_the_list(first):
+    callbacks = [Script([1.0, 2.0, 3.0, 4.0]), EarlyStopping("val/loss", patience=2)]
+    result = run(callbacks if first == "script" else callbacks[::-1], 4)
+    assert result.step == 3
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["the hasty one first", "the patient one first"])
+def test_of_two_stoppers_the_first_to_run_out_of_patience_ends_the_run(order):
+    scripts = [Script([1, 2, 3, 4, 5, 6]), Script([6, 5, 4, 3, 2, 1], "val/error")]
+    stoppers = [EarlyStopping("val/loss", patience=2), EarlyStopping("val/error", patience=2)]
+    result = run([*scripts, *stoppers[::order]], 6)
+    assert result.step == 3
+    assert result.stopped.startswith("val/loss has not improved")
+
+
+def test_two_stoppers_of_one_metric_count_by_themselves():
+    stoppers = [
+        EarlyStopping("val/loss", patience=4),
+        EarlyStopping("val/loss", patience=2, min_delta=1.0, name="steep"),
+    ]
+    result = run([Script([5.0, 4.5, 4.2, 4.1]), *stoppers], 4)
+    assert result.step == 3
+    assert [(stopper.best, stopper.misses) for stopper in stoppers] == [(4.2, 0), (5.0, 2)]
+
+
+def test_a_stop_is_final_and_going_on_runs_no_step(capsys):
+    engine = plain_engine([Script([1, 2, 3, 4, 5, 6, 7, 8]), EarlyStopping("val/loss", patience=2)])
+    data = [1] * 4
+    result = engine.run(jnp.int32(0), data, epochs=1)
+    again = engine.run(result, data, epochs=2)
+    assert (result.step, again.step) == (3, 3)
+    assert again.stopped == result.stopped
+    assert "stopped for good at step 3" in capsys.readouterr().err
+
+
+def test_a_stop_is_final_for_an_engine_that_restores_the_run():
+    class GoOn(Callback):
+        def on_load(self, loop):
+            loop.restore(result.snapshot)
+
+    result = run([Script([1, 2, 3]), EarlyStopping("val/loss", patience=1)], 3)
+    again = run([GoOn(), Script([1, 2, 3]), EarlyStopping("val/loss", patience=1)], 3)
+    assert (again.step, again.stopped) == (2, result.stopped)
+
+
+def test_a_run_that_goes_on_counts_on():
+    values = [3, 2, 1, 4, 5, 6, 7]
+    engine = plain_engine([Script(values), EarlyStopping("val/loss", patience=3)])
+    result = engine.run(jnp.int32(0), [1] * 7, steps=4)
+    result = engine.run(result, [1] * 7, steps=7)
+    assert (result.step, result.stopped) == (6, "val/loss has not improved on 1.0 in 3 evaluations")
+
+
+@pytest.mark.parametrize("cut", range(7))
+def test_the_count_survives_in_another_stopper(cut):
+    values = [5, 4, NAN, 3, 3, 4, 2]
+    first, second = EarlyStopping("val/loss", patience=2), EarlyStopping("val/loss", patience=2)
+    before = stops_at(first, values[:cut])
+    second.set_state(first.get_state())
+    after = stops_at(second, values[cut:])
+    assert before == 6 if cut >= 6 else cut + after == 6
+
+
+@pytest.mark.parametrize("first", ["stopper", "script"])
+def test_a_save_holds_the_count_of_its_own_step(first):
+    saved = []
+
+    class Save(Callback):
+        def on_save(self, loop):
+            saved.append(unpack(loop.snapshot().host)["callbacks"]["EarlyStopping"])
+
+    callbacks = [Script([3, 4, 2]), EarlyStopping("val/loss", patience=5)]
+    run([Save(), *(callbacks if first == "script" else callbacks[::-1])], 3)
+    assert [(state["best"], state["misses"]) for state in saved] == [(3, 0), (3, 1), (2, 0)]
+
+
+def test_a_second_run_starts_afresh():
+    engine = plain_engine([Script([1, 2, 3, 4]), EarlyStopping("val/loss", patience=2)])
+    first, second = (engine.run(jnp.int32(0), [1] * 4, epochs=1) for _ in range(2))
+    assert (first.step, second.step) == (3, 3)
+    assert first.stopped == second.stopped
+
+
+def test_a_stopper_starts_afresh_in_another_engine():
+    stopper = EarlyStopping("val/loss", patience=2)
+    first = run([Script([1, 2, 3, 4]), stopper], 4)
+    second = run([Script([9, 8, 7, 8]), stopper], 4)
+    assert (first.step, second.step, second.stopped) == (3, 4, None)
+    assert (stopper.best, stopper.misses) == (7, 1)
+
+
+def test_a_metric_that_never_appears_is_a_warning_and_then_an_error():
+    engine = Engine(step, [Script([1.0] * 6, "val/accuracy"), EarlyStopping("val/loss", patience=2)])
+    message = r"EarlyStopping watches 'val/loss', but the records hold \['epoch/loss', .*'val/accuracy'\]. Add Evaluate"
+    with (
+        pytest.raises(ValueError, match=message) as error,
+        pytest.warns(UserWarning, match=r"watches 'val/loss', but the records hold \['epoch/loss', 'val/accuracy'\]"),
+    ):
+        engine.run(jnp.int32(0), [1] * 2, epochs=3)
+    assert "EarlyStopping.on_run_end at step 6" in error.value.__notes__[0]
+
+
+def test_the_warning_about_a_metric_comes_once():
+    engine = plain_engine([Script([None] * 5 + [1.0]), EarlyStopping("val/loss", patience=2)])
+    with pytest.warns(UserWarning, match="watches 'val/loss'") as warned:
+        engine.run(jnp.int32(0), [1] * 2, epochs=3)
+    assert len(warned) == 1
+
+
+def test_a_metric_that_appears_in_the_first_epoch_warns_of_nothing():
+    script = Script([None, 1.0, None, None])
+    result = plain_engine([script, EarlyStopping("val/loss", patience=2)]).run(jnp.int32(0), [1] * 2, epochs=2)
+    assert result.step == 4
+
+
+def test_a_stopper_that_saw_its_metric_before_a_resume_is_content():
+    engine = plain_engine([Script([1.0, None, None]), EarlyStopping("val/loss", patience=2)])
+    result = engine.run(jnp.int32(0), [1] * 3, steps=2)
+    assert engine.run(result, [1] * 3, steps=3).step == 3
+
+
+def test_an_absent_metric_does_not_hide_the_error_that_ended_the_run():
+    engine = plain_engine([EarlyStopping("val/loss", patience=2)])
+
+    @engine.on("step_end")
+    def fail(loop):
+        raise RuntimeError("out of patience in another way")
+
+    with pytest.raises(RuntimeError, match="another way") as error:
+        engine.run(jnp.int32(0), [1] * 3, epochs=1)
+    assert not any("val/loss" in note for note in error.value.__notes__)
+
+
+def test_a_stop_that_will_be_resumed_may_come_before_the_metric():
+    engine = plain_engine([EarlyStopping("val/loss", patience=2)])
+    engine.on("step_end", when=at(2))(lambda loop: loop.stop("a signal", final=False))
+    assert engine.run(jnp.int32(0), [1] * 3, epochs=1).stopped == "a signal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"patience": 0}, "needs patience >= 1.* got 0", id="patience 0"),
+        pytest.param({"patience": -1}, "needs patience >= 1.* got -1", id="negative patience"),
+        pytest.param({"patience": 2.0}, "needs patience >= 1.* got 2.0", id="float patience"),
+        pytest.param({"patience": True}, "needs patience >= 1.* got True", id="bool patience"),
+        pytest.param({"patience": 1, "mode": "auto"}, "needs mode 'min' or 'max', got 'auto'", id="unknown mode"),
+        pytest.param({"patience": 1, "min_delta": -0.1}, "needs min_delta >= 0.* got -0.1", id="negative min_delta"),
+        pytest.param({"patience": 1, "min_delta": NAN}, "needs min_delta >= 0.* got nan", id="NaN min_delta"),
+        pytest.param({"patience": 1, "min_delta": INF}, "needs min_delta >= 0.* got inf", id="infinite min_delta"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(arguments, message):
+    with pytest.raises(ValueError, match="EarlyStopping " + message):
+        EarlyStopping("val/loss", **arguments)
+
+
+def test_evaluations_may_come_at_any_cadence():
+    script = Script(list(range(1, 21)), when=every(4) | every(epochs=1))
+    result = plain_engine([script, EarlyStopping("val/loss", patience=3)]).run(jnp.int32(0), [1] * 6, epochs=3)
+    assert result.history.steps("val/loss") == [4, 6, 8, 12]
+    assert result.step == 12

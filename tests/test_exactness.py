@@ -1,0 +1,189 @@
+"""The same bytes: with and without observers, in any order, and across every cut."""
+
+import io
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from models import EXAMPLES, TX, X, Y, epoch, evaluation, fresh_state, same_bytes, step
+from onstep import Batches, Callback, Engine, every
+from onstep.callbacks import EMA, Checkpoint, EarlyStopping, Evaluate, GradNorm, Progress, TensorBoard
+
+KEY = jax.random.key(7)
+VALIDATION = Batches({"x": X, "y": Y}, 10, shuffle=False, drop_last=False)
+
+
+class Draws(Callback):
+    """Draws from a numpy generator of its own after every step."""
+
+    def __init__(self):
+        self.generator, self.drawn = np.random.default_rng(3), []
+
+    def on_step_end(self, loop):
+        self.drawn.append(int(self.generator.integers(1000)))
+
+    def get_state(self):
+        return {"generator": self.generator.bit_generator.state, "drawn": self.drawn}
+
+    def set_state(self, state):
+        self.generator.bit_generator.state = state["generator"]
+        self.drawn = list(state["drawn"])
+
+
+class Adds(Callback):
+    """A pure half that is due every third step and counts by itself."""
+
+    update_when = every(steps=3)
+
+    def init(self, state):
+        return 0
+
+    def update(self, carry, ctx):
+        return carry + 1, ctx.log(third=carry)
+
+
+def observers(directory):
+    ema = EMA(0.9, warmup=3)
+    return ema, [
+        ema,
+        GradNorm(by_module=True, updates=True, params=True, when=2),
+        Adds(),
+        Draws(),
+        Evaluate(evaluation, VALIDATION, using=ema, when=every(5)),
+        EarlyStopping("val/accuracy", patience=100, mode="max"),
+        Checkpoint(directory / "run", when=every(4)),
+        TensorBoard(directory / "run"),
+        Progress(interval=1e-6, file=io.StringIO()),
+    ]
+
+
+def run(callbacks=(), *, data=epoch, state=None, log_every=5, **targets):
+    engine = Engine(step, callbacks, log_every=log_every)
+    return engine.run(state or fresh_state(), data, rng=KEY, **(targets or {"epochs": 3}))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run()
+
+
+def test_observers_do_not_change_the_steps_bytes(plain, tmp_path):
+    _, callbacks = observers(tmp_path)
+    assert same_bytes(run(callbacks).state, plain.state)
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_the_order_of_observers_does_not_change_a_byte(plain, whole, turn, tmp_path):
+    expected = whole[1].params(whole[0])
+    ema, callbacks = observers(tmp_path)
+    result = run(callbacks[::-1] if turn == 0 else callbacks[2 * turn :] + callbacks[: 2 * turn])
+    assert same_bytes(result.state, plain.state)
+    assert same_bytes(ema.params(result), expected)
+
+
+def test_what_is_logged_how_often_and_how_many_calls_are_queued_changes_no_byte(plain):
+    engine = Engine(step, log_every=1, in_flight=1)
+    assert same_bytes(engine.run(fresh_state(), epoch, epochs=3, rng=KEY).state, plain.state)
+
+
+def test_the_engine_computes_what_a_bare_loop_computes(plain):
+    state, jitted = fresh_state(), jax.jit(step)
+    for number, batch in enumerate(itertools.chain.from_iterable(map(epoch, range(3)))):
+        state, _, _ = jitted(state, batch, jax.random.fold_in(KEY, number))
+    close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-7), state.params, plain.state.params)
+    assert all(jax.tree.leaves(close))
+
+
+def points(history, name):
+    return list(zip(history.steps(name), history[name], strict=True)) if name in history else []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    seen = []
+    ema, callbacks = observers(tmp_path_factory.mktemp("whole"))
+    return run(callbacks, data=lambda number: epoch(number, seen)), ema, callbacks[3].drawn, seen
+
+
+@pytest.mark.parametrize("cut", [1, 7, 12, 17, 24, 35])
+@pytest.mark.parametrize("through", ["result", "checkpoint"])
+def test_a_run_cut_anywhere_ends_in_the_same_bytes_and_records(cut, through, whole, tmp_path):
+    expected, expected_ema, expected_draws, expected_batches = whole
+    seen = []
+    ema, callbacks = observers(tmp_path)
+
+    class Stop(Callback):
+        when = every(cut)
+
+        def on_step_end(self, loop):
+            loop.stop("cut", final=False)
+
+    engine = Engine(step, [*callbacks, Stop()], log_every=5)
+    first = engine.run(fresh_state(), lambda number: epoch(number, seen), epochs=3, rng=KEY)
+    assert (first.step, first.stopped) == (cut, "cut")
+    del seen[cut:]  # one batch may have been drawn ahead, to learn whether the epoch goes on
+    if through == "checkpoint":
+        ema, callbacks = observers(tmp_path)
+    engine = Engine(step, callbacks, log_every=5)
+    start = first if through == "result" else fresh_state()
+    second = engine.run(start, lambda number: epoch(number, seen), epochs=3, rng=KEY)
+    assert seen[:cut] + seen[cut + cut % 12 :] == expected_batches  # those skipped are drawn again
+    assert same_bytes(second.state, expected.state)
+    assert same_bytes(second.carry(ema), expected.carry(expected_ema))
+    assert second.latest == expected.latest
+    assert callbacks[3].drawn == expected_draws
+    for name in expected.history:
+        assert points(first.history, name) + points(second.history, name) == points(expected.history, name)
+
+
+def test_batches_go_on_where_they_were_without_gathering_what_was_used(tmp_path):
+    data = Batches({"x": X, "y": Y}, 5, seed=1)
+    whole = run(data=data, epochs=4)
+    first = run([Checkpoint(tmp_path)], data=data, steps=6)
+    second = run([Checkpoint(tmp_path)], data=Batches({"x": X, "y": Y}, 5, seed=1), epochs=4)
+    assert (first.step, second.step, len(data)) == (6, 16, EXAMPLES // 5)
+    assert same_bytes(second.state, whole.state)
+
+
+def test_grain_goes_on_from_its_own_state(tmp_path):
+    import grain
+
+    def source():
+        rows = grain.MapDataset.range(EXAMPLES).seed(5).shuffle()
+        return rows.map(lambda i: {"x": X[i], "y": Y[i]}).batch(4).to_iter_dataset()
+
+    whole = run(data=source(), epochs=3)
+    run([Checkpoint(tmp_path)], data=source(), steps=8)
+    assert same_bytes(run([Checkpoint(tmp_path)], data=source(), epochs=3).state, whole.state)
+
+
+def test_a_generator_is_skipped_to_where_the_run_stood(tmp_path, capsys):
+    def stream():
+        for number in itertools.count():
+            yield from epoch(number)
+
+    whole = run(data=stream(), steps=20)
+    run([Checkpoint(tmp_path, when=4)], data=stream(), steps=13)
+    second = run([Checkpoint(tmp_path, when=4)], data=stream(), steps=20)
+    assert same_bytes(second.state, whole.state)
+    assert "skipping 13 batches" in capsys.readouterr().err
+
+
+def test_the_learning_rate_goes_on_without_a_seam(tmp_path):
+    import optax
+
+    def rate(state, batch):
+        count = optax.tree.get(state.opt_state, "count", filtering=lambda path, _: "Schedule" in str(path))
+        state, _, _ = step(state, batch, KEY)
+        return state, {"rate": optax.cosine_decay_schedule(1e-2, 36)(count)}
+
+    def rates(steps, **options):
+        return (
+            Engine(rate, [Checkpoint(tmp_path, **options)], log_every=1).run(fresh_state(), epoch, steps=steps).history
+        )
+
+    first, second = rates(5)["train/rate"], rates(10)["train/rate"]
+    expected = [float(optax.cosine_decay_schedule(1e-2, 36)(np.int32(n))) for n in range(10)]
+    assert first + second == pytest.approx(expected, rel=1e-6)
+    assert TX is fresh_state().tx

@@ -1,0 +1,354 @@
+"""Stops: what still runs after one, what is counted, and what can be resumed."""
+
+import itertools
+
+import jax.numpy as jnp
+import pytest
+from onstep import Callback, Engine, at, every
+
+
+def add(state, batch):
+    return state + batch, {"loss": batch}
+
+
+class StopAt(Callback):
+    def __init__(self, step, *, final=True, reason="enough"):
+        self.step, self.final, self.reason = step, final, reason
+
+    def on_step_end(self, loop):
+        if loop.step == self.step:
+            loop.stop(self.reason, final=self.final)
+
+
+class Transcript(Callback):
+    def __init__(self, lines, name=None, when=1):
+        self.lines, self.name, self.when = lines, name, when
+
+    def on_epoch_begin(self, loop):
+        self.lines.append((self.name, "epoch_begin", loop.step))
+
+    def on_step_end(self, loop):
+        self.lines.append((self.name, "step_end", loop.step))
+
+    def on_log(self, loop, record):
+        self.lines.append((self.name, record.values, record.step))
+
+    def on_epoch_end(self, loop):
+        self.lines.append((self.name, "epoch_end", loop.step))
+
+    def on_save(self, loop):
+        self.lines.append((self.name, "save", loop.step))
+
+
+class Ends(Callback):
+    def __init__(self):
+        self.errors = []
+
+    def on_run_end(self, loop):
+        self.errors.append(loop.error)
+
+
+def steps_of(event, lines):
+    return [step for _, what, step in lines if what == event]
+
+
+@pytest.mark.parametrize("final", [True, False], ids=["final", "resumable"])
+@pytest.mark.parametrize(
+    ("event", "step", "epoch"),
+    [
+        ("run_begin", 0, 0),
+        ("epoch_begin", 4, 1),
+        ("step_begin", 5, 1),
+        ("step_end", 5, 1),
+        ("log", 6, 1),
+        ("epoch_end", 4, 1),
+        ("save", 5, 1),
+    ],
+)
+def test_a_stop_from_any_event_ends_the_run_at_that_step(event, step, epoch, final):
+    lines, ends = [], Ends()
+    engine = Engine(add, [ends, Transcript(lines, when=100)], log_every=3)
+
+    @engine.on(event)
+    def stop(loop, *record):
+        if loop.step == step:
+            loop.stop("enough", final=final)
+
+    result = engine.run(jnp.int32(0), [1, 1, 1, 1], epochs=3)
+    assert (int(result.state), result.step, result.epoch, result.stopped) == (step, step, epoch, "enough")
+    assert steps_of("save", lines) == ([step] if step else [])
+    assert steps_of("epoch_end", lines) == ([4] if epoch else [])
+    assert ends.errors == [None]
+
+
+@pytest.mark.parametrize(("final", "windows"), [(True, [3, 5]), (False, [3])], ids=["final", "resumable"])
+def test_the_open_window_is_delivered_after_a_final_stop_alone(final, windows):
+    engine = Engine(add, [StopAt(5, final=final)], log_every=3)
+    result = engine.run(jnp.int32(0), [1, 2, 3, 4, 5, 6], epochs=1)
+    assert result.history.steps("train/loss") == windows
+
+
+def test_the_open_window_of_a_resumable_stop_goes_on_with_the_rest():
+    engine = Engine(add, [StopAt(5, final=False)], log_every=3)
+    part = engine.run(jnp.int32(0), [1, 2, 3, 4, 5, 6], epochs=1)
+    rest = engine.run(part, [1, 2, 3, 4, 5, 6], epochs=1)
+    assert dict(rest.history) == {"train/loss": [5], "epoch/loss": [3.5]}
+
+
+def test_all_that_is_due_at_the_step_of_a_stop_still_runs():
+    lines = []
+    callbacks = [Transcript(lines, "before"), StopAt(2), Transcript(lines, "after")]
+    Engine(add, callbacks).run(jnp.int32(0), [1, 1, 1], epochs=1)
+    assert [line[:2] for line in lines if line[2] == 2] == [
+        ("before", "step_end"),
+        ("after", "step_end"),
+        ("before", "save"),
+        ("after", "save"),
+        ("before", {"train/loss": 1}),
+        ("after", {"train/loss": 1}),
+    ]
+
+
+def test_all_that_is_due_before_a_step_runs_though_the_first_stops_it():
+    asked = []
+    engine = Engine(add)
+
+    @engine.on("step_begin")
+    def stop(loop):
+        loop.stop("enough")
+
+    @engine.on("step_begin")
+    def after(loop):
+        asked.append(loop.step)
+
+    assert engine.run(jnp.int32(0), [1, 1], epochs=1).step == 0
+    assert asked == [0]
+
+
+def test_a_stop_saves_for_everyone_once_whatever_their_cadence():
+    lines = []
+    callbacks = [Transcript(lines, "often"), Transcript(lines, "rare", when=every(epochs=9)), StopAt(2)]
+    Engine(add, callbacks).run(jnp.int32(0), [1, 1, 1], epochs=1)
+    assert [line for line in lines if line[1] == "save"] == [
+        ("often", "save", 1),
+        ("often", "save", 2),
+        ("rare", "save", 2),
+    ]
+
+
+def test_a_stop_within_an_epoch_neither_ends_nor_counts_it():
+    lines = []
+    result = Engine(add, [Transcript(lines), StopAt(5)]).run(jnp.int32(0), [1] * 12, epochs=1)
+    assert (result.step, result.epoch) == (5, 0)
+    assert steps_of("step_end", lines) == [1, 2, 3, 4, 5]
+    assert steps_of("epoch_end", lines) == []
+    assert "epoch/loss" not in result.history
+
+
+def test_a_stop_at_the_last_step_of_an_epoch_lets_it_end():
+    lines = []
+    result = Engine(add, [Transcript(lines), StopAt(3)]).run(jnp.int32(0), [1, 1, 1], epochs=9)
+    assert (result.step, result.epoch) == (3, 1)
+    assert steps_of("epoch_end", lines) == [3]
+    assert result.history["epoch/loss"] == [1]
+
+
+def test_a_stop_ends_a_run_over_endless_data():
+    assert Engine(add, [StopAt(5)]).run(jnp.int32(0), itertools.repeat(1), steps=100).step == 5
+
+
+def test_the_first_reason_stands():
+    callbacks = [StopAt(1, reason="first", final=False), StopAt(1, reason="second")]
+    engine = Engine(add, callbacks)
+    result = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+    assert result.stopped == "first"
+    assert engine.run(result, [1, 1, 1], epochs=1).step == 3
+
+
+def test_a_stop_is_forgotten_by_the_next_run():
+    engine = Engine(add, [StopAt(2)])
+    first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+    second = engine.run(jnp.int32(0), [1], epochs=1)
+    assert (first.stopped, second.stopped, second.step) == ("enough", None, 1)
+
+
+def test_a_finally_stopped_result_runs_no_step_and_says_so(capsys):
+    engine = Engine(add, [StopAt(2)])
+    first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+    again = engine.run(first, [1, 1, 1], epochs=5)
+    assert (again.step, int(again.state), again.stopped) == (2, 2, "enough")
+    assert "stopped for good at step 2 (enough)" in capsys.readouterr().err
+
+
+def test_a_final_stop_from_a_save_is_known_to_every_later_save():
+    saved = []
+
+    class Save(Callback):
+        def on_save(self, loop):
+            saved.append(loop.snapshot())
+
+    engine = Engine(add, [Save()])
+
+    @engine.on("save")
+    def stop(loop):
+        loop.stop("enough")
+
+    engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+    again = Engine(add)
+
+    @again.on("load")
+    def restore(loop):
+        loop.restore(saved[-1])
+
+    assert again.run(jnp.int32(0), [1, 1, 1], epochs=1).stopped == "enough"
+
+
+def test_a_resumable_result_finishes_the_epoch_that_was_cut(capsys):
+    lines, data = [], list(range(10))
+    engine = Engine(add, [Transcript(lines), StopAt(13, final=False)])
+    first = engine.run(jnp.int32(0), data, epochs=5)
+    rest = engine.run(first, data, epochs=5)
+    assert (rest.step, rest.epoch, int(rest.state), rest.stopped) == (50, 5, 5 * sum(data), None)
+    assert steps_of("epoch_end", lines) == [10, 20, 30, 40, 50]
+    assert "going on after step 13" in capsys.readouterr().err
+
+
+def test_the_events_of_an_interrupted_run_join_to_those_of_a_whole_one():
+    whole, parts, stops = [], [], []
+    data = list(range(10))
+    Engine(add, [Transcript(whole, when=7)], log_every=4).run(jnp.int32(0), data, epochs=3)
+    engine = Engine(add, [Transcript(parts, when=7)], log_every=4)
+
+    @engine.on("step_end", when=at(6, 12, 18, 24))
+    def interrupt(loop):
+        loop.stop("every sixth step", final=False)
+
+    result = engine.run(jnp.int32(0), data, epochs=3)
+    while result.step < 30:
+        stops.append(result.step)
+        result = engine.run(result, data, epochs=3)
+    assert stops == [6, 12, 18, 24]
+    extra = [line for line in parts if line[1] == "save" and line[2] in stops]
+    assert [line for line in parts if line not in extra] == whole
+
+
+def test_a_step_that_a_stop_prevented_runs_first_when_resumed():
+    batches = []
+    engine = Engine(add)
+
+    @engine.on("step_begin")
+    def interrupt(loop):
+        batches.append(int(loop.batch))
+        if batches == [1, 2, 3]:
+            loop.stop("before step 3", final=False)
+
+    part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=1)
+    assert (part.step, int(part.state)) == (2, 3)
+    assert int(engine.run(part, [1, 2, 3, 4], epochs=1).state) == 10
+    assert batches == [1, 2, 3, 3, 4]
+
+
+def test_a_resumable_stop_at_the_target_still_delivers_the_last_window():
+    engine = Engine(add, [StopAt(4, final=False)], log_every=3)
+    result = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=1)
+    assert (result.step, result.stopped) == (4, "enough")
+    assert result.history["train/loss"] == [2, 4]
+
+
+# The same with a for of one's own.
+
+
+def test_a_for_of_ones_own_has_a_turn_at_each_due_point():
+    engine = Engine(add)
+    with engine.steps(jnp.int32(0), [1, 1, 1, 1], epochs=2, when=3) as steps:
+        turns = [(loop.step, int(loop.state)) for loop in steps]
+    assert turns == [(3, 3), (6, 6)]
+    assert (steps.result.step, steps.result.epoch, steps.result.stopped) == (8, 2, None)
+
+
+def test_turns_come_at_the_ends_of_epochs_if_asked():
+    engine = Engine(add)
+    with engine.steps(jnp.int32(0), iter([1, 1, 1]), epochs=1, when=every(epochs=1)) as steps:
+        assert [(loop.step, loop.epoch) for loop in steps] == [(3, 1)]
+
+
+def test_leaving_the_for_early_is_a_resumable_stop():
+    lines, ends = [], Ends()
+    engine = Engine(add, [Transcript(lines, when=100), ends])
+    with engine.steps(jnp.int32(0), [1, 2, 3, 4], epochs=1) as steps:
+        for loop in steps:
+            if loop.step == 2:
+                break
+    assert (steps.result.step, steps.result.stopped) == (2, "the for was left early")
+    assert (steps_of("save", lines), ends.errors) == ([2], [None])
+    assert int(engine.run(steps.result, [1, 2, 3, 4], epochs=1).state) == 10
+
+
+def test_a_second_for_goes_on_where_the_first_was_left():
+    with Engine(add).steps(jnp.int32(0), [1, 1, 1, 1], epochs=1) as steps:
+        first = next(loop.step for loop in steps)
+        rest = [loop.step for loop in steps]
+    assert (first, rest, steps.result.stopped) == (1, [2, 3, 4], None)
+
+
+def test_a_stop_asked_for_in_the_for_is_final_as_elsewhere():
+    engine = Engine(add)
+    with engine.steps(jnp.int32(0), [1, 2, 3, 4], epochs=1) as steps:
+        for loop in steps:
+            if loop.step == 3:
+                loop.stop("good enough")
+    assert (steps.result.step, steps.result.stopped) == (3, "good enough")
+    assert engine.run(steps.result, [1, 2, 3, 4], epochs=1).step == 3
+
+
+def test_an_error_in_the_for_ends_the_run_and_comes_out_unchanged():
+    heard, ends = [], Ends()
+    engine = Engine(add, [ends])
+
+    @engine.on("exception")
+    def hear(loop, error):
+        heard.append((loop.step, error))
+
+    error = KeyError("mine")
+    with pytest.raises(KeyError, match="mine") as caught, engine.steps(jnp.int32(0), [1, 1, 1], epochs=1) as steps:
+        for loop in steps:
+            if loop.step == 2:
+                raise error
+    assert caught.value is error
+    assert (heard, ends.errors, steps.result) == ([(2, error)], [error], None)
+
+
+def test_an_error_of_a_callback_comes_out_of_the_for_once():
+    heard = []
+    engine = Engine(add)
+
+    @engine.on("step_end")
+    def fail(loop):
+        raise OSError("disk gone")
+
+    @engine.on("exception")
+    def hear(loop, error):
+        heard.append(str(error))
+
+    with pytest.raises(OSError, match="disk gone"), engine.steps(jnp.int32(0), [1, 1], epochs=1) as steps:
+        list(steps)
+    assert heard == ["disk gone"]
+
+
+def test_a_for_that_never_comes_runs_no_step_and_draws_no_batch():
+    drawn, ends = [], Ends()
+    engine = Engine(add, [ends])
+    with engine.steps(jnp.int32(7), (drawn.append(n) for n in range(9)), epochs=1) as steps:
+        pass
+    assert (steps.result.step, int(steps.result.state), drawn, ends.errors) == (0, 7, [], [None])
+    assert steps.result.stopped == "the for was left early"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["without it", "after it"])
+def test_engine_steps_outside_its_with_is_refused(after):
+    steps = Engine(add).steps(jnp.int32(0), [1], epochs=1)
+    if after:
+        with steps:
+            pass
+    with pytest.raises(RuntimeError, match="needs a with"):
+        next(iter(steps))
