@@ -54,9 +54,13 @@ def difference(old: Any, new: Any) -> str:
 
 def strong(tree: Any) -> Any:
     """The tree with weak types made strong, so that one signature stays one executable."""
-    return jax.tree.map(
-        lambda x: jax.lax.convert_element_type(x, x.dtype) if x.weak_type else x, jax.tree.map(_array, tree)
-    )
+
+    def convert(leaf: Any) -> jax.Array:
+        array = _array(leaf)
+        weak = getattr(array, "weak_type", False)  # random keys have none
+        return jax.lax.convert_element_type(array, array.dtype) if weak else array
+
+    return jax.tree.map(convert, tree)
 
 
 def _array(leaf: Any) -> jax.Array:

@@ -1,0 +1,287 @@
+"""When the host waits for the device, what is compiled, what is donated, what is kept."""
+
+import gc
+import io
+import os
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Batches, Callback, Engine, every
+from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, Progress, TensorBoard
+
+
+class Tripwire:
+    """A metric that writes down the step at which its value is read, by whatever way."""
+
+    shape, dtype, ndim = (), np.dtype("float32"), 0
+
+    def __init__(self, step, reads):
+        self.step, self.reads = step, reads
+
+    def _read(self, *args, **kwargs):
+        self.reads.append(self.step)
+        return 1.0
+
+    __float__ = __int__ = __bool__ = __index__ = __format__ = __lt__ = __gt__ = __eq__ = __hash__ = _read
+    item = tolist = copy_to_host_async = __repr__ = _read
+
+    def __array__(self, *args, **kwargs):
+        return np.asarray(self._read())
+
+    def block_until_ready(self):
+        """Waiting for a call is no read of its value."""
+        return self
+
+
+def tripwired(engine, reads):
+    """The engine with a plain function in the compiled call's place."""
+    steps = iter(range(1, 10**9))
+    engine._program.call = lambda bundle, batch, rng, due: (bundle, {"loss": Tripwire(next(steps), reads)})
+    return engine
+
+
+def step(state, batch):
+    return state + batch, {"loss": state * 1.0}
+
+
+class Idle(Callback):
+    """Answers events without looking at a value."""
+
+    when = every(7)
+
+    def __init__(self, reads=()):
+        self.reads, self.at = reads, []
+
+    def on_step_begin(self, loop):
+        self.at.append(len(self.reads))
+
+    on_step_end = on_save = on_step_begin
+
+
+def test_no_metric_is_read_between_due_log_steps():
+    reads = []
+    idle = Idle(reads)
+    engine = tripwired(Engine(step, [idle], log_every=20), reads)
+    with engine.steps(jnp.int32(0), range(100), epochs=1, when=1) as steps:
+        seen = [(loop.step, len(reads)) for loop in steps]
+    assert seen == [(n, n // 20 * 20) for n in range(1, 101)]
+    assert sorted(reads) == list(range(1, 101))
+
+
+def test_a_hundred_steps_logged_every_ten_are_read_at_ten_points():
+    reads, points = [], []
+    engine = tripwired(Engine(step, log_every=10), reads)
+    engine.on("log")(lambda loop, record: points.append((loop.step, len(reads))))
+    engine.run(jnp.int32(0), range(1000), steps=100)
+    assert points == [(n, n) for n in range(10, 101, 10)]
+
+
+def slow_step(state, batch):
+    for _ in range(12):
+        state = jnp.tanh(state @ state) * 0.5 + 0.1
+    return state, {"loss": state[0, 0]}, {"grads": state}
+
+
+def built_in(tmp_path):
+    ema = EMA(of=None)
+    evaluate = Evaluate(lambda state, batch: {"x": state[0, 0]}, [np.zeros(1)], using=ema, when=20)
+    progress = Progress(interval=1000, file=io.StringIO())
+    return [ema, GradNorm(), evaluate, Checkpoint(tmp_path, when=20), TensorBoard(tmp_path), progress]
+
+
+def test_the_host_runs_ahead_of_the_device_until_something_is_due(tmp_path):
+    engine = Engine(slow_step, built_in(tmp_path), log_every=20, in_flight=32)
+    state = jnp.full((500, 500), 0.01)
+    engine.run(state, range(400), steps=20)  # compiles
+    for target in (40, 60, 80):  # the machine may be busy: one undisturbed stretch will do
+        times = [time.perf_counter()]
+        with engine.steps(state, range(400), steps=target, when=19) as steps:
+            for _ in steps:
+                times.append(time.perf_counter())
+        times.append(time.perf_counter())
+        ahead, whole = times[1] - times[0], times[2] - times[0]
+        if ahead < 0.25 * whole:
+            break
+    assert ahead < 0.25 * whole, f"the steps before the due one kept the host for {ahead:.3f} s of {whole:.3f} s"
+
+
+def test_one_read_a_step_would_be_seen_by_that_test():
+    engine = Engine(slow_step, log_every=20, in_flight=32)
+    engine.on("step_end")(lambda loop: float(loop.metrics["loss"]))
+    state = jnp.full((500, 500), 0.01)
+    engine.run(state, range(40), steps=20)
+    times = [time.perf_counter()]
+    with engine.steps(state, range(40), steps=20, when=19) as steps:
+        for _ in steps:
+            times.append(time.perf_counter())
+    times.append(time.perf_counter())
+    assert times[1] - times[0] > 0.5 * (times[2] - times[0])
+
+
+def test_no_more_calls_are_queued_than_asked_for():
+    finished, started, most = set(), [], []
+
+    class Handle:
+        shape = ()
+
+        def __init__(self, number):
+            self.number = number
+
+        def block_until_ready(self):
+            finished.update(range(self.number + 1))
+
+        def __array__(self, *args, **kwargs):
+            self.block_until_ready()
+            return np.zeros(())
+
+    def call(bundle, batch, rng, due):
+        started.append(len(started))
+        most.append(len(started) - len(finished))
+        return bundle, {"loss": Handle(started[-1])}
+
+    for in_flight in (1, 2, 5):
+        finished.clear(), started.clear(), most.clear()
+        engine = Engine(step, in_flight=in_flight, log_every=30)
+        engine._program.call = call
+        engine.run(jnp.int32(0), range(100), epochs=1)
+        assert max(most) == in_flight + 1  # the one being started, behind those that are queued
+
+
+def test_the_callers_arrays_stay_valid_and_are_not_aliased():
+    params = jnp.ones(3)
+    state = {"params": params, "target": params, "numpy": np.zeros(2), "number": 0, "key": jax.random.key(0)}
+
+    def all_change(state, batch):
+        changed = {name: state[name] + 1 for name in ("params", "target", "numpy", "number")}
+        return changed | {"key": jax.random.split(state["key"])[0]}, {}
+
+    result = Engine(all_change).run(state, range(3), epochs=1)
+    assert (params + 0).tolist() == [1, 1, 1]
+    assert state["numpy"].tolist() == [0, 0]
+    assert result.state["target"].tolist() == [4, 4, 4]
+    assert int(result.state["number"]) == 3
+
+
+def test_donate_uses_up_the_callers_state_even_where_leaves_are_shared():
+    shared = jax.device_put(jnp.ones(3), jax.devices()[0])
+    result = Engine(lambda s, b: ({k: v + 1 for k, v in s.items()}, {})).run(
+        {"a": shared, "b": shared}, range(2), epochs=1, donate=True
+    )
+    assert shared.is_deleted()
+    assert result.state["b"].tolist() == [3, 3, 3]
+
+
+def test_a_result_stays_valid_after_another_run_goes_on_from_it():
+    engine = Engine(step, [EMA(0.5, of=None)])
+    first = engine.run(jnp.float32(1), [1.0, 1.0], epochs=1)
+    second = engine.run(first, [1.0, 1.0], epochs=2)
+    third = engine.run(first, [1.0, 1.0], epochs=3)
+    assert (float(first.state), float(second.state), float(third.state)) == (3, 5, 7)
+
+
+def compilations(run):
+    """How often a run compiles something, by jax's own account."""
+    names = []
+
+    def listen(name, seconds, **more):
+        names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return names.count("/jax/core/compile/backend_compile_duration")
+
+
+def test_one_executable_serves_the_whole_run_and_the_next():
+    ema = EMA(0.9, of=None)
+    engine = Engine(lambda s, b, rng: (s + b.sum(), {"loss": s}), [ema, GradLike(when=3)], log_every=4)
+    data = Batches(np.arange(12, dtype=np.float32), 2)
+    engine.run(0.0, data, epochs=2, rng=jax.random.key(0))
+    assert engine._program.call._cache_size() == 1
+    assert compilations(lambda: engine.run(0.0, data, epochs=2, rng=jax.random.key(0))) == 0
+    assert engine._program.call._cache_size() == 1
+
+
+class GradLike(Callback):
+    """A pure half that is not always due and logs."""
+
+    def __init__(self, when):
+        self.update_when = when
+
+    def update(self, carry, ctx):
+        return carry, ctx.log(seen=ctx.step)
+
+
+def test_a_python_number_in_the_state_does_not_compile_twice():
+    engine = Engine(lambda s, b: ({"step": s["step"] + 1, "lr": s["lr"]}, {}))
+    result = engine.run({"step": 0, "lr": 0.1}, range(5), epochs=1)
+    assert engine._program.call._cache_size() == 1
+    assert result.state["step"].dtype == jnp.int32
+
+
+def test_a_resumed_run_reuses_the_executable(tmp_path):
+    engine = Engine(step, [Checkpoint(tmp_path, when=2)])
+    engine.run(jnp.int32(0), range(4), steps=3)
+    engine.run(jnp.int32(0), range(4), steps=4)
+    assert engine._program.call._cache_size() == 1
+
+
+def test_numpy_of_64_bits_is_the_shape_that_the_device_sees():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(step).run(0.0, [np.float64(1), 1.0, np.asarray(2.0)], epochs=1)
+
+
+def test_memory_stays_flat_over_many_steps():
+    def many(state, batch):
+        return state + 1, {f"m{i}": state * i for i in range(5)}
+
+    def resident():
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    engine = Engine(many, log_every=100)
+    batch, points = np.float32(0), []
+    with engine.steps(jnp.float32(0), iter(lambda: batch, None), steps=20_000, when=5_000) as steps:
+        for _ in steps:
+            gc.collect()
+            points.append((len(jax.live_arrays()), resident()))
+    arrays, memory = zip(*points, strict=True)
+    assert max(arrays) - min(arrays) <= 10
+    assert memory[-1] - memory[0] < 20e6
+
+
+def test_a_kept_state_says_that_it_was_donated_and_who_kept_it():
+    class Keeps(Callback):
+        kept = None
+
+        def on_step_end(self, loop):
+            if loop.step == 3:
+                self.kept = loop.state
+            if loop.step == 5:
+                float(self.kept)
+
+    with pytest.raises(RuntimeError, match="deleted") as caught:
+        Engine(step, [Keeps()]).run(jnp.int32(0), range(9), epochs=1)
+    notes = "\n".join(caught.value.__notes__)
+    assert "Keeps.on_step_end at step 5" in notes
+    assert "Keep a copy instead" in notes
+
+
+def test_uncompiled_steps_can_be_looked_into():
+    seen = []
+
+    def looks(state, batch):
+        seen.append(float(state))
+        return state + batch, {"loss": state}
+
+    engine = Engine(looks, [EMA(0.5, of=None), GradLike(when=2)], jit=False)
+    result = engine.run(jnp.float32(0), [np.float32(1)] * 3, epochs=1)
+    assert seen == [0, 1, 2]
+    assert float(result.state) == 3
