@@ -1,0 +1,307 @@
+"""Mistakes speak: who needs what, got what, and what to do; before anything is written."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Callback, Engine, at, every
+from onstep.callbacks import EMA, Checkpoint, EarlyStopping, GradNorm, TensorBoard
+
+
+def step(state, batch):
+    return state + batch, {"loss": state * 1.0}
+
+
+def fails(step, match, error=ValueError, state=None, tmp_path=None, **options):
+    """A run of one step raises, and leaves no file behind."""
+    callbacks = [] if tmp_path is None else [Checkpoint(tmp_path / "run", when=1), TensorBoard(tmp_path / "run")]
+    with pytest.raises(error, match=match):
+        Engine(step, callbacks).run(jnp.float32(0) if state is None else state, [1.0], epochs=1, **options)
+    assert tmp_path is None or not any(tmp_path.iterdir())
+
+
+# The step
+
+
+STATE = {"params": {"w": jnp.zeros(3), "b": jnp.zeros(())}, "rng": jnp.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda s: {"params": s["params"]}, r"rng: float32\[2\] is gone"),
+        (lambda s: s | {"new": s["rng"]}, r"new: float32\[2\] is new"),
+        (lambda s: s | {"rng": jnp.zeros(4)}, r"rng: float32\[2\] became float32\[4\]"),
+        (lambda s: s | {"rng": jnp.zeros(2, jnp.bfloat16)}, r"rng: float32\[2\] became bfloat16\[2\]"),
+        (lambda s: s | {"params": tuple(s["params"].values())}, r"params/w: float32\[3\] is gone"),
+        (lambda s: (s["params"], s["rng"]), "is gone; .* is new"),
+    ],
+)
+def test_a_step_that_returns_another_state_names_the_leaf_and_both_sides(change, match, tmp_path):
+    match = f"The step needs to return a state like the one it got: .*{match}"
+    fails(lambda s, b: (change(s), {}), match, state=STATE, tmp_path=tmp_path)
+
+
+def test_a_structure_that_differs_without_a_leaf_is_named_too():
+    class One(NamedTuple):
+        w: jax.Array
+
+    class Two(NamedTuple):
+        w: jax.Array
+
+    fails(lambda s, b: (Two(s.w), {}), "the structure .*One.* became .*Two", state=One(jnp.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    ("results", "error", "match"),
+    [
+        (lambda s: s, TypeError, r"needs to return \(state, metrics\).*got .*Tracer"),
+        (lambda s: (s,), TypeError, "got 1 results"),
+        (lambda s: (s, {}, {}, {}), TypeError, "got 4 results"),
+        (lambda s: [s, {}], TypeError, "got list"),
+        (lambda s: (s, s), TypeError, "metrics as a dict of scalars by name"),
+        (lambda s: (s, {1: s}), TypeError, "metrics as a dict of scalars by name"),
+        (lambda s: (s, {"loss": jnp.zeros(3)}), ValueError, r"scalar metrics, got shape \(3,\) for 'loss'"),
+        (lambda s: (s, {"loss": {"a": s}}), TypeError, "scalar metrics, got dict for 'loss'"),
+        (lambda s: (s, {"loss": "low"}), TypeError, "scalar metrics, got str for 'loss'"),
+        (lambda s: (s, {}, s), TypeError, "a dict as its third result, aux"),
+    ],
+)
+def test_a_step_that_returns_the_wrong_thing_says_what_it_got(results, error, match, tmp_path):
+    fails(lambda s, b: results(s), match, error, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda: None, r"\(state, batch\) or \(state, batch, rng\), got \(\)"),
+        (lambda state: None, r"got \(state\)"),
+        (lambda a, b, c, d: None, r"got \(a, b, c, d\)"),
+        (lambda state, batch, *, rng: None, r"got \(state, batch, rng\)"),
+        ("step", "needs to be a function .*got str"),
+    ],
+)
+def test_a_step_with_the_wrong_arguments_is_refused_when_the_engine_is_made(wrong, match):
+    with pytest.raises(TypeError, match=match):
+        Engine(wrong)
+
+
+def takes_key(state, batch, rng):
+    return state + jax.random.uniform(rng), {}
+
+
+class Bound:
+    def step(self, state, batch, rng):
+        return takes_key(state, batch, rng)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        takes_key,
+        jax.jit(takes_key),
+        Bound().step,
+        functools.partial(lambda scale, state, batch, rng: takes_key(state, batch, rng), 1.0),
+        functools.wraps(takes_key)(lambda *args: takes_key(*args)),
+    ],
+    ids=["plain", "jitted", "bound", "partial", "wrapped"],
+)
+def test_a_step_that_takes_a_key_is_known_however_it_is_wrapped(wrapped):
+    result = Engine(wrapped).run(jnp.float32(0), [0, 0], epochs=1, rng=jax.random.key(3))
+    keys = [jax.random.fold_in(jax.random.key(3), n) for n in range(2)]
+    assert float(result.state) == pytest.approx(sum(float(jax.random.uniform(key)) for key in keys))
+    fails(wrapped, "takes a random key as its third argument. Pass one: rng=")
+
+
+@pytest.mark.parametrize("wrong", [0, "key", np.zeros(2)], ids=["int", "str", "floats"])
+def test_what_is_no_random_key_is_refused(wrong):
+    fails(takes_key, "rng needs a random key such as jax.random.key", TypeError, rng=wrong)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"), [("name", "str"), (len, "builtin_function_or_method"), (object(), "object"), ({1}, "set")]
+)
+def test_a_state_with_a_leaf_that_is_no_array_names_it(leaf, kind):
+    fails(step, f"arrays and numbers as leaves, got {kind} at 'a/1'", TypeError, state={"a": [1, leaf]})
+
+
+# The run
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        ({}, "needs a target: epochs=, steps= or both"),
+        ({"epochs": -1}, "epochs needs a whole number >= 0, got -1"),
+        ({"steps": 1.5}, "steps needs a whole number >= 0, got 1.5"),
+        ({"steps": True}, "steps needs a whole number >= 0, got True"),
+        ({"steps": 3, "epoch_steps": 0}, "epoch_steps needs a whole number >= 1, got 0"),
+    ],
+)
+def test_targets_out_of_range_are_refused(targets, match):
+    with pytest.raises(ValueError, match=match):
+        Engine(step).run(jnp.float32(0), [1.0], **targets)
+
+
+@pytest.mark.parametrize("option", ["log_every", "in_flight"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
+def test_options_out_of_range_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option} needs a whole number >= 1, got {value}"):
+        Engine(step, **{option: value})
+
+
+def test_a_target_below_the_step_of_the_run_is_refused():
+    engine = Engine(step)
+    result = engine.run(jnp.float32(0), [1.0] * 4, epochs=2)
+    with pytest.raises(ValueError, match="at step 8, beyond the target of 5 steps"):
+        engine.run(result, [1.0] * 4, steps=5)
+    with pytest.raises(ValueError, match="at epoch 2, beyond the target of 1 epochs"):
+        engine.run(result, [1.0] * 4, epochs=1)
+
+
+def test_going_on_with_another_key_names_both():
+    engine = Engine(takes_key)
+    result = engine.run(jnp.float32(0), [0, 0], epochs=1, rng=jax.random.key(3))
+    with pytest.raises(ValueError, match=r"random key \(rng\) .*\[0, 3\].*, this run .*\[0, 4\]"):
+        engine.run(result, [0, 0], epochs=2, rng=jax.random.key(4))
+
+
+# Callbacks
+
+
+@pytest.mark.parametrize(
+    ("methods", "match"),
+    [
+        ({"on_step_ends": lambda self, loop: None}, r"Bad.on_step_ends is not an event. Did you mean on_step_end\?"),
+        ({"on_train_start": lambda self, loop: None}, "Bad.on_train_start is not an event"),
+        ({"on_step_end": lambda self: None}, r"Bad.on_step_end needs the arguments \(self, loop\), got \(self\)"),
+        ({"on_step_end": lambda self, loop, metrics: None}, r"\(self, loop\), got \(self, loop, metrics\)"),
+        ({"on_log": lambda self, loop: None}, r"\(self, loop, record\), got \(self, loop\)"),
+        ({"on_exception": lambda self, loop: None}, r"\(self, loop, error\), got \(self, loop\)"),
+        ({"update": lambda self, ctx: None}, r"Bad.update needs the arguments \(self, carry, ctx\), got \(self, ctx\)"),
+        ({"on_log": None}, "Bad.on_log needs to be a plain method, got NoneType"),
+        ({"on_log": staticmethod(lambda loop, record: None)}, "plain method, got staticmethod"),
+        ({"init": lambda self, state: 0}, "Bad has init without update; define both"),
+        ({"get_state": lambda self: {}}, "Bad has get_state without set_state; define both"),
+        ({"set_state": lambda self, state: None}, "Bad has set_state without get_state; define both"),
+    ],
+)
+def test_a_callback_class_with_a_mistake_is_refused_when_it_is_defined(methods, match):
+    with pytest.raises(TypeError, match=match):
+        type("Bad", (Callback,), methods)
+
+
+@pytest.mark.parametrize("when", ["epoch", 0, -3, 1.5, True, None, [10]])
+def test_a_when_that_is_no_cadence_names_the_callback(when):
+    class Log(Callback):
+        def on_step_end(self, loop):
+            pass
+
+    log = Log()
+    log.when = when
+    with pytest.raises(ValueError, match="Log.when needs a cadence such as every"):
+        Engine(step, [log]).run(jnp.float32(0), [1.0], epochs=1)
+
+
+def test_a_pure_half_cannot_wait_for_the_clock():
+    class Half(Callback):
+        update_when = every(seconds=1) | at(3)
+
+        def update(self, carry, ctx):
+            return carry, ctx
+
+    with pytest.raises(ValueError, match="Half.update_when needs steps or epochs"):
+        Engine(step, [Half()])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        (lambda carry, ctx: ctx, TypeError, r"Half.update needs to return \(carry, ctx\), got Context"),
+        (lambda carry, ctx: (carry, ctx.state), TypeError, r"Half.update needs to return \(carry, ctx\)"),
+        (lambda carry, ctx: (jnp.zeros(2), ctx), ValueError, r"Half.update needs to return a carry like .*\[\] became"),
+        (lambda carry, ctx: (carry, ctx.replace(state=jnp.zeros(2))), ValueError, "Half.update needs .* a state like"),
+        (lambda carry, ctx: (carry, ctx.replace(batch=1)), TypeError, r"Half can replace .*, got \['batch'\]"),
+        (lambda carry, ctx: (carry, ctx.log(loss=1)), ValueError, "Half logs 'loss', which is taken"),
+        (lambda carry, ctx: (carry, ctx.log(x=jnp.zeros(2))), ValueError, "Half needs to log scalars"),
+        (lambda carry, ctx: (carry, ctx.log(x=ctx.rng[0])), ValueError, "Half needs a random key"),
+    ],
+)
+@pytest.mark.parametrize("when", [1, 2], ids=["always", "branched"])
+def test_a_pure_half_that_does_the_wrong_thing_is_named(wrong, error, match, when):
+    class Half(Callback):
+        update_when = when
+
+        def init(self, state):
+            return 0.0
+
+        def update(self, carry, ctx):
+            return wrong(carry, ctx)
+
+    with pytest.raises(error, match=match):
+        Engine(step, [Half()]).run(jnp.float32(0), [1.0] * 2, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: EMA(1.5), "EMA needs 0 <= decay < 1, got 1.5"),
+        (lambda: EMA(start=-1), "EMA needs start >= 0"),
+        (lambda: EarlyStopping("x", patience=0), "EarlyStopping needs patience >= 1"),
+        (lambda: EarlyStopping("x", patience=1, mode="best"), "mode 'min' or 'max', got 'best'"),
+        (lambda: EarlyStopping("x", patience=1, min_delta=-1), "min_delta >= 0, got -1"),
+        (lambda: Checkpoint("x", keep=0), "Checkpoint needs keep >= 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_when_the_callback_is_made(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_a_field_that_the_state_has_not_is_named_with_those_it_has(tmp_path):
+    with pytest.raises(ValueError, match=r"EMA needs 'parameters' in the state, but dict has \['params', 'rng'\]"):
+        Engine(step, [EMA(of="parameters"), Checkpoint(tmp_path / "run")]).run(STATE, [1.0], epochs=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_gradient_norms_without_gradients_say_what_to_return():
+    with pytest.raises(ValueError, match=r"GradNorm needs aux\['grads'\], got aux with \[\]. Return it from the step"):
+        Engine(step, [GradNorm()]).run(jnp.float32(0), [1.0], epochs=1)
+
+
+def test_a_state_that_cannot_be_saved_speaks_when_the_engine_is_made():
+    class Keeps(Callback):
+        def get_state(self):
+            return {"seen": {1, 2}}
+
+        def set_state(self, state):
+            pass
+
+    with pytest.raises(TypeError, match=r"Keeps.get_state needs JSON values, .*got set at \['seen'\]"):
+        Engine(step, [Keeps()])
+
+
+def test_restore_belongs_in_on_load():
+    engine = Engine(step)
+    result = engine.run(jnp.float32(0), [1.0], epochs=1)
+    engine.on("epoch_begin")(lambda loop: loop.restore(result.snapshot))
+    with pytest.raises(RuntimeError, match="loop.restore belongs in on_load"):
+        engine.run(jnp.float32(0), [1.0], epochs=1)
+
+
+def test_logging_what_is_no_scalar_names_it():
+    engine = Engine(step)
+    engine.on("epoch_end")(lambda loop: loop.log({"val/loss": np.zeros(2)}))
+    with pytest.raises(ValueError, match=r"A record needs scalars, got shape \(2,\) for 'val/loss'"):
+        engine.run(jnp.float32(0), [1.0], epochs=1)
+
+
+def test_a_name_that_was_not_recorded_is_answered_with_those_that_were():
+    history = Engine(step).run(jnp.float32(0), [1.0], epochs=1).history
+    with pytest.raises(KeyError, match=r"'loss' was not recorded; the history holds \['epoch/loss', 'train/loss'\]"):
+        history["loss"]
+    with pytest.raises(KeyError, match="'loss' was not recorded"):
+        history.steps("loss")
