@@ -67,10 +67,13 @@ class Checkpoint(Callback):
         elif steps:
             loop.restore(self._read(steps[-1]))
 
+    def on_run_begin(self, loop: Loop) -> None:
+        self._began = loop.step
+
     def on_save(self, loop: Loop) -> None:
         snapshot = loop.snapshot()
         if self._manager is None:
-            _move_aside(self.directory, [step for step in _steps(self.directory) if step > snapshot.step])
+            _move_aside(self.directory, [step for step in _steps(self.directory) if step > self._began])
             self._manager = _open(self.directory, self.keep)
         _save(self._manager, snapshot.step, {**snapshot.tree, "host": np.frombuffer(snapshot.host, np.uint8)})
 
@@ -96,8 +99,11 @@ def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
 
     Raises:
         FileExistsError: the directory holds that step.
+        ValueError: there is no array in the tree.
     """
     directory = os.path.abspath(directory)
+    if not jax.tree.leaves(_orbax(tree)):
+        raise ValueError(f"save needs a tree with arrays in it, got {tree!r:.80}.")
     if step in _steps(directory):
         raise FileExistsError(f"save: {directory} holds step {step}. Give another step or directory.")
     with _open(directory, keep=None) as manager:
@@ -163,7 +169,11 @@ def _restore(manager: Any, step: int, likes: dict[str, Any]) -> dict[str, Any]:
 
 def _orbax(tree: Any) -> dict[str, Any]:
     """As Orbax takes it: no bare array, and None for arrays of size 0, which it refuses."""
-    return {"tree": jax.tree.map(lambda leaf: leaf if np.size(leaf) else None, tree)}
+
+    def convert(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+    return {"tree": jax.tree.map(lambda leaf: convert(leaf) if np.size(leaf) else None, tree)}
 
 
 def _move_aside(directory: str, steps: list[int]) -> None:

@@ -40,6 +40,7 @@ class Callback:
     name: str | None = None
     when: Cadence | int = ALWAYS
     update_when: Cadence | int = ALWAYS
+    _plain: str | None = None  # the name to number, where it is not the class's
     _fresh: bytes | None = None  # the host half as an engine saw it first
 
     def on_load(self, loop: Loop) -> None:
@@ -137,8 +138,8 @@ class Function(Callback):
             names = [name.removeprefix("on_") for name in EVENTS]
             raise ValueError(f"{event!r} is not an event.{checks.nearest(method.removeprefix('on_'), names)}")
         checks.arguments(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
-        self.name = getattr(function, "__name__", None)
-        self.when = as_cadence(when, f"{self.name}.when")
+        self._plain = getattr(function, "__name__", "function")
+        self.when = as_cadence(when, f"{self._plain}.when")
         setattr(self, method, function)
 
 

@@ -93,7 +93,7 @@ def named(callbacks: Iterable[Callback], kind: type[Callback]) -> dict[str, Call
         if any(callback is known for known in names.values()) or given.count(callback.name or "") > 1:
             who = callback.name or type(callback).__name__
             raise ValueError(f"Two callbacks are named {who!r}, or one is listed twice. Give each a name of its own.")
-        plain = type(callback).__name__
+        plain = callback._plain or type(callback).__name__
         numbered = (plain if n == 1 else f"{plain}_{n}" for n in itertools.count(1))
         names[callback.name or next(n for n in numbered if n not in names and n not in given)] = callback
     return names

@@ -12,22 +12,19 @@ def step(state, batch):
     return state + batch, {}
 
 
-class Noted(Callback):
-    """Notes the steps at which each of its methods was called."""
+class NotedBegins(Callback):
+    """Notes the steps before which it was called."""
 
     def __init__(self, when):
         self.when = when
-        self.begins, self.ends = [], []
+        self.begins = []
 
     def on_step_begin(self, loop):
         self.begins.append(loop.step + 1)
 
-    def on_step_end(self, loop):
-        self.ends.append(loop.step)
-
 
 class NotedEnds(Callback):
-    """The same without on_step_begin, which must know an epoch's end before it comes."""
+    """Notes the steps after which it was called."""
 
     def __init__(self, when):
         self.when = when
@@ -112,9 +109,13 @@ def test_steps_are_counted_across_epochs():
 
 
 def test_each_method_of_a_callback_is_due_by_the_same_cadence():
-    noted = Noted(every(3) | at(1))
-    Engine(step, [noted]).run(jnp.int32(0), [1] * 10, epochs=1)
-    assert noted.begins == noted.ends == [1, 3, 6, 9]
+    class Both(NotedBegins, NotedEnds):
+        def __init__(self):
+            self.when, self.begins, self.ends = every(3) | at(1), [], []
+
+    both = Both()
+    Engine(step, [both]).run(jnp.int32(0), [1] * 10, epochs=1)
+    assert both.begins == both.ends == [1, 3, 6, 9]
 
 
 def test_a_cadence_in_epochs_is_due_at_the_step_that_completes_one():
@@ -139,19 +140,21 @@ def test_epochs_and_steps_combine_and_meet_once():
 
 
 def test_on_step_begin_knows_the_step_that_will_complete_an_epoch():
-    noted = Noted(every(epochs=1))
+    noted = NotedBegins(every(epochs=1))
     Engine(step, [noted]).run(jnp.int32(0), [1] * 4, epochs=3)
-    assert noted.begins == noted.ends == [4, 8, 12]
+    assert noted.begins == [4, 8, 12]
 
 
 def test_on_step_begin_by_epochs_needs_a_length():
-    engine = Engine(step, [Noted(every(epochs=1))])
-    with pytest.raises(ValueError, match=r"Noted.on_step_begin is due every\(epochs=1\), .* generator has no len"):
+    engine = Engine(step, [NotedBegins(every(epochs=1))])
+    with pytest.raises(
+        ValueError, match=r"NotedBegins.on_step_begin is due every\(epochs=1\), .* generator has no len"
+    ):
         engine.run(jnp.int32(0), (1 for _ in range(4)), epochs=1)
 
 
 def test_on_step_begin_by_epochs_takes_epoch_steps_for_a_length():
-    noted = Noted(every(epochs=1))
+    noted = NotedBegins(every(epochs=1))
     Engine(step, [noted]).run(jnp.int32(0), (1 for _ in range(6)), epoch_steps=2, epochs=3)
     assert noted.begins == [2, 4, 6]
 
@@ -217,7 +220,7 @@ def test_a_cadence_in_seconds_goes_by_the_engines_clock(when, due):
 
 
 def test_on_step_begin_by_seconds_comes_before_the_next_step():
-    clock, noted = Clock(), Noted(every(seconds=3))
+    clock, noted = Clock(), NotedBegins(every(seconds=3))
     engine = Engine(step, [noted])
     engine._clock = clock
     engine.run(jnp.int32(0), Ticking(clock, [1] * 10), epochs=1)
@@ -264,6 +267,26 @@ def test_a_run_stopped_between_two_due_steps_keeps_the_rhythm():
     assert (result.step, noted.ends) == (6, [4])
     engine.run(result, [1] * 12, steps=12)
     assert noted.ends == [4, 8, 12]
+
+
+def test_another_engine_that_goes_on_keeps_the_rhythm():
+    class GoOn(Callback):
+        def on_load(self, loop):
+            loop.restore(result.snapshot)
+
+    result = Engine(step, [NotedInside(4)]).run(jnp.int32(0), [1] * 12, steps=6)
+    noted, inside = NotedEnds(4), NotedInside(4)
+    again = Engine(step, [GoOn(), noted, inside]).run(jnp.int32(0), [1] * 12, steps=12)
+    assert noted.ends == [8, 12]
+    assert inside.steps(again) == [4, 8, 12]
+
+
+def test_a_second_run_starts_the_rhythm_again():
+    noted, inside = NotedEnds(at(2)), NotedInside(at(2))
+    engine = Engine(step, [noted, inside])
+    results = [engine.run(jnp.int32(0), [1] * 4, epochs=1) for _ in range(2)]
+    assert noted.ends == [2, 2]
+    assert [inside.steps(result) for result in results] == [[2], [2]]
 
 
 def test_a_function_can_have_a_cadence():

@@ -291,7 +291,7 @@ def test_a_stopper_that_saw_its_metric_before_a_resume_is_content():
 def test_an_absent_metric_does_not_hide_the_error_that_ended_the_run():
     engine = plain_engine([EarlyStopping("val/loss", patience=2)])
 
-    @engine.on("step_end")
+    @engine.on("step_end", when=at(3))
     def fail(loop):
         raise RuntimeError("out of patience in another way")
 

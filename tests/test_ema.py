@@ -255,18 +255,17 @@ def test_uncompiled_the_average_is_the_same():
     ],
 )
 def test_no_average_shares_a_buffer_with_the_state(ema):
-    engine = Engine(grow, [ema])
     shared = []
 
-    @engine.on("step_end")
-    def compare(loop):
-        state, carry = (
-            {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(x)} for x in (loop.state, loop.carries)
-        )
-        shared.append(state & carry)
+    class Compare(Callback):
+        def on_run_begin(self, loop):
+            state, carry = jax.tree.leaves(loop.state), jax.tree.leaves(loop.carries)
+            shared.append({x.unsafe_buffer_pointer() for x in state} & {x.unsafe_buffer_pointer() for x in carry})
 
-    engine.run({"w": jnp.ones(100), "count": jnp.arange(100)}, [1] * 6, epochs=1)
-    assert shared == [set()] * 6
+        on_step_end = on_run_begin
+
+    Engine(grow, [ema, Compare()]).run({"w": jnp.ones(100), "count": jnp.arange(100)}, [1] * 6, epochs=1)
+    assert shared == [set()] * 7
 
 
 class Named(NamedTuple):

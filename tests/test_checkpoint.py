@@ -1,0 +1,297 @@
+"""Checkpoints: what is on disk, what is resumed, and what is refused."""
+
+import os
+import threading
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import fresh_state, same_bytes
+from onstep import Batches, Callback, Engine, every
+from onstep.callbacks import EMA, Checkpoint
+from onstep.callbacks.checkpoint import load, save
+
+
+def step(state, batch):
+    return state + batch, {"loss": state * 1.0}
+
+
+def run(directory, data=range(12), *, extra=(), state=0, **options):
+    targets = {name: options.pop(name) for name in ("steps", "epochs") if name in options}
+    engine = Engine(step, [Checkpoint(directory, **options), *extra], log_every=4)
+    return engine.run(jnp.int32(state), data, **(targets or {"epochs": 3}))
+
+
+def steps_in(directory):
+    return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
+
+
+def files_in(directory):
+    return {str(path): path.stat().st_mtime_ns for path in Path(directory).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"when": 12, "keep": 9}, [12, 24, 36]),
+        ({"when": 10, "keep": 9}, [10, 20, 30, 36]),
+        ({"when": 10, "keep": 2}, [30, 36]),
+        ({"when": every(epochs=1), "keep": 1}, [36]),
+        ({"when": every(epochs=2), "keep": 9}, [24, 36]),
+        ({"when": 1000}, [36]),
+        ({"when": 3, "keep": 9, "steps": 5}, [3, 5]),
+        ({"when": every(epochs=1), "keep": 9, "steps": 2}, [2]),
+    ],
+)
+def test_saves_come_at_their_cadence_and_once_at_the_end(options, expected, tmp_path):
+    run(tmp_path, **options)
+    assert steps_in(tmp_path) == expected
+
+
+def test_a_checkpoint_holds_the_step_that_it_is_named_after(tmp_path):
+    run(tmp_path, when=10, keep=9)
+    sums = np.cumsum(np.tile(np.arange(12), 3))
+    assert {n: int(load(tmp_path, jnp.int32(0), n)) for n in steps_in(tmp_path)} == {
+        n: sums[n - 1] for n in (10, 20, 30, 36)
+    }
+
+
+def test_a_run_at_its_target_runs_no_step_says_so_and_changes_no_file(tmp_path, capsys):
+    run(tmp_path)
+    before = files_in(tmp_path)
+    result = run(tmp_path)
+    assert (result.step, len(result.history)) == (36, 0)
+    assert "already at step 36, epoch 3 of 3: nothing to do" in capsys.readouterr().err
+    assert files_in(tmp_path) == before
+
+
+def test_a_raised_target_goes_on_and_one_below_is_refused(tmp_path):
+    run(tmp_path, steps=36)
+    assert run(tmp_path, steps=48).step == 48
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match="at step 48, beyond the target of 24 steps"):
+        run(tmp_path, steps=24)
+    assert files_in(tmp_path) == before
+
+
+def test_a_run_that_was_stopped_for_good_stays_stopped(tmp_path, capsys):
+    class Stop(Callback):
+        when = every(5)
+
+        def on_step_end(self, loop):
+            loop.stop("enough")
+
+    assert run(tmp_path, extra=[Stop()]).stopped == "enough"
+    before = files_in(tmp_path)
+    result = run(tmp_path, epochs=9)
+    assert (result.step, result.stopped) == (5, "enough")
+    assert "stopped for good at step 5 (enough)" in capsys.readouterr().err
+    assert files_in(tmp_path) == before
+
+
+def test_an_empty_directory_is_a_fresh_start(tmp_path):
+    assert run(tmp_path / "new" / "run").step == 36
+    assert steps_in(tmp_path / "new" / "run") == [12, 24, 36]
+
+
+def test_a_used_directory_is_refused_without_resume(tmp_path):
+    run(tmp_path, steps=3)
+    before = files_in(tmp_path)
+    with pytest.raises(FileExistsError, match="holds a run at step 3. Go on with it .resume=True."):
+        run(tmp_path, resume=False)
+    assert files_in(tmp_path) == before
+
+
+def test_an_earlier_step_is_resumed_and_later_ones_are_moved_aside(tmp_path):
+    whole = run(tmp_path, when=4, keep=20)
+    result = run(tmp_path, when=5, keep=20, resume=16)
+    assert int(result.state) == int(whole.state)
+    assert steps_in(tmp_path) == [4, 8, 12, 16, 20, 25, 30, 35, 36]
+    assert steps_in(tmp_path / "aside") == [20, 24, 28, 32, 36]
+
+
+def test_nothing_is_moved_aside_twice_to_one_name(tmp_path):
+    for _ in range(3):
+        run(tmp_path, when=4, keep=20, resume=True if not any(tmp_path.iterdir()) else 32)
+    assert sorted(os.listdir(tmp_path / "aside")) == ["36", "36.2"]
+
+
+def test_a_step_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
+    run(tmp_path, when=12)
+    with pytest.raises(FileNotFoundError, match=r"no step 17 in .*; it holds \[12, 24, 36\]"):
+        run(tmp_path, resume=17)
+
+
+def test_a_failing_run_keeps_its_last_settled_checkpoint_and_leaves_no_thread(tmp_path):
+    def broken():
+        yield from range(6)
+        raise OSError("disk gone")
+
+    threads = set(threading.enumerate())
+    with pytest.raises(OSError, match="disk gone"):
+        run(tmp_path, broken(), when=1, steps=12)
+    assert steps_in(tmp_path) == [4, 5, 6]
+    assert set(threading.enumerate()) <= threads
+
+
+def test_no_thread_outlives_a_run(tmp_path):
+    threads = set(threading.enumerate())
+    run(tmp_path, when=5)
+    run(tmp_path, when=5, epochs=4)
+    assert set(threading.enumerate()) <= threads
+
+
+def test_the_open_window_and_the_epoch_mean_go_on(tmp_path):
+    whole = Engine(step, log_every=4).run(jnp.int32(0), range(12), epochs=2).history
+    first, second = run(tmp_path, steps=6).history, run(tmp_path, epochs=2).history
+    assert (first.steps("train/loss"), second.steps("train/loss")) == ([4, 6], [8, 12, 16, 20, 24])
+    assert second["train/loss"] == whole["train/loss"][1:]
+    assert second["epoch/loss"] == whole["epoch/loss"]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda s: s["a"], r"state/a: float32\[2\] is gone.*state: float32\[2\] is new"),
+        (lambda s: s | {"b": s["a"]}, r"state/b: float32\[2\] is new"),
+        (lambda s: {"a": jnp.zeros(3)}, r"state/a: float32\[2\] became float32\[3\]"),
+        (lambda s: {"a": jnp.zeros(2, jnp.int32)}, r"state/a: float32\[2\] became int32\[2\]"),
+    ],
+)
+def test_another_state_is_refused_before_anything_is_written(make, match, tmp_path):
+    state = {"a": jnp.zeros(2)}
+
+    def go(state, steps):
+        return Engine(lambda s, b: (s, {}), [Checkpoint(tmp_path)]).run(state, range(4), steps=steps)
+
+    go(state, 2)
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=f"The saved run does not fit this one .saved, then here.: {match}"):
+        go(make(state), 4)
+    assert files_in(tmp_path) == before
+
+
+def test_a_carry_that_came_or_went_is_named(tmp_path):
+    run(tmp_path, steps=2)
+    with pytest.raises(ValueError, match=r"carries/EMA/average: int32\[\] is new"):
+        run(tmp_path, extra=[EMA(of=None)])
+
+
+class Counts(Callback):
+    """A host half with one number to remember."""
+
+    def __init__(self, name=None):
+        self.name, self.count = name, 0
+
+    def on_step_end(self, loop):
+        self.count += 1
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+def test_two_callbacks_of_one_class_get_their_own_state_back(tmp_path):
+    one, two = Counts(), Counts()
+    two.when = every(2)
+    run(tmp_path, extra=[one, two], steps=6)
+    again = Counts(), Counts()
+    again[1].when = every(2)
+    run(tmp_path, extra=again, steps=8)
+    assert [callback.count for callback in again] == [8, 4]
+
+
+def test_a_callback_that_went_is_named_and_one_that_came_begins_afresh(tmp_path):
+    run(tmp_path, extra=[Counts("old")], steps=6)
+    new = Counts("new")
+    with pytest.warns(UserWarning, match="holds the state of old, which this run has not"):
+        run(tmp_path, extra=[new], steps=8)
+    assert new.count == 2
+
+
+def test_another_batch_size_is_refused(tmp_path):
+    def go(batch_size, steps):
+        data = Batches(np.arange(12), batch_size)
+        return Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path)]).run(jnp.int32(0), data, steps=steps)
+
+    go(2, 3)
+    with pytest.raises(ValueError, match="not the one that the saved run read: batch_size 2 became 3"):
+        go(3, 4)
+
+
+@flax.struct.dataclass
+class Odd:
+    """A state of what Orbax finds hard: a key, an empty array, 16-bit floats, a scalar, an empty dict."""
+
+    key: jax.Array
+    empty: jax.Array
+    half: jax.Array
+    number: jax.Array
+    nothing: dict
+    name: str = flax.struct.field(pytree_node=False)
+
+
+def odd(seed):
+    key = jax.random.key(seed)
+    return Odd(key, jnp.zeros((0, 3)), jax.random.normal(key, (3,), jnp.bfloat16), jnp.int8(seed), {}, "odd")
+
+
+def test_any_tree_of_arrays_is_saved_and_loaded(tmp_path):
+    save(tmp_path, odd(3), step=5)
+    assert same_bytes(load(tmp_path, odd(0)), odd(3))
+    with pytest.raises(FileExistsError, match="holds step 5"):
+        save(tmp_path, odd(3), step=5)
+    with pytest.raises(FileNotFoundError, match=r"no step 6 in .*; it holds \[5\]"):
+        load(tmp_path, odd(0), step=6)
+
+
+@pytest.mark.parametrize(
+    "tree", [jnp.arange(3), jax.random.key(1), np.float64(2), np.arange(3)], ids=["array", "key", "scalar", "int64"]
+)
+def test_a_bare_array_is_saved_and_loaded(tree, tmp_path):
+    save(tmp_path, tree)
+    assert same_bytes(load(tmp_path, tree), tree)
+
+
+@pytest.mark.parametrize("tree", [{}, None, {"a": jnp.zeros((0,))}], ids=["dict", "none", "size 0"])
+def test_a_tree_without_arrays_is_refused(tree, tmp_path):
+    with pytest.raises(ValueError, match="save needs a tree with arrays in it"):
+        save(tmp_path / "new", tree)
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_a_tree_to_fill_plain_dicts_are_loaded(tmp_path):
+    save(tmp_path, {"params": {"w": jnp.ones(2)}})
+    assert load(tmp_path)["params"]["w"].tolist() == [1, 1]
+
+
+def test_the_state_of_a_run_is_loaded_by_itself(tmp_path):
+    def count(state, batch):
+        return state.replace(step=state.step + 1), {}
+
+    result = Engine(count, [EMA(0.9), Checkpoint(tmp_path)]).run(fresh_state(), range(4), epochs=1)
+    assert same_bytes(load(tmp_path, like=result.state), result.state)
+
+
+def test_a_state_saved_beside_running_steps_is_the_state_of_its_step(tmp_path):
+    def fast(state, batch):
+        return jax.tree.map(lambda x: x + 1, state), {}
+
+    state = {str(i): jnp.zeros(20_000) for i in range(5)}
+    Engine(fast, [Checkpoint(tmp_path, when=1, keep=50)]).run(state, range(30), epochs=1)
+    for number in steps_in(tmp_path):
+        assert all(np.all(leaf == number) for leaf in load(tmp_path, state, number).values())
+
+
+def test_a_result_goes_on_in_the_directory_of_its_run(tmp_path):
+    engine = Engine(step, [Checkpoint(tmp_path, when=4, keep=9)])
+    first = engine.run(jnp.int32(0), range(12), steps=6)
+    assert engine.run(first, range(12), steps=12).step == 12
+    assert steps_in(tmp_path) == [4, 6, 8, 12]
+    with pytest.raises(FileExistsError, match="holds a run at step 12, beyond the 6 of this one"):
+        engine.run(first, range(12), steps=12)
