@@ -33,9 +33,10 @@ class Cadence:
 
     def next(self, step: int) -> float:
         """The first step after `step` that is due by its number; `inf` if there is none."""
-        following = [(step // n + 1) * n for n in self.steps]
-        later = self.points[bisect_right(self.points, step) :]
-        return min(following + list(later[:1]), default=math.inf)
+        if not self.points and len(self.steps) == 1:  # nearly always
+            return (step // self.steps[0] + 1) * self.steps[0]
+        later = self.points[bisect_right(self.points, step) :][:1]
+        return min([(step // n + 1) * n for n in self.steps] + list(later), default=math.inf)
 
     def due(self, step: int, *, epoch: int = 0, elapsed: float = 0.0) -> bool:
         """Whether `step` is due.

@@ -173,6 +173,8 @@ class Engine:
 
     def _before_step(self, loop: Loop) -> None:
         """on_step_begin of those who are due at the next step, with its batch."""
+        if not loop._events.answers["on_step_begin"]:
+            return
         completes = loop.epoch + 1 if loop.epoch_step + 1 == loop.epoch_length else 0
         if due := loop._events.due("on_step_begin", loop.step + 1, completes):
             loop.batch = loop._feed.peek()
@@ -184,8 +186,8 @@ class Engine:
         """Runs steps up to the next one that is due; returns whether it ends the epoch."""
         step, bundle, metrics, batch = loop.step, loop._bundle, loop.metrics, loop.batch
         program, rng, clock, pending, queue = self._program, loop.rng, self._clock, loop._meter.pending, self._in_flight
-        end = math.inf if loop.epoch_length is None else step + loop.epoch_length - loop.epoch_step
-        log = (step // self._log_every + 1) * self._log_every
+        length, log = loop._feed.length, (step // self._log_every + 1) * self._log_every
+        end = math.inf if length is None else step + length - loop.epoch_step
         until = min(loop._events.next(), turn.next, log, end, sys.maxsize if loop.steps is None else loop.steps)
         deadline = min(loop._events.deadline(), turn.deadline)
         call, timed = program.call, deadline < math.inf

@@ -17,31 +17,35 @@ BY_CADENCE = ("on_step_begin", "on_step_end", "on_save")
 
 
 class Due:
-    """A cadence followed through a run: keeps the next due step, so that asking is cheap."""
+    """A cadence followed through a run: keeps the next due step, so that asking is cheap.
+
+    Attributes:
+        next: the next step that is due by its number.
+        deadline: the time, in seconds of the clock, at which it is due by that alone.
+    """
 
     def __init__(self, cadence: Cadence, clock: Callable[[], float], step: int = 0):
         self.cadence, self._clock = cadence, clock
+        self._interval = min(cadence.seconds, default=math.inf)
+        self._by_step_alone = not (cadence.epochs or cadence.seconds)
         self.start(step)
 
     def start(self, step: int) -> None:
         """Begins with `step` steps completed."""
         self.next = self.cadence.next(step)
-        self._since = self._clock() if self.cadence.seconds else math.inf
-
-    @property
-    def deadline(self) -> float:
-        """The time, in seconds of the clock, at which it is due by that alone."""
-        return self._since + min(self.cadence.seconds, default=math.inf)
+        self.deadline = self._clock() + self._interval if self.cadence.seconds else math.inf
 
     def now(self, step: int, epoch: int = 0) -> bool:
         """Whether it is due at `step`, which completes `epoch` (0 if it completes none)."""
         due = step >= self.next
         if due:
             self.next = self.cadence.next(step)
-        elif (epoch and self.cadence.epochs) or self.cadence.seconds:
-            due = self.cadence.due(step, epoch=epoch, elapsed=self._clock() - self._since)
-        if due and self.cadence.seconds:
-            self._since = self._clock()
+        if self._by_step_alone:
+            return due
+        late = self.deadline < math.inf and self._clock() >= self.deadline
+        due = due or late or self.cadence.due(step, epoch=epoch)
+        if due and self.deadline < math.inf:
+            self.deadline = self._clock() + self._interval
         return due
 
 
@@ -100,11 +104,18 @@ class Events:
 
     def next(self) -> float:
         """The next step after which the host has something to do."""
-        return min([due.next for due in self._after] + [due.next - 1 for due in self._before], default=math.inf)
+        step = math.inf
+        for due in self._after:
+            if due.next < step:
+                step = due.next
+        for due in self._before:
+            if due.next <= step:
+                step = due.next - 1
+        return step
 
     def deadline(self) -> float:
         """The next time at which something is due by the clock."""
-        return min((due.deadline for due in self._timed), default=math.inf)
+        return min([due.deadline for due in self._timed]) if self._timed else math.inf
 
     def load(self, loop: Loop) -> None:
         """on_load for those who answer it."""
