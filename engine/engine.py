@@ -188,7 +188,7 @@ class Engine:
         program, rng, clock, pending, queue = self._program, loop.rng, self._clock, loop._meter.pending, self._in_flight
         length, log = loop._feed.length, (step // self._log_every + 1) * self._log_every
         end = math.inf if length is None else step + length - loop.epoch_step
-        until = min(loop._events.next(), turn.next, log, end, sys.maxsize if loop.steps is None else loop.steps)
+        until = min(loop._events.next(step, end), turn.next, log, end, loop.steps or sys.maxsize)
         deadline = min(loop._events.deadline(), turn.deadline)
         call, timed = program.call, deadline < math.inf
         try:
@@ -242,8 +242,9 @@ class Engine:
             callback._reset()
         before = state if isinstance(state, Result) else None
         start = before.state if before else place(state, "The state", copy=not donate)
-        events, feed = Events(self._callbacks, self._clock), Feed(data, to["epoch_steps"])
-        loop = Loop(self._program, self._callbacks, events, feed, start, rng, to["steps"], to["epochs"])
+        feed = Feed(data, to["epoch_steps"])
+        loop = Loop(self._program, self._callbacks, feed, start, rng, **to)
+        loop._events = Events(self._callbacks, self._clock)
         if before:
             loop.restore(before.snapshot)
             loop._feed = before._feed.again(feed)

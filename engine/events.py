@@ -102,16 +102,17 @@ class Events:
         """Those whose cadence is due at `step`, which completes `epoch` (0: none)."""
         return [answer for answer in self.answers[event] if answer.due.now(step, epoch)]
 
-    def next(self) -> float:
-        """The next step after which the host has something to do."""
-        step = math.inf
+    def next(self, step: int, end: float) -> float:
+        """The next step after `step` at which the host has something to do, in an epoch that ends at `end`."""
+        until = math.inf
         for due in self._after:
-            if due.next < step:
-                step = due.next
+            if due.next < until:
+                until = due.next
         for due in self._before:
-            if due.next <= step:
-                step = due.next - 1
-        return step
+            before = (min(due.next, end) if due.cadence.epochs else due.next) - 1
+            if step < before < until:
+                until = before
+        return until
 
     def deadline(self) -> float:
         """The next time at which something is due by the clock."""

@@ -68,17 +68,7 @@ class Loop:
         rng: the run's random key, or None.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        callbacks: dict[str, Callback],
-        events: Events,
-        feed: Feed,
-        state: State,
-        rng: Any,
-        steps: int | None,
-        epochs: int | None,
-    ):
+    def __init__(self, program: Program, callbacks: dict[str, Callback], feed: Feed, state: State, rng: Any, **to: Any):
         self.step = self.epoch = self.epoch_step = 0
         self.metrics: Metrics = {}
         self.batch: Batch = None
@@ -86,8 +76,9 @@ class Loop:
         self.history = History()
         self.stopped: str | None = None
         self.error: BaseException | None = None
-        self.steps, self.epochs, self.rng = steps, epochs, rng
-        self._program, self._callbacks, self._events, self._feed = program, callbacks, events, feed
+        self.steps, self.epochs, self.rng = to["steps"], to["epochs"], rng
+        self._program, self._callbacks, self._feed = program, callbacks, feed
+        self._events: Events
         self._bundle = program.bundle(state, program.init(state), 0)
         self._meter = Meter()
         self._final = True  # whether a stop is
@@ -221,17 +212,8 @@ class Loop:
         self._give_back(host["callbacks"])
 
     def _result(self) -> Result:
-        return Result(
-            self.state,
-            self.step,
-            self.epoch,
-            self.stopped,
-            self.history,
-            self.latest,
-            self._last,
-            self._callbacks,
-            self._feed,
-        )
+        now = (self.state, self.step, self.epoch, self.stopped, self.history, self.latest)
+        return Result(*now, self._last, self._callbacks, self._feed)
 
     def _give_back(self, states: dict[str, Any]) -> None:
         keepers = {name: callback for name, callback in self._callbacks.items() if own(callback, "set_state")}

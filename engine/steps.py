@@ -17,7 +17,8 @@ class Steps:
     Attributes:
         result: the Result, once the `with` is left.
 
-    >>>     >>> from onstep import Engine
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
     >>> engine = Engine(lambda state, batch: (state + batch, {}))
     >>> with engine.steps(jnp.int32(0), range(5), epochs=1, when=2) as steps:
     ...     print([int(loop.state) for loop in steps])
