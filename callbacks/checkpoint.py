@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from onstep import Cadence, Callback, Loop, Snapshot, every
+from onstep.checks import whole
 
 
 class Checkpoint(Callback):
@@ -42,8 +43,7 @@ class Checkpoint(Callback):
         resume: bool | int = True,
         name: str | None = None,
     ):
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"Checkpoint needs keep >= 1, a whole number, got {keep!r}.")
+        whole("Checkpoint", "keep", keep, 1)
         self.directory = os.path.abspath(directory)
         self.when, self.keep, self.resume, self.name = when, keep, resume, name
         self._manager: Any = None

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from onstep import Callback, Loop, Record, improves
+from onstep.checks import whole
 
 
 class EarlyStopping(Callback):
@@ -33,8 +34,7 @@ class EarlyStopping(Callback):
     def __init__(
         self, metric: str, *, patience: int, mode: str = "min", min_delta: float = 0.0, name: str | None = None
     ):
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"EarlyStopping needs patience >= 1, a whole number, got {patience!r}.")
+        whole("EarlyStopping", "patience", patience, 1)
         if mode not in ("min", "max"):
             raise ValueError(f"EarlyStopping needs mode 'min' or 'max', got {mode!r}.")
         if not 0 <= min_delta < math.inf:
@@ -48,7 +48,8 @@ class EarlyStopping(Callback):
         if self.metric in record.values:
             self._seen = True
             if self.stalled(record.values[self.metric]):
-                loop.stop(f"{self.metric} has not improved on {self.best} in {self.patience} evaluations")
+                best = "its first value" if self.best is None else f"{self.best:.6g}"
+                loop.stop(f"{self.metric} has not improved on {best} in {self.patience} evaluations")
 
     def stalled(self, value: float) -> bool:
         """Takes the next value; whether patience has run out."""
@@ -63,7 +64,7 @@ class EarlyStopping(Callback):
             warnings.warn(self._unseen(loop), stacklevel=2)
 
     def on_run_end(self, loop: Loop) -> None:
-        if not self._seen and loop.error is None and loop.finished:
+        if not self._seen and loop.error is None and loop.step and loop.finished and loop.stopped is None:
             raise ValueError(self._unseen(loop))
 
     def _unseen(self, loop: Loop) -> str:

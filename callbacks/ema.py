@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context, Loop, Result
+from onstep.checks import whole
 from onstep.trees import get_field, set_field
 
 
@@ -23,7 +24,7 @@ class EMA(Callback):
         warmup: with w > 0 the decay of update n (from 1) is `min(d, n / (n + w))`, so early
             averages forget the first parameters; 9 is the schedule of TensorFlow's
             `ExponentialMovingAverage(num_updates=...)`.
-        start: steps during which the average follows the parameters exactly.
+        start: steps during which the average is set to the parameters instead, when it is due.
         when: when the average is updated; a plain int means steps.
         name: the callback's name, needed for a second EMA only to tell them apart.
 
@@ -41,11 +42,10 @@ class EMA(Callback):
         when: Cadence | int = 1,
         name: str | None = None,
     ):
-        if not 0 <= decay < 1:
-            raise ValueError(f"EMA needs 0 <= decay < 1, got {decay}.")
-        for what, value in (("warmup", warmup), ("start", start)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"EMA needs {what} >= 0, a whole number, got {value!r}.")
+        if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
+            raise ValueError(f"EMA needs 0 <= decay < 1, got {decay!r}.")
+        whole("EMA", "warmup", warmup, 0)
+        whole("EMA", "start", start, 0)
         self.decay, self.of, self.warmup, self.start = decay, of, warmup, start
         self.update_when = when
         self.name = name
@@ -74,7 +74,7 @@ class EMA(Callback):
     def params(self, source: Loop | Result) -> Any:
         """The averages, like the field `of` (a tuple for several); the next step donates a loop's."""
         averages, now = source.carry(self)["average"], self._select(source.state)
-        return jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), averages, now)
+        return jax.tree.map(lambda a, leaf: a if a.dtype == leaf.dtype else a.astype(leaf.dtype), averages, now)
 
     def apply(self, source: Loop | Result) -> Any:
         """The state with the averages in place of the parameters; the run's own is untouched."""

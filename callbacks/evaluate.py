@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 from onstep import Cadence, Callback, Loop, evaluate, every
+from onstep.checks import takes_rng, whole
 
 
 class Averaged(Protocol):
@@ -44,11 +45,18 @@ class Evaluate(Callback):
         using: Averaged | None = None,
         steps: int | None = None,
     ):
+        if steps is not None:
+            whole(f"Evaluate {name!r}", "steps", steps, 1)
+        self._random = takes_rng(step, f"The step of Evaluate {name!r}")
         self.step, self.data, self.name, self.when, self.using, self.steps = step, data, name, when, using, steps
 
     def on_run_begin(self, loop: Loop) -> None:
         if isinstance(self.using, Callback):
             loop.carry(self.using)
+        if self._random and loop.rng is None:
+            raise ValueError(
+                f"The step of Evaluate {self.name!r} takes a random key as its third argument. Pass one: rng=..."
+            )
 
     def on_step_end(self, loop: Loop) -> None:
         state = self.using.apply(loop) if self.using is not None else loop.state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from onstep import Cadence, Callback, Context
 from onstep.trees import get_field
 
@@ -43,25 +44,30 @@ class GradNorm(Callback):
         self.name = name
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
-        from optax.tree import norm
-
         if "grads" not in ctx.aux:
             raise ValueError(
                 f"GradNorm needs aux['grads'], got aux with {sorted(ctx.aux)}. "
                 'Return it from the step: state, metrics, {"grads": grads}.'
             )
         grads = ctx.aux["grads"]
-        norms = {"grad_norm": norm(grads)}
+        norms = {"grad_norm": _norm(grads)}
         if self.by_module:
-            norms |= {f"grad_norm/{name}": norm(part) for name, part in _entries(grads).items()}
+            norms |= {f"grad_norm/{name}": _norm(part) for name, part in _entries(grads).items()}
         if self.updates or self.params:
             after = get_field(ctx.state, self.of, "GradNorm")
             if self.updates:
                 before = get_field(ctx.before, self.of, "GradNorm")
-                norms["update_norm"] = norm(jax.tree.map(lambda new, old: new - old, after, before))
+                norms["update_norm"] = _norm(jax.tree.map(lambda new, old: new - old, after, before))
             if self.params:
-                norms["param_norm"] = norm(after)
+                norms["param_norm"] = _norm(after)
         return carry, ctx.log(norms)
+
+
+def _norm(tree: Any) -> jax.Array:
+    """The L2 norm; summed in 32 bits at least, where 16 would overflow."""
+    from optax.tree import norm
+
+    return norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
 
 
 def _entries(tree: Any) -> dict[str, Any]:
@@ -69,6 +75,6 @@ def _entries(tree: Any) -> dict[str, Any]:
     entries: dict[str, list[Any]] = {}
     paths = jax.tree_util.tree_leaves_with_path(tree)
     depth = 1 if len({path[:1] for path, _ in paths}) == 1 and any(len(path) > 1 for path, _ in paths) else 0
-    for path, leaf in paths:
+    for path, leaf in paths if paths[0][0] else []:
         entries.setdefault(jax.tree_util.keystr(path[depth : depth + 1], simple=True), []).append(leaf)
     return entries

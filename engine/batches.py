@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import checks
 from .trees import Batch, leaves
 
 
@@ -37,8 +38,7 @@ class Batches:
         if len(set(sizes.values())) != 1 or () in sizes.values():
             raise ValueError(f"Batches needs arrays of one leading axis, got {sizes}.")
         self.examples: int = next(iter(sizes.values()))[0]
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"Batches needs batch_size >= 1, a whole number, got {batch_size!r}.")
+        checks.whole("Batches", "batch_size", batch_size, 1)
         if batch_size > self.examples and drop_last:
             raise ValueError(
                 f"Batches needs batch_size <= {self.examples}, the examples there are, got {batch_size}; "

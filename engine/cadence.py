@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -76,10 +77,10 @@ def every(steps: int | None = None, *, epochs: int | None = None, seconds: float
     if len(given) != 1:
         raise ValueError(f"every needs one of steps, epochs and seconds, got {given or 'none'}. Combine with |.")
     ((unit, count),) = given.items()
-    numbers, kind = ((int, float), "a number") if unit == "seconds" else (int, "a whole number")
-    if isinstance(count, bool) or not isinstance(count, numbers) or not 0 < count < math.inf:
-        raise ValueError(f"every needs {unit} > 0, {kind}, got {count!r}.")
-    term: tuple[Any] = (count,)
+    kind, called = (Real, "a number") if unit == "seconds" else (Integral, "a whole number")
+    if isinstance(count, bool) or not isinstance(count, kind) or not 0 < count < math.inf:
+        raise ValueError(f"every needs {unit} > 0, {called}, got {count!r}.")
+    term: tuple[Any] = (count if unit == "seconds" else int(count),)
     return Cadence(**{unit: term})
 
 
@@ -92,16 +93,16 @@ def at(*steps: int) -> Cadence:
     >>> at(1, 10) | every(steps=100)
     every(steps=100) | at(1, 10)
     """
-    if not steps or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in steps):
+    if not steps or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in steps):
         raise ValueError(f"at needs whole numbers >= 1, got {steps}.")
-    return Cadence(points=tuple(sorted(set(steps))))
+    return Cadence(points=tuple(sorted({int(n) for n in steps})))
 
 
 def as_cadence(value: Cadence | int, who: str) -> Cadence:
     """A cadence as given, or `every(steps=n)` for a plain int n."""
     if isinstance(value, Cadence):
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, Integral) and not isinstance(value, bool) and value > 0:
         return every(steps=value)
     raise ValueError(f"{who} needs a cadence such as every(steps=100) or a whole number > 0, got {value!r}.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import numbers
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from .loop import Loop
 
 
-def whole(name: str, value: Any, least: int) -> int:
-    """The value, if it is a whole number >= `least`; else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} needs a whole number >= {least}, got {value!r}.")
-    return value
+def whole(who: str, name: str, value: Any, least: int) -> int:
+    """The value of `name`, if it is a whole number >= `least`; else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{who} needs {name} >= {least}, a whole number, got {value!r}.")
+    return int(value)
 
 
 def nearest(name: str, among: Iterable[str]) -> str:
@@ -105,7 +106,7 @@ def targets(epochs: Any, steps: Any, epoch_steps: Any) -> None:
         raise ValueError("A run needs a target: epochs=, steps= or both.")
     for name, value, least in (("epochs", epochs, 0), ("steps", steps, 0), ("epoch_steps", epoch_steps, 1)):
         if value is not None:
-            whole(name, value, least)
+            whole("A run", name, value, least)
 
 
 def reachable(loop: Loop) -> None:

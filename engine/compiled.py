@@ -124,7 +124,7 @@ class Traced:
         """One step; what it checks costs nothing afterwards."""
         state, carries, count = bundle
         self._compare(batch)
-        folded = None if key is None else jax.random.fold_in(key, count)
+        folded = None if key is None or count is None else jax.random.fold_in(key, count)
         new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
         # Without this, what observers compute could change how the step itself is fused, and so its bits.
         new, metrics = jax.lax.optimization_barrier((new, metrics))

@@ -49,8 +49,8 @@ class Engine:
         in_flight: int = 2,
         jit: bool = True,
     ):
-        self._log_every = checks.whole("log_every", log_every, 1)
-        self._in_flight = checks.whole("in_flight", in_flight, 1)
+        self._log_every = checks.whole("Engine", "log_every", log_every, 1)
+        self._in_flight = checks.whole("Engine", "in_flight", in_flight, 1)
         self._callbacks = checks.named(callbacks, Callback)
         for callback in self._callbacks.values():
             callback._reset()

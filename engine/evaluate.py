@@ -36,6 +36,8 @@ def evaluate(
     Raises:
         ValueError: there is no batch, or no key for a step that takes one.
     """
+    if steps is not None:
+        checks.whole("evaluate", "steps", steps, 1)
     random = checks.takes_rng(step, "The evaluation step")
     if not random:
         rng = None
@@ -51,14 +53,13 @@ def evaluate(
         results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
         weights.append(_examples(batch))
         jax.block_until_ready(results[-QUEUE - 1 : -QUEUE])
-    if not results:
-        raise ValueError(
-            f"The data to evaluate on yielded no batches: {type(data).__name__}. A generator is read once."
-        )
+    if not sum(weights):
+        once = f" A {type(data).__name__} can be read only once." if hasattr(data, "__next__") else ""
+        raise ValueError(f"The data to evaluate on yielded no batches: {type(data).__name__}.{once}")
     means = {}
     for name, values in fetch(results).items():
         tally = Tally()
-        tally.add(values, weights)
+        tally.add(values, [w for result, w in zip(results, weights, strict=True) if name in result])
         means[name] = tally.mean(name)
     return means
 

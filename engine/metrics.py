@@ -66,8 +66,8 @@ class History(Mapping[str, list[float]]):
 
 
 def improves(value: float, best: float | None, *, mode: str = "min", min_delta: float = 0.0) -> bool:
-    """Whether `value` beats `best` by more than `min_delta`; NaN and an equal value never do."""
-    if math.isnan(value):
+    """Whether `value` beats `best` by more than `min_delta`; an equal value, NaN and infinities never do."""
+    if not math.isfinite(value):
         return False
     if best is None:
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -105,8 +106,8 @@ def home(tree: Any) -> jax.sharding.Sharding | None:
 def get_field(tree: Any, path: str, who: str) -> Any:
     """The part of a tree at a dotted path: `"gen.params"`, through attributes or keys."""
     for name in path.split("."):
-        found = _item(tree, name)
-        found = getattr(tree, name, None) if found is None else found
+        found = _item(tree, name) if isinstance(tree, Mapping) else getattr(tree, name, None)
+        found = _item(tree, name) if found is None else found
         if found is None:
             have = [f.name for f in dataclasses.fields(tree)] if dataclasses.is_dataclass(tree) else _keys(tree)
             raise ValueError(f"{who} needs {path!r} in the state, but {type(tree).__name__} has {have}.")
@@ -119,6 +120,8 @@ def set_field(tree: Any, path: str, value: Any) -> Any:
     name, _, rest = path.partition(".")
     if rest:
         value = set_field(get_field(tree, name, "set_field"), rest, value)
+    if hasattr(tree, "unfreeze"):  # Flax's FrozenDict
+        return tree.copy({name: value})
     if hasattr(tree, "_replace"):  # a NamedTuple
         return tree._replace(**{name: value})
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):

@@ -36,6 +36,22 @@ class Sized:
         return recorded(self.batches, self.drawn)
 
 
+class EndsOnce:
+    """An iterator that fails where it is asked again after its end, so that a test cannot hang."""
+
+    def __init__(self, batches):
+        self.answers = iter([*batches, StopIteration(), AssertionError("asked again after the end")])
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        answer = next(self.answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
 class Loader:
     """A loader in the manner of grain: its iterator can say where it stands and be put there."""
 
@@ -335,7 +351,7 @@ def test_a_generator_that_was_read_beyond_a_result_is_refused():
     engine = Engine(add)
     early = engine.run(jnp.int32(0), data, steps=2)
     engine.run(early, data, steps=5)
-    with pytest.raises(ValueError, match="was read beyond the point at which the run shall go on. Pass a new one"):
+    with pytest.raises(ValueError, match=r"count was read beyond where the run shall go on\. Pass a new one"):
         engine.run(early, data, steps=5)
 
 
@@ -353,9 +369,9 @@ def test_a_new_generator_is_read_past_what_was_used(capsys):
     assert "skipping 2 batches" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data", [[1, 2, 3, 4], iter([1, 2, 3, 4])], ids=["list", "generator"])
-def test_a_batch_that_was_replaced_before_a_stop_is_replaced_once(data):
-    asked = []
+@pytest.mark.parametrize("kind", [list, iter], ids=["list", "iterator"])
+def test_a_batch_that_was_replaced_before_a_stop_is_replaced_once(kind):
+    asked, data = [], kind([1, 2, 3, 4])
     engine = Engine(add)
 
     @engine.on("step_begin")
@@ -419,11 +435,13 @@ def test_a_len_that_is_too_long_is_an_error_when_the_data_end():
     assert (steps.saves, steps.epochs) == ([2], [])
 
 
-def test_a_len_that_is_too_long_by_one_step_at_a_time_is_an_error_too():
-    steps = Steps()
-    with pytest.raises(ValueError, match="has len 5, but pass 1 ended after 3 batches"):
-        Engine(add, [steps]).run(jnp.int32(0), Sized([1, 2, 3], 5), epochs=1)
-    assert (steps.saves, steps.epochs) == ([1, 2, 3], [])
+def test_a_len_that_is_too_long_is_an_error_where_the_host_stops_at_every_step():
+    class Source(Sized):
+        def __iter__(self):
+            return EndsOnce(self.batches)
+
+    with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Mend its len"):
+        Engine(add, [Steps()]).run(jnp.int32(0), Source([1, 2, 3], 5), epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -436,9 +454,9 @@ def test_what_is_no_source_of_batches_is_refused(data, kind):
         Engine(add).run(jnp.int32(0), data, epochs=1)
 
 
-def failing(drawn=()):
+def failing():
     """Six batches, then an error."""
-    yield from recorded(range(1, 7), list(drawn))
+    yield from range(1, 7)
     raise OSError("disk gone")
 
 
@@ -455,8 +473,9 @@ class SizedFailing(Failing):
 @pytest.mark.parametrize("when", [1, 4, every(epochs=1)], ids=repr)
 @pytest.mark.parametrize("data", [Failing, SizedFailing, failing], ids=["without len", "with len", "generator"])
 def test_an_error_of_the_data_arrives_unchanged_and_says_where_it_came_from(data, when):
-    with pytest.raises(OSError, match="^disk gone$") as caught:
+    with pytest.raises(OSError, match="disk gone") as caught:
         Engine(add, [Steps(when)]).run(jnp.int32(0), data(), epochs=1)
+    assert str(caught.value) == "disk gone"
     assert caught.value.__notes__ == ["onstep: raised by the data, at batch 7 of pass 1"]
 
 

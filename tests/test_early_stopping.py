@@ -217,7 +217,7 @@ def test_a_run_that_goes_on_counts_on():
     engine = plain_engine([Script(values), EarlyStopping("val/loss", patience=3)])
     result = engine.run(jnp.int32(0), [1] * 7, steps=4)
     result = engine.run(result, [1] * 7, steps=7)
-    assert (result.step, result.stopped) == (6, "val/loss has not improved on 1.0 in 3 evaluations")
+    assert (result.step, result.stopped) == (6, "val/loss has not improved on 1 in 3 evaluations")
 
 
 @pytest.mark.parametrize("cut", range(7))
@@ -256,6 +256,13 @@ def test_a_stopper_starts_afresh_in_another_engine():
     second = run([Script([9, 8, 7, 8]), stopper], 4)
     assert (first.step, second.step, second.stopped) == (3, 4, None)
     assert (stopper.best, stopper.misses) == (7, 1)
+
+
+def test_a_best_value_set_beforehand_is_a_baseline_for_every_run():
+    stopper = EarlyStopping("val/loss", patience=5)
+    stopper.best = 0.5
+    engine = plain_engine([Script([0.9, 0.8, 0.7, 0.71, 0.72, 0.73]), stopper])
+    assert [engine.run(jnp.int32(0), [1] * 6, epochs=1).step for _ in range(2)] == [5, 5]
 
 
 def test_a_metric_that_never_appears_is_a_warning_and_then_an_error():

@@ -110,9 +110,17 @@ def test_the_state_stays_the_callers():
     assert first == second == {"p": 3.0}
 
 
-@pytest.mark.parametrize("data", [Batches(np.float32([1, 2, 3]), 1), lambda epoch: iter(ROWS), iter(ROWS), tuple(ROWS)])
-def test_data_is_any_source_of_batches(data):
-    assert evaluate(mean, None, data)["x"] in (2.0, 4.0)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: Batches(np.float32([1, 2, 3, 10]), 2), id="Batches"),
+        pytest.param(lambda: lambda epoch: iter(ROWS[epoch:]), id="a callable, called with 0"),
+        pytest.param(lambda: (rows for rows in ROWS), id="a generator"),
+        pytest.param(lambda: ROWS, id="a list"),
+    ],
+)
+def test_data_is_any_source_of_batches(make):
+    assert evaluate(mean, None, make()) == {"x": 4.0}
 
 
 def test_steps_limits_endless_data_and_draws_no_more():
@@ -285,7 +293,7 @@ def test_empty_data_ends_the_run():
 
 
 def test_a_generator_serves_one_evaluation():
-    with pytest.raises(ValueError, match=r"yielded no batches: generator. A generator is read once") as error:
+    with pytest.raises(ValueError, match=r"yielded no batches: generator. A generator can be read only once") as error:
         run([Evaluate(mean, (rows for rows in ROWS))], epochs=2)
     assert "val.on_step_end at step 6" in error.value.__notes__[0]
 

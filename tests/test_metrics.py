@@ -137,11 +137,11 @@ def test_reading_empties_what_is_pending():
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_an_equal_value_and_nan_never_improve(mode):
+def test_an_equal_value_nan_and_infinities_never_improve(mode):
     values = [1.0, -2.0, 0.0, math.nan, math.inf, -math.inf]
     for value, best in itertools.product(values, [None, *values[:3]]):
         better = best is None or (value < best if mode == "min" else value > best)
-        assert improves(value, best, mode=mode) == (better and not math.isnan(value))
+        assert improves(value, best, mode=mode) == (better and math.isfinite(value))
 
 
 def test_an_improvement_exceeds_min_delta():

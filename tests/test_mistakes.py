@@ -135,10 +135,10 @@ def test_a_state_with_a_leaf_that_is_no_array_names_it(leaf, kind):
     ("targets", "match"),
     [
         ({}, "needs a target: epochs=, steps= or both"),
-        ({"epochs": -1}, "epochs needs a whole number >= 0, got -1"),
-        ({"steps": 1.5}, "steps needs a whole number >= 0, got 1.5"),
-        ({"steps": True}, "steps needs a whole number >= 0, got True"),
-        ({"steps": 3, "epoch_steps": 0}, "epoch_steps needs a whole number >= 1, got 0"),
+        ({"epochs": -1}, "A run needs epochs >= 0, a whole number, got -1"),
+        ({"steps": 1.5}, "A run needs steps >= 0, a whole number, got 1.5"),
+        ({"steps": True}, "A run needs steps >= 0, a whole number, got True"),
+        ({"steps": 3, "epoch_steps": 0}, "A run needs epoch_steps >= 1, a whole number, got 0"),
     ],
 )
 def test_targets_out_of_range_are_refused(targets, match):
@@ -149,7 +149,7 @@ def test_targets_out_of_range_are_refused(targets, match):
 @pytest.mark.parametrize("option", ["log_every", "in_flight"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
 def test_options_out_of_range_are_refused(option, value):
-    with pytest.raises(ValueError, match=f"{option} needs a whole number >= 1, got {value}"):
+    with pytest.raises(ValueError, match=f"Engine needs {option} >= 1, a whole number, got {value}"):
         Engine(step, **{option: value})
 
 

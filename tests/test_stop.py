@@ -302,18 +302,19 @@ def test_a_stop_asked_for_in_the_for_is_final_as_elsewhere():
 
 
 def test_an_error_in_the_for_ends_the_run_and_comes_out_unchanged():
-    heard, ends = [], Ends()
+    heard, ends, error = [], Ends(), KeyError("mine")
     engine = Engine(add, [ends])
+    engine.on("exception")(lambda loop, error: heard.append((loop.step, error)))
+    steps = engine.steps(jnp.int32(0), [1, 1, 1], epochs=1)
 
-    @engine.on("exception")
-    def hear(loop, error):
-        heard.append((loop.step, error))
+    def train():
+        with steps:
+            for loop in steps:
+                if loop.step == 2:
+                    raise error
 
-    error = KeyError("mine")
-    with pytest.raises(KeyError, match="mine") as caught, engine.steps(jnp.int32(0), [1, 1, 1], epochs=1) as steps:
-        for loop in steps:
-            if loop.step == 2:
-                raise error
+    with pytest.raises(KeyError, match="mine") as caught:
+        train()
     assert caught.value is error
     assert (heard, ends.errors, steps.result) == ([(2, error)], [error], None)
 

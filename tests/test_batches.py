@@ -1,0 +1,185 @@
+"""Arrays in memory as batches: their order, their sizes, and going on in the middle of an epoch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Batches, Engine
+
+
+def served(batches, epoch=0):
+    """The examples of an epoch, batch by batch."""
+    return [batch.tolist() for batch in batches(epoch)]
+
+
+def examples(batches, epoch):
+    return [example for batch in served(batches, epoch) for example in batch]
+
+
+def mean_step(state, batch):
+    return state + batch.sum(), {"mean": batch.mean()}
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    first = served(Batches(np.arange(40), 4, seed=7), epoch=3)
+    batches = Batches(np.arange(40), 4, seed=7)
+    served(batches, epoch=0)
+    next(iter(batches))
+    assert served(batches, epoch=3) == first
+    assert served(Batches(np.arange(40), 4, seed=8), epoch=3) != first
+
+
+def test_epochs_differ_and_each_has_every_example_once():
+    batches = Batches(np.arange(40), 4)
+    epochs = [examples(batches, epoch) for epoch in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(40))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_iterating_gives_the_first_epoch():
+    batches = Batches(np.arange(12), 4)
+    assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in batches] == served(batches, 0)
+
+
+def test_a_run_reads_another_order_every_epoch():
+    seen = []
+    batches = Batches(np.arange(12), 4)
+    engine = Engine(mean_step)
+
+    @engine.on("step_end")
+    def note(loop):
+        seen.append(loop.batch.tolist())
+
+    engine.run(jnp.int32(0), batches, epochs=2)
+    assert seen == served(batches, 0) + served(batches, 1)
+
+
+def test_without_shuffle_every_epoch_has_the_arrays_own_order():
+    batches = Batches(np.arange(6), 2, shuffle=False)
+    assert served(batches, 0) == served(batches, 5) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_the_leaves_of_a_tree_stay_together():
+    arrays = {"x": np.arange(10), "y": (np.arange(10) * 10, jnp.arange(20).reshape(10, 2))}
+    for batch in Batches(arrays, 3):
+        assert (batch["y"][0] == batch["x"] * 10).all()
+        assert (batch["y"][1][:, 0] == batch["x"] * 2).all()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_arrays_are_served_as_they_are_in_shape_and_dtype(shuffle):
+    (batch,) = Batches({"x": np.ones((4, 2, 3), np.float16)}, 4, shuffle=shuffle)
+    assert (batch["x"].shape, batch["x"].dtype) == ((4, 2, 3), np.float16)
+
+
+@pytest.mark.parametrize(
+    ("examples", "size", "drop_last", "sizes", "dropped"),
+    [
+        pytest.param(7, 3, True, [3, 3], 1, id="a rest that is dropped"),
+        pytest.param(7, 3, False, [3, 3, 1], 0, id="a rest that is served"),
+        pytest.param(6, 3, True, [3, 3], 0, id="no rest to drop"),
+        pytest.param(6, 3, False, [3, 3], 0, id="no rest to serve"),
+        pytest.param(3, 3, True, [3], 0, id="one batch"),
+        pytest.param(2, 3, False, [2], 0, id="one short batch"),
+    ],
+)
+def test_a_short_last_batch_is_dropped_or_served(examples, size, drop_last, sizes, dropped):
+    batches = Batches(np.arange(examples), size, drop_last=drop_last)
+    assert [len(batch) for batch in batches] == sizes
+    assert (len(batches), batches.dropped) == (len(sizes), dropped)
+
+
+def test_the_dropped_examples_are_others_every_epoch():
+    batches = Batches(np.arange(7), 3)
+    left_out = {tuple(set(range(7)) - set(examples(batches, epoch))) for epoch in range(10)}
+    assert len(left_out) > 1
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "4"], ids=repr)
+def test_a_size_that_is_no_positive_whole_number_is_refused(size):
+    with pytest.raises(ValueError, match=f"Batches needs .*batch_size.* >= 1, .*got {size!r}"):
+        Batches(np.arange(8), size)
+
+
+def test_a_batch_larger_than_the_data_is_refused_unless_short_ones_are_served():
+    with pytest.raises(ValueError, match=r"batch_size <= .*\b3\b.*, got 4; or drop_last=False"):
+        Batches(np.arange(3), 4)
+
+
+def test_leading_axes_that_differ_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"one leading axis, got .*'x': \(3,\), 'y': \(4,\)"):
+        Batches({"x": np.arange(3), "y": np.arange(4)}, 2)
+
+
+@pytest.mark.parametrize("arrays", [{}, {"x": np.float32(1)}], ids=["no array", "a scalar"])
+def test_what_has_no_leading_axis_is_refused(arrays):
+    with pytest.raises(ValueError, match="Batches needs arrays of one leading axis"):
+        Batches(arrays, 2)
+
+
+# Going on in the middle of an epoch.
+
+
+def test_an_iterator_says_where_it_stands_and_goes_there():
+    batches = Batches(np.arange(20), 4)
+    whole = served(batches, 2)
+    iterator = batches(2)
+    assert [next(iterator).tolist(), next(iterator).tolist()] == whole[:2]
+    again = batches(2)
+    again.set_state(iterator.get_state())
+    assert [batch.tolist() for batch in again] == whole[2:]
+
+
+def test_what_an_iterator_said_does_not_change_as_it_goes_on():
+    iterator = Batches(np.arange(20), 4)(0)
+    before = iterator.get_state()
+    rest = [batch.tolist() for batch in iterator]
+    iterator.set_state(before)
+    assert [batch.tolist() for batch in iterator] == rest
+
+
+def test_a_resumed_run_gathers_nothing_of_what_was_used(capsys):
+    gathered = []
+
+    @jax.tree_util.register_pytree_node_class
+    class Example:
+        def __init__(self, x):
+            self.x = x
+
+        def tree_flatten(self):
+            return [self.x], None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            if isinstance(leaves[0], np.ndarray) and leaves[0].shape == (2,):
+                gathered.append(leaves[0].tolist())
+            return cls(*leaves)
+
+    def step(state, batch):
+        return state + batch.x.sum(), {}
+
+    batches = Batches(Example(np.arange(8)), 2)
+    engine = Engine(step)
+    part = engine.run(jnp.int32(0), batches, steps=3)
+    gathered.clear()
+    assert int(engine.run(part, Batches(Example(np.arange(8)), 2), epochs=1).state) == 28
+    assert len(gathered) == 1
+    assert "skipping" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "change"),
+    [
+        (lambda: Batches(np.arange(10), 2), "examples 8 became 10"),
+        (lambda: Batches(np.arange(8), 4), "batch_size 2 became 4"),
+        (lambda: Batches(np.arange(8), 2, seed=1), "seed 0 became 1"),
+        (lambda: Batches(np.arange(8), 2, shuffle=False), "shuffle True became False"),
+        (lambda: Batches(np.arange(8), 2, drop_last=False), "drop_last True became False"),
+    ],
+    ids=["examples", "batch_size", "seed", "shuffle", "drop_last"],
+)
+def test_a_run_does_not_go_on_with_other_batches(other, change):
+    engine = Engine(mean_step)
+    part = engine.run(jnp.int32(0), Batches(np.arange(8), 2), steps=3)
+    with pytest.raises(ValueError, match=f"not the one that the saved run read: {change}"):
+        engine.run(part, other(), steps=4)

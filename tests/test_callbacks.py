@@ -1,0 +1,588 @@
+"""The list of callbacks: names, order, functions, what they keep, and what they may change."""
+
+import contextlib
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Callback, Engine, every
+
+
+def add(state, batch):
+    return state + batch, {"loss": batch}
+
+
+class Idle(Callback):
+    """Does nothing, compiled in."""
+
+    def __init__(self, name=None):
+        self.name = name
+
+    def update(self, carry, ctx):
+        return carry, ctx
+
+
+class Counter(Callback):
+    """Counts steps on the host, from `start`."""
+
+    def __init__(self, name=None, start=0):
+        self.name, self.count = name, start
+
+    def on_step_end(self, loop):
+        self.count += 1
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+class Total(Callback):
+    """Sums the batches in a carry."""
+
+    def init(self, state):
+        return jnp.zeros_like(state)
+
+    def update(self, carry, ctx):
+        return carry + ctx.batch, ctx
+
+
+class Draw(Callback):
+    """Logs a random number of its own."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def update(self, carry, ctx):
+        return carry, ctx.log({f"draw/{self.name}": jax.random.uniform(ctx.rng)})
+
+
+class Everything(Callback):
+    """Writes down every event that it answers."""
+
+    def __init__(self, name, lines):
+        self.name, self.lines = name, lines
+
+    def on_load(self, loop):
+        self.lines.append(("load", self.name))
+
+    def on_run_begin(self, loop):
+        self.lines.append(("run_begin", self.name))
+
+    def on_epoch_begin(self, loop):
+        self.lines.append(("epoch_begin", self.name))
+
+    def on_step_begin(self, loop):
+        self.lines.append(("step_begin", self.name))
+
+    def on_step_end(self, loop):
+        self.lines.append(("step_end", self.name))
+
+    def on_log(self, loop, record):
+        self.lines.append(("log", self.name))
+
+    def on_epoch_end(self, loop):
+        self.lines.append(("epoch_end", self.name))
+
+    def on_save(self, loop):
+        self.lines.append(("save", self.name))
+
+    def on_run_end(self, loop):
+        self.lines.append(("run_end", self.name))
+
+
+# Names and order.
+
+
+def test_callbacks_answer_every_event_in_the_order_of_the_list_and_end_in_reverse():
+    lines = []
+    Engine(add, [Everything(name, lines) for name in "bca"]).run(jnp.int32(0), [1], epochs=1)
+    orders = {event: "".join(name for what, name in lines if what == event) for event, _ in lines}
+    assert orders.pop("run_end") == "acb"
+    assert orders.pop("log") == "bcabca"
+    assert set(orders.values()) == {"bca"}
+    assert len(orders) == 7
+
+
+def test_a_save_comes_after_every_other_answer_wherever_it_is_listed():
+    lines = []
+
+    class Save(Callback):
+        def on_save(self, loop):
+            lines.append(("save", "first in the list"))
+
+    Engine(add, [Save(), Everything("last", lines)], log_every=1).run(jnp.int32(0), [1], epochs=1)
+    before = lines[: lines.index(("save", "first in the list"))]
+    assert [event for event, _ in before][-4:] == ["step_end", "log", "log", "epoch_end"]
+
+
+def test_pure_halves_act_in_the_order_of_the_list():
+    class Scale(Idle):
+        def update(self, carry, ctx):
+            return carry, ctx.replace(state=ctx.state * 10)
+
+    class Shift(Idle):
+        def update(self, carry, ctx):
+            return carry, ctx.replace(state=ctx.state + 1)
+
+    def run(callbacks):
+        return int(Engine(add, callbacks).run(jnp.int32(0), [1], epochs=1).state)
+
+    assert (run([Scale(), Shift()]), run([Shift(), Scale()])) == (11, 20)
+
+
+def test_names_are_class_names_numbered_where_they_repeat():
+    given = [Idle(), Counter(), Idle(), Idle("mine"), Idle()]
+    engine = Engine(add, given)
+    assert list(engine.callbacks) == ["Idle", "Counter", "Idle_2", "mine", "Idle_3"]
+    assert list(engine.callbacks.values()) == given
+
+
+def test_a_name_that_was_given_is_not_given_again():
+    assert list(Engine(add, [Idle(), Idle("Idle"), Idle("Idle_2")]).callbacks) == ["Idle_3", "Idle", "Idle_2"]
+
+
+def test_two_callbacks_of_one_given_name_are_refused():
+    with pytest.raises(ValueError, match="Two callbacks are named 'mine'"):
+        Engine(add, [Idle("mine"), Counter("mine")])
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_a_callback_listed_twice_is_refused(name):
+    callback = Idle(name)
+    with pytest.raises(ValueError, match="or one is listed twice"):
+        Engine(add, [callback, Counter(), callback])
+
+
+def test_a_class_in_the_list_is_refused_with_the_call_that_was_meant():
+    with pytest.raises(
+        TypeError, match=r"An engine needs callbacks, got .*Counter.*\. Did you mean Counter\(\.\.\.\)\?"
+    ):
+        Engine(add, [Counter])
+
+
+@pytest.mark.parametrize("wrong", [print, "Counter", None, [Counter()]], ids=["function", "name", "None", "list"])
+def test_what_is_no_callback_is_refused(wrong):
+    with pytest.raises(TypeError, match="An engine needs callbacks, got"):
+        Engine(add, [wrong])
+
+
+# Which methods count.
+
+
+def test_only_methods_that_are_overridden_are_ever_due():
+    class Idles(Callback):
+        when = every(seconds=1)
+
+        def on_epoch_end(self, loop):
+            pass
+
+    class Acts(Idles):
+        def on_step_end(self, loop):
+            pass
+
+    def looks_at_the_clock(callback):
+        looks = []
+        engine = Engine(add, [callback])
+        engine._clock = lambda: looks.append(1) or 0.0
+        engine.run(jnp.int32(0), [1, 1], epochs=1)
+        return len(looks)
+
+    assert looks_at_the_clock(Idles()) == 0
+    assert looks_at_the_clock(Acts()) > 0
+
+
+def test_a_method_that_was_inherited_counts():
+    class More(Counter):
+        pass
+
+    more = More()
+    Engine(add, [more]).run(jnp.int32(0), [1, 1], epochs=1)
+    assert more.count == 2
+
+
+# Functions as callbacks.
+
+
+@pytest.mark.parametrize("event", ["step_end", "on_step_end"])
+def test_a_function_answers_an_event_and_stays_itself(event):
+    engine = Engine(add)
+
+    def note(loop):
+        seen.append(loop.step)
+
+    seen = []
+    assert engine.on(event)(note) is note
+    engine.run(jnp.int32(0), [1, 1], epochs=1)
+    assert seen == [1, 2]
+
+
+def test_a_function_is_due_when_it_says():
+    seen = []
+    engine = Engine(add)
+    engine.on("step_end", when=2)(lambda loop: seen.append(loop.step))
+    engine.on("step_end", when=every(epochs=1))(lambda loop: seen.append(("epoch", loop.step)))
+    engine.run(jnp.int32(0), [1, 1, 1], epochs=2)
+    assert seen == [2, ("epoch", 3), 4, 6, ("epoch", 6)]
+
+
+def test_functions_act_after_the_list_in_the_order_in_which_they_were_added():
+    lines = []
+    engine = Engine(add, [Everything("listed", lines)])
+    engine.on("step_end")(lambda loop: lines.append(("step_end", "first")))
+    engine.on("step_end")(lambda loop: lines.append(("step_end", "second")))
+    engine.run(jnp.int32(0), [1], epochs=1)
+    assert [name for event, name in lines if event == "step_end"] == ["listed", "first", "second"]
+
+
+def test_functions_are_named_after_themselves():
+    def sample(loop):
+        pass
+
+    engine = Engine(add)
+    engine.on("epoch_end")(sample)
+    engine.on("run_end")(sample)
+    assert list(engine.callbacks) == ["sample", "sample_2"]
+
+
+def test_a_function_for_a_record_or_an_error_gets_it():
+    seen = []
+    engine = Engine(add)
+    engine.on("log")(lambda loop, record: seen.append(record.values))
+    engine.on("exception")(lambda loop, error: seen.append(str(error)))
+
+    @engine.on("epoch_end")
+    def fail(loop):
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        engine.run(jnp.int32(0), [1], epochs=1)
+    assert seen == [{"epoch/loss": 1}, "disk gone"]
+
+
+@pytest.mark.parametrize(
+    ("event", "meant"),
+    [("epoch_ends", "epoch_end"), ("on_step_ends", "step_end"), ("exeption", "exception"), ("saved", "save")],
+)
+def test_an_event_that_does_not_exist_is_answered_with_the_nearest(event, meant):
+    with pytest.raises(ValueError, match=rf"'{event}' is not an event\. Did you mean {meant}\?"):
+        Engine(add).on(event)(lambda loop: None)
+
+
+def test_an_event_that_is_near_nothing_is_refused_too():
+    with pytest.raises(ValueError, match=r"'xyz' is not an event\.$"):
+        Engine(add).on("xyz")(lambda loop: None)
+
+
+@pytest.mark.parametrize(
+    ("event", "function", "needs"),
+    [
+        ("step_end", lambda: None, r"\(loop\), got \(\)"),
+        ("step_end", lambda loop, metrics: None, r"\(loop\), got \(loop, metrics\)"),
+        ("log", lambda loop: None, r"\(loop, record\), got \(loop\)"),
+        ("exception", lambda loop: None, r"\(loop, error\), got \(loop\)"),
+    ],
+    ids=["none", "one too many", "no record", "no error"],
+)
+def test_a_function_with_the_wrong_arguments_is_refused_when_it_is_added(event, function, needs):
+    with pytest.raises(TypeError, match=f"needs the arguments {needs}"):
+        Engine(add).on(event)(function)
+
+
+# What the host half keeps.
+
+
+def test_host_state_is_put_back_before_every_fresh_run():
+    counter = Counter(start=10)
+    engine = Engine(add, [counter])
+    counts = []
+    for _ in range(2):
+        engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+        counts.append(counter.count)
+    assert counts == [13, 13]
+
+
+def test_host_state_is_put_back_after_a_run_that_failed():
+    counter = Counter()
+    engine = Engine(add, [counter])
+    with pytest.raises(ValueError, match="exhausted"):
+        engine.run(jnp.int32(0), iter([1, 1]), epochs=2)
+    engine.run(jnp.int32(0), [1], epochs=1)
+    assert counter.count == 1
+
+
+def test_host_state_goes_on_with_a_result():
+    counter = Counter()
+    engine = Engine(add, [counter])
+    first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+    engine.run(jnp.int32(0), [1], epochs=1)
+    engine.run(first, [1, 1, 1], epochs=2)
+    assert counter.count == 6
+
+
+def test_host_state_goes_on_in_another_engine():
+    first = Engine(add, [Counter("a"), Counter("b", start=100)]).run(jnp.int32(0), [1, 1], epochs=1)
+    a, b = Counter("a"), Counter("b")
+    Engine(add, [b, a]).run(first, [1, 1], epochs=2)
+    assert (a.count, b.count) == (4, 104)
+
+
+def test_what_a_callback_had_when_an_engine_saw_it_first_is_fresh():
+    counter = Counter()
+    Engine(add, [counter]).run(jnp.int32(0), [1, 1], epochs=1)
+    Engine(add, [counter]).run(jnp.int32(0), [1], epochs=1)
+    assert counter.count == 1
+
+
+def test_host_state_may_hold_json_values_arrays_and_bytes():
+    kept = {"n": 3, "x": 0.1, "none": None, "list": [1, ["a"]], "array": np.arange(3, dtype=np.int16), "bytes": b"\0\1"}
+
+    class Keeps(Callback):
+        def get_state(self):
+            return kept
+
+        def set_state(self, state):
+            self.got = state
+
+    keeps = Keeps()
+    Engine(add, [keeps])
+    array = keeps.got.pop("array")
+    assert (array.tolist(), array.dtype) == ([0, 1, 2], np.int16)
+    assert keeps.got == {name: value for name, value in kept.items() if name != "array"}
+
+
+# What events may change.
+
+
+def test_a_state_assigned_in_an_event_is_honoured():
+    engine = Engine(add)
+
+    @engine.on("step_end")
+    def assign(loop):
+        loop.state = loop.state + 100
+
+    assert int(engine.run(jnp.int32(0), [1, 1, 1, 1], epochs=3).state) == 12 * 101
+
+
+@pytest.mark.parametrize(("event", "total"), [("run_begin", 1002), ("epoch_end", 1002), ("save", 2002)])
+def test_a_state_may_be_assigned_in_any_event(event, total):
+    engine = Engine(add)
+    engine.on(event)(lambda loop: setattr(loop, "state", loop.state + 1000))
+    assert int(engine.run(jnp.int32(0), [1, 1], epochs=1).state) == total
+
+
+def test_an_assigned_state_stays_the_callbacks_own():
+    mine = jnp.int32(100)
+    engine = Engine(add)
+    engine.on("run_begin")(lambda loop: setattr(loop, "state", mine))
+    assert int(engine.run(jnp.int32(0), [1, 1], epochs=1).state) == 102
+    assert int(mine) == 100
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ({"w": jnp.zeros(3), "n": 0}, r"w: float32\[2\] became float32\[3\]"),
+        ({"w": jnp.zeros(2, jnp.int32), "n": 0}, r"w: float32\[2\] became int32\[2\]"),
+        ({"w": jnp.zeros(2)}, r"n: int32\[\] is gone"),
+        ({"w": jnp.zeros(2), "n": 0, "m": 0}, r"m: int32\[\] is new"),
+    ],
+    ids=["shape", "dtype", "leaf gone", "leaf new"],
+)
+def test_another_tree_is_refused_as_a_state_by_the_name_of_its_leaf(new, said):
+    engine = Engine(lambda state, batch: (state, {}))
+    engine.on("step_end")(lambda loop: setattr(loop, "state", new))
+    with pytest.raises(ValueError, match=f"loop.state needs a state like the one it has: {said}"):
+        engine.run({"w": jnp.zeros(2), "n": 0}, [1], epochs=1)
+
+
+def test_a_batch_assigned_before_a_step_is_what_the_step_gets():
+    seen = []
+    engine = Engine(add)
+    engine.on("step_begin")(lambda loop: setattr(loop, "batch", loop.batch * 10))
+    engine.on("step_begin")(lambda loop: setattr(loop, "batch", loop.batch + 1))
+    engine.on("step_end")(lambda loop: seen.append(int(loop.batch)))
+    assert int(engine.run(jnp.int32(0), [1, 2, 3], epochs=1).state) == 63
+    assert seen == [11, 21, 31]
+
+
+def test_a_batch_is_assigned_for_one_step_alone():
+    engine = Engine(add)
+    engine.on("step_begin", when=2)(lambda loop: setattr(loop, "batch", 1000))
+    assert int(engine.run(jnp.int32(0), [1, 1, 1], epochs=1).state) == 1002
+
+
+# The pure half.
+
+
+def test_a_pure_half_sees_the_step_from_both_sides():
+    class See(Callback):
+        def update(self, carry, ctx):
+            return carry, ctx.log(
+                step=ctx.step,
+                before=ctx.before,
+                after=ctx.state,
+                batch=ctx.batch,
+                loss=ctx.metrics["l"],
+                aux=ctx.aux["a"],
+            )
+
+    def step(state, batch):
+        return state + batch, {"l": batch * 2}, {"a": batch * 3}
+
+    history = Engine(step, [See()], log_every=1).run(jnp.int32(10), [1, 2], epochs=1).history
+    seen = [history[f"train/{name}"] for name in ("step", "before", "after", "batch", "loss", "aux")]
+    assert seen == [[0, 1], [10, 11], [11, 13], [1, 2], [2, 4], [3, 6]]
+
+
+def test_a_state_that_a_pure_half_replaced_is_the_state_of_the_next_step():
+    class Clip(Callback):
+        def update(self, carry, ctx):
+            return carry, ctx.replace(state=jnp.minimum(ctx.state, 5))
+
+    states = []
+    engine = Engine(add, [Clip()])
+    engine.on("step_end")(lambda loop: states.append(int(loop.state)))
+    assert int(engine.run(jnp.int32(0), [3, 3, -1], epochs=1).state) == 4
+    assert states == [3, 5, 4]
+
+
+def test_a_pure_half_acts_when_it_is_due():
+    class Reset(Callback):
+        update_when = every(steps=3)
+
+        def update(self, carry, ctx):
+            return carry, ctx.replace(state=jnp.zeros_like(ctx.state)).log(was=ctx.state)
+
+    states = []
+    engine = Engine(add, [Reset()], log_every=1)
+    engine.on("step_end")(lambda loop: states.append(int(loop.state)))
+    history = engine.run(jnp.int32(0), [1] * 8, epochs=1).history
+    assert states == [1, 2, 0, 1, 2, 0, 1, 2]
+    assert (history.steps("train/was"), history["train/was"]) == ([3, 6], [3, 3])
+
+
+def test_a_carry_is_kept_from_step_to_step_and_can_be_asked_for():
+    total, seen = Total(), []
+    engine = Engine(add, [Idle(), total])
+    engine.on("step_end")(lambda loop: seen.append(int(loop.carry(total))))
+    result = engine.run(jnp.int32(7), [1, 2, 3], epochs=1)
+    assert (seen, int(result.carry(total)), int(result.state)) == ([1, 3, 6], 6, 13)
+
+
+def test_a_carry_begins_anew_with_a_fresh_run_and_goes_on_with_a_result():
+    total = Total()
+    engine = Engine(add, [total])
+    first = engine.run(jnp.int32(0), [1, 2], epochs=1)
+    fresh = engine.run(jnp.int32(0), [1, 2], epochs=1)
+    rest = engine.run(first, [1, 2], epochs=3)
+    assert [int(result.carry(total)) for result in (first, fresh, rest)] == [3, 3, 9]
+
+
+def test_a_carry_is_asked_for_by_a_callback_of_the_run():
+    total = Total()
+    result = Engine(add, [total, Counter()]).run(jnp.int32(0), [1], epochs=1)
+    with pytest.raises(ValueError, match=r"This Total is not among the run's callbacks \['Total', 'Counter'\]"):
+        result.carry(Total())
+
+
+def test_a_callback_without_a_pure_half_keeps_no_carry():
+    counter = Counter()
+    result = Engine(add, [counter]).run(jnp.int32(0), [1], epochs=1)
+    with pytest.raises(ValueError, match="Counter keeps no carry"):
+        result.carry(counter)
+
+
+# Random numbers of a pure half.
+
+
+def draws(names, **targets):
+    """Each name's random numbers, step by step."""
+    result = Engine(add, [Draw(name) for name in names], log_every=1).run(
+        jnp.int32(0), [1, 1, 1, 1], rng=jax.random.key(0), **targets
+    )
+    return {name: result.history[f"train/draw/{name}"] for name in names}
+
+
+def test_random_numbers_differ_by_callback_and_by_step():
+    numbers = draws("abc", epochs=2)
+    assert len({number for column in numbers.values() for number in column}) == 3 * 8
+
+
+def test_random_numbers_do_not_depend_on_the_other_callbacks():
+    assert draws("abc", epochs=1)["b"] == draws("b", epochs=1)["b"] == draws("cb", epochs=1)["b"]
+
+
+def test_random_numbers_are_the_same_after_going_on():
+    engine = Engine(add, [Draw("a")], log_every=1)
+    part = engine.run(jnp.int32(0), [1, 1, 1, 1], steps=3, rng=jax.random.key(0))
+    rest = engine.run(part, [1, 1, 1, 1], epochs=2, rng=jax.random.key(0))
+    assert part.history["train/draw/a"] + rest.history["train/draw/a"] == draws("a", epochs=2)["a"]
+
+
+def test_random_numbers_of_the_step_do_not_depend_on_callbacks():
+    def step(state, batch, rng):
+        return state + jax.random.uniform(rng), {}
+
+    states = [
+        np.asarray(Engine(step, callbacks).run(jnp.float32(0), [1, 1], epochs=1, rng=jax.random.key(0)).state)
+        for callbacks in ([], [Draw("a")])
+    ]
+    assert states[0].tobytes() == states[1].tobytes()
+
+
+# What stays alive.
+
+
+class Data(list):
+    """A list that can be watched."""
+
+
+def watched(callback):
+    """Weak references to an engine, its data and its callback, and the engine and the data."""
+    data, engine = Data([1, 1, 1]), Engine(add, [callback, Idle()])
+    return [weakref.ref(engine), weakref.ref(data), weakref.ref(callback)], engine, data
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_finished_engine_is_freed_at_once_with_its_data_and_callbacks():
+    alive, engine, data = watched(Counter())
+    result = engine.run(jnp.int32(0), data, epochs=1)
+    del engine, data, result
+    assert [reference() for reference in alive] == [None, None, None]
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_an_engine_whose_for_was_left_is_freed_at_once():
+    alive, engine, data = watched(Counter())
+    with engine.steps(jnp.int32(0), data, epochs=1) as steps:
+        for loop in steps:
+            if loop.step == 2:
+                break
+    del engine, data, steps, loop
+    assert [reference() for reference in alive] == [None, None, None]
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_an_engine_that_failed_is_freed_at_once():
+    class Fails(Counter):
+        def on_step_end(self, loop):
+            raise OSError("disk gone")
+
+    alive, engine, data = watched(Fails())
+    with contextlib.suppress(OSError):
+        engine.run(jnp.int32(0), data, epochs=1)
+    del engine, data
+    assert [reference() for reference in alive] == [None, None, None]

@@ -1,0 +1,160 @@
+"""Event files, read back with TensorBoard's own reader."""
+
+import math
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Callback, Engine, Snapshot
+from onstep.callbacks import TensorBoard
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def add(state, batch):
+    return state + batch, {"loss": batch}
+
+
+class Validate(Callback):
+    """Logs at every second step."""
+
+    when = 2
+
+    def on_step_end(self, loop):
+        loop.log({"val/acc": loop.step / 100})
+
+
+class Restore(Callback):
+    """Puts a saved run in the place of the fresh one, as a new process would."""
+
+    def __init__(self, snapshot):
+        self.snapshot = snapshot
+
+    def on_load(self, loop):
+        loop.restore(self.snapshot)
+
+
+def points(directory):
+    """What TensorBoard shows: by name, (step, value) in order."""
+    reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {name: [(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+
+
+def recorded(*results):
+    """The same from the results of runs."""
+    joined = {}
+    for result in results:
+        for name, values in result.history.items():
+            pairs = zip(result.history.steps(name), np.float32(values).tolist(), strict=True)
+            joined.setdefault(name, []).extend(pairs)
+    return joined
+
+
+def test_every_recorded_point_is_written_once_at_its_step(tmp_path):
+    engine = Engine(add, [Validate(), TensorBoard(tmp_path)], log_every=3)
+    result = engine.run(jnp.float32(0), [0.1, 0.2, 0.3, 0.4], epochs=2)
+    assert points(tmp_path) == recorded(result)
+    assert result.history.steps("val/acc") == [2, 4, 6, 8]
+    assert result.history.steps("train/loss") == [3, 6, 8]
+
+
+def test_a_run_of_a_result_goes_on_without_double_points(tmp_path):
+    engine = Engine(add, [Validate(), TensorBoard(tmp_path)], log_every=3)
+    first = engine.run(jnp.float32(0), [1, 2, 3, 4], epochs=1)
+    second = engine.run(first, [1, 2, 3, 4], epochs=3)
+    assert sorted(points(tmp_path)["train/loss"]) == sorted(recorded(first, second)["train/loss"])
+    assert sorted(points(tmp_path)["val/acc"]) == sorted(recorded(first, second)["val/acc"])
+
+
+def test_runs_that_go_on_hide_what_was_written_beyond_their_step(tmp_path):
+    saved = []
+    engine = Engine(add, [TensorBoard(tmp_path)], log_every=1)
+
+    @engine.on("save")
+    def save(loop):
+        if loop.step == 5:
+            snapshot = loop.snapshot()
+            saved.append(Snapshot(snapshot.step, jax.tree.map(jnp.copy, snapshot.tree), snapshot.host))
+
+    engine.run(jnp.float32(0), [0] * 8, epochs=1)
+    for attempt in range(1, 6):
+        again = Engine(add, [Restore(saved[0]), TensorBoard(tmp_path)], log_every=1)
+        again.run(jnp.float32(0), [attempt] * 8, epochs=1)
+    assert points(tmp_path)["train/loss"] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (6, 5), (7, 5), (8, 5)]
+
+
+def test_a_fresh_run_in_a_used_directory_hides_nothing(tmp_path):
+    results = [
+        Engine(lambda state, batch, name=name: (state, {name: batch}), [TensorBoard(tmp_path)]).run(0, [1, 2], epochs=1)
+        for name in ("a", "b")
+    ]
+    assert points(tmp_path) == recorded(*results)
+
+
+def test_two_runs_of_one_second_lose_nothing(tmp_path):
+    engine = Engine(add, [TensorBoard(tmp_path)], log_every=1)
+
+    @engine.on("epoch_end")
+    def another(loop):
+        inner = Engine(lambda state, batch: (state, {"inner": batch}), [TensorBoard(tmp_path)], log_every=1)
+        inner.run(0, [4, 5, 6], epochs=1)
+
+    engine.run(jnp.float32(0), [1, 2, 3], epochs=1)
+    read = points(tmp_path)
+    assert read["train/loss"] == [(1, 1), (2, 2), (3, 3)]
+    assert read["train/inner"] == [(1, 4), (2, 5), (3, 6)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_written_as_such(tmp_path, value):
+    batches = [1.0, value, 3.0]
+    Engine(add, [TensorBoard(tmp_path)], log_every=1).run(jnp.float32(0), batches, epochs=1)
+    read = points(tmp_path)["train/loss"]
+    assert [step for step, _ in read] == [1, 2, 3]
+    np.testing.assert_equal([number for _, number in read], batches)
+
+
+def test_a_run_that_fails_before_its_first_record_leaves_no_file(tmp_path):
+    engine = Engine(add, [TensorBoard(tmp_path / "run")])
+
+    @engine.on("step_end")
+    def fail(loop):
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        engine.run(jnp.float32(0), [1, 1], epochs=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_later_keeps_what_it_recorded(tmp_path):
+    engine = Engine(add, [TensorBoard(tmp_path)], log_every=2)
+
+    @engine.on("epoch_end")
+    def fail(loop):
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        engine.run(jnp.float32(0), [1, 3, 5], epochs=1)
+    assert points(tmp_path) == {"train/loss": [(2, 2)], "epoch/loss": [(3, 3)]}
+
+
+def test_a_run_with_nothing_left_to_do_writes_no_file(tmp_path):
+    first = Engine(add).run(jnp.float32(0), [1, 1], epochs=1)
+    Engine(add, [TensorBoard(tmp_path / "run")]).run(first, [1, 1], epochs=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_writers_thread_ends_with_the_run(tmp_path):
+    before = set(threading.enumerate())
+    Engine(add, [TensorBoard(tmp_path)]).run(jnp.float32(0), [1, 1], epochs=1)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert set(threading.enumerate()) == before
+
+
+def test_two_boards_of_one_run_write_the_same(tmp_path):
+    boards = [TensorBoard(tmp_path / "a"), TensorBoard(str(tmp_path / "b"))]
+    result = Engine(add, boards).run(jnp.float32(0), [1, 2], epochs=2)
+    assert points(tmp_path / "a") == points(tmp_path / "b") == recorded(result)
