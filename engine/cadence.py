@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
+from numbers import Integral
+
+from . import checks
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,16 +73,16 @@ def every(steps: int | None = None, *, epochs: int | None = None, seconds: float
     >>> every(100) | every(epochs=1)
     every(steps=100) | every(epochs=1)
     """
-    units = {"steps": steps, "epochs": epochs, "seconds": seconds}
-    given = {unit: count for unit, count in units.items() if count is not None}
+    given = {k: v for k, v in (("steps", steps), ("epochs", epochs), ("seconds", seconds)) if v is not None}
     if len(given) != 1:
         raise ValueError(f"every needs one of steps, epochs and seconds, got {given or 'none'}. Combine with |.")
-    ((unit, count),) = given.items()
-    kind, called = (Real, "a number") if unit == "seconds" else (Integral, "a whole number")
-    if isinstance(count, bool) or not isinstance(count, kind) or not 0 < count < math.inf:
-        raise ValueError(f"every needs {unit} > 0, {called}, got {count!r}.")
-    term: tuple[Any] = (count if unit == "seconds" else int(count),)
-    return Cadence(**{unit: term})
+    if steps is not None:
+        return Cadence(steps=(checks.whole("every", "steps", steps, 1),))
+    if epochs is not None:
+        return Cadence(epochs=(checks.whole("every", "epochs", epochs, 1),))
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise ValueError(f"every needs seconds > 0, got {seconds!r}.")
+    return Cadence(seconds=(seconds,))
 
 
 def at(*steps: int) -> Cadence:
@@ -93,9 +94,9 @@ def at(*steps: int) -> Cadence:
     >>> at(1, 10) | every(steps=100)
     every(steps=100) | at(1, 10)
     """
-    if not steps or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in steps):
-        raise ValueError(f"at needs whole numbers >= 1, got {steps}.")
-    return Cadence(points=tuple(sorted({int(n) for n in steps})))
+    if not steps:
+        raise ValueError("at needs the steps at which something is due, got none.")
+    return Cadence(points=tuple(sorted({checks.whole("at", "steps", n, 1) for n in steps})))
 
 
 def as_cadence(value: Cadence | int, who: str) -> Cadence:
@@ -103,7 +104,7 @@ def as_cadence(value: Cadence | int, who: str) -> Cadence:
     if isinstance(value, Cadence):
         return value
     if isinstance(value, Integral) and not isinstance(value, bool) and value > 0:
-        return every(steps=value)
+        return every(steps=int(value))
     raise ValueError(f"{who} needs a cadence such as every(steps=100) or a whole number > 0, got {value!r}.")
 
 

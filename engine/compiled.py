@@ -47,7 +47,7 @@ class Program:
                 raise ValueError(f"{name}.update_when needs steps or epochs, got {cadence}: it is compiled in.")
         self.at_times = {n: Due(cadence, time.monotonic) for n, cadence in cadences.items() if cadence != ALWAYS}
         self.takes_rng = checks.takes_rng(step)
-        self._counted = self.takes_rng or bool(halves)
+        self.counted = self.takes_rng or bool(halves)
         self._traced = Traced(step, halves, list(self.at_times), self.takes_rng)
         self.call = jax.jit(self._traced, donate_argnums=0) if jit else functools.partial(_uncompiled, self._traced)
         self.init = jax.jit(self._traced.init) if jit else self._traced.init
@@ -65,7 +65,7 @@ class Program:
 
     def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
         """What the first call takes, with `step` steps completed."""
-        if not self._counted:
+        if not self.counted:
             return state, carries, None
         count, there = jnp.asarray(step, jnp.int32), home(state)
         return state, carries, count if there is None else jax.device_put(count, there)
@@ -124,7 +124,7 @@ class Traced:
         """One step; what it checks costs nothing afterwards."""
         state, carries, count = bundle
         self._compare(batch)
-        folded = None if key is None or count is None else jax.random.fold_in(key, count)
+        folded = None if key is None else jax.random.fold_in(key, count)
         new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
         # Without this, what observers compute could change how the step itself is fused, and so its bits.
         new, metrics = jax.lax.optimization_barrier((new, metrics))

@@ -185,7 +185,8 @@ class Engine:
     def _advance(self, loop: Loop, turn: Due) -> bool:
         """Runs steps up to the next one that is due; returns whether it ends the epoch."""
         step, bundle, metrics, batch = loop.step, loop._bundle, loop.metrics, loop.batch
-        program, rng, clock, pending, queue = self._program, loop.rng, self._clock, loop._meter.pending, self._in_flight
+        program, clock, pending, queue = self._program, self._clock, loop._meter.pending, self._in_flight
+        rng = loop.rng if program.counted else None
         length, log = loop._feed.length, (step // self._log_every + 1) * self._log_every
         end = math.inf if length is None else step + length - loop.epoch_step
         until = min(loop._events.next(step, end), turn.next, log, end, loop.steps or sys.maxsize)
