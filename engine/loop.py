@@ -80,6 +80,7 @@ class Loop:
         self._program, self._callbacks, self._feed = program, callbacks, feed
         self._events: Events
         self._bundle = program.bundle(state, program.init(state), 0)
+        self._signature = signature({"state": self.state, "carries": self.carries})
         self._meter = Meter()
         self._final = True  # whether a stop is
         self._loading = True
@@ -167,7 +168,7 @@ class Loop:
         host = {
             "mode": MODE,
             "rng": describe_key(self.rng),
-            "tree": signature(tree),
+            "tree": self._signature,
             "step": self.step,
             "epoch": self.epoch,
             "epoch_step": self.epoch_step,
@@ -197,7 +198,7 @@ class Loop:
                     f"The saved run has the {what} {saved}, this run {here}. Give the same, or start anew."
                 )
         like = {"state": self.state, "carries": self.carries}
-        if changed := compare(host["tree"], signature(like)):
+        if changed := compare(host["tree"], self._signature):
             raise ValueError(f"The saved run does not fit this one (saved, then here): {changed}.")
         loads = callable(snapshot.tree)
         tree = place(snapshot.tree(like) if loads else snapshot.tree, "The saved run", copy=not loads)

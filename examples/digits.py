@@ -168,11 +168,7 @@ def main():
         log_every=20,
     )
     began = time.perf_counter()
-    try:
-        result = engine.run(state, batches, epochs=epochs, rng=run_key)
-    except KeyboardInterrupt:
-        print("Interrupted. The same command goes on after the last complete epoch.", file=sys.stderr)
-        return 130
+    result = engine.run(state, batches, epochs=epochs, rng=run_key)
     seconds = time.perf_counter() - began
 
     if trained := len(result.history.get("val/accuracy", [])):  # epochs, since this start
@@ -190,4 +186,8 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on after the last complete epoch.", file=sys.stderr)
+        sys.exit(130)
