@@ -203,7 +203,7 @@ class Engine:
                 pending.append(metrics)
                 if len(pending) > queue:
                     program.wait(pending[~queue])
-                if timed and clock() >= deadline:
+                if loop.stopped is not None or (timed and clock() >= deadline):  # a signal may stop it
                     break
         finally:
             loop.epoch_step += step - loop.step

@@ -10,7 +10,8 @@ import jax
 from . import checks
 from .compiled import Step
 from .feed import Data, open_pass
-from .metrics import Metrics, Tally, as_metrics, fetch
+from .means import Tally, fetch
+from .metrics import Metrics, as_metrics
 from .trees import Batch, State
 
 QUEUE = 2

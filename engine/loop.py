@@ -11,7 +11,8 @@ import jax
 from .callback import Callback, Carry, own
 from .events import Events
 from .feed import Feed
-from .metrics import History, Meter, Metrics, Record, to_float
+from .means import to_float
+from .metrics import History, Meter, Metrics, Record
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .trees import Batch, State, compare, difference, place, signature
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from .means import Tally, fetch, merges
 
 Metrics = dict[str, Any]
 """Scalars on the device by name; a value may be a clu metric, which merges exactly."""
@@ -87,11 +87,7 @@ def as_metrics(given: Any, who: str) -> Metrics:
         given = {name: getattr(given, name) for name in type(given).__annotations__ if not name.startswith("_")}
     if not isinstance(given, dict) or any(not isinstance(name, str) for name in given):
         raise TypeError(f"{who} needs metrics as a dict of scalars by name, got {type(given).__name__}: {given!r:.80}.")
-    return {name: value if _merges(value) else _scalar(value, name, who) for name, value in given.items()}
-
-
-def _merges(value: Any) -> bool:
-    return hasattr(value, "merge") and hasattr(value, "compute")
+    return {name: value if merges(value) else _scalar(value, name, who) for name, value in given.items()}
 
 
 def _scalar(value: Any, name: str, who: str) -> jax.Array:
@@ -102,93 +98,6 @@ def _scalar(value: Any, name: str, who: str) -> jax.Array:
     if array.ndim:
         raise ValueError(f"{who} needs scalar metrics, got shape {array.shape} for {name!r}. Reduce it, e.g. .mean().")
     return array
-
-
-def to_float(value: Any, name: str) -> float:
-    """A host number from anything scalar; waits for the device if it must."""
-    array = np.asarray(value)
-    if array.ndim:
-        raise ValueError(f"A record needs scalars, got shape {array.shape} for {name!r}.")
-    return float(array)
-
-
-def fetch(steps: list[Metrics]) -> dict[str, list[Any]]:
-    """What several steps returned, read to the host: by name, the values in order.
-
-    Waits for the device. A clu metric comes back as itself, with its leaves on the host.
-    """
-    if jax.default_backend() != "cpu":  # there a read is a view; elsewhere let the transfers overlap
-        for leaf in jax.tree.leaves(steps):
-            leaf.copy_to_host_async()
-    names = dict.fromkeys(name for step in steps for name in step)
-    columns = {name: [step[name] for step in steps if name in step] for name in names}
-    return {
-        name: jax.device_get(column) if _merges(column[0]) else [float(np.asarray(x)) for x in column]
-        for name, column in columns.items()
-    }
-
-
-@dataclass
-class Tally:
-    """The mean of the values added so far, whatever the order in which they came.
-
-    Sums are exact (`math.fsum`), so a mean does not depend on how a run was cut. A clu
-    metric is merged value by value instead.
-    """
-
-    count: int = 0
-    terms: list[float] = field(default_factory=list)
-    merged: Any = None
-
-    def add(self, values: list[Any], weights: list[int] | None = None) -> None:
-        """Adds values as `fetch` gives them, each counting by its weight (once without)."""
-        if values and _merges(values[0]):
-            before = [] if self.merged is None else [self._unmerged(values[0])]
-            self.merged = functools.reduce(lambda a, b: a.merge(b), before + values)
-        else:
-            self.terms += values if weights is None else [v * w for v, w in zip(values, weights, strict=True)]
-        self.count += len(values) if weights is None else sum(weights)
-        if len(self.terms) > 4096:
-            self.terms = _expansion(self.terms)
-
-    def _unmerged(self, like: Any) -> Any:
-        """What was merged before, which comes back from a snapshot as bare leaves."""
-        if isinstance(self.merged, list):
-            return jax.tree.unflatten(jax.tree.structure(like), self.merged)
-        return self.merged
-
-    def mean(self, name: str) -> float:
-        """The mean of what was added."""
-        if self.merged is not None:
-            return to_float(self.merged.compute(), name)
-        return _fsum(self.terms) / self.count
-
-    def get_state(self) -> dict[str, Any]:
-        """As JSON values and arrays."""
-        leaves = None if self.merged is None else [np.asarray(x) for x in jax.tree.leaves(self.merged)]
-        return {"count": self.count, "terms": _expansion(self.terms), "leaves": leaves}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Tally:
-        """The tally that `get_state` described."""
-        return cls(state["count"], list(state["terms"]), state["leaves"])
-
-
-def _fsum(terms: list[float]) -> float:
-    try:
-        return math.fsum(terms)
-    except (ValueError, OverflowError):  # inf - inf, or beyond the range of a double
-        return sum(terms)
-
-
-def _expansion(terms: list[float]) -> list[float]:
-    """The same sum in few terms, exactly: rounding errors are kept as terms of their own."""
-    out: list[float] = []
-    while rest := _fsum(terms + [-x for x in out]):
-        if not math.isfinite(rest):
-            return [rest]
-        out.append(rest)
-    return out
 
 
 class Meter:

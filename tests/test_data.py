@@ -312,6 +312,22 @@ def test_epochs_of_a_given_length_go_on_in_the_middle_of_a_pass():
     assert (int(rest.state), rest.step) == (int(whole.state), 8)
 
 
+@pytest.mark.parametrize("kind", [list, Loader, SizedLoader], ids=["list", "loader", "loader with len"])
+def test_a_batch_that_was_drawn_but_not_used_is_the_first_of_the_rest(kind):
+    asked = []
+    engine = Engine(add)
+
+    @engine.on("step_begin")
+    def interrupt(loop):
+        asked.append(int(loop.batch))
+        if asked == [1, 2, 3]:
+            loop.stop("before step 3", final=False)
+
+    part = engine.run(jnp.int32(0), kind([1, 2, 3, 4]), epochs=1)
+    rest = engine.run(part, kind([1, 2, 3, 4]), epochs=1)
+    assert (asked, int(rest.state)) == ([1, 2, 3, 3, 4], 10)
+
+
 def test_data_that_became_shorter_than_what_was_used_are_an_error():
     engine = Engine(add, [StopAt(3)])
     part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=1)
@@ -547,6 +563,14 @@ def test_a_second_run_of_an_engine_compiles_nothing():
     engine.run(jnp.float32(0), data, epochs=1)
     engine.run(first, data, epochs=2)
     assert shapes == [(2,)]
+
+
+def test_another_run_may_have_batches_of_another_shape():
+    shapes = []
+    engine = Engine(summing(shapes))
+    for size in (2, 3):
+        engine.run(jnp.float32(0), Batches({"x": np.ones(6, np.float32)}, size), epochs=1)
+    assert shapes == [(2,), (3,)]
 
 
 def test_a_leaf_that_is_new_in_a_batch_is_named():

@@ -11,7 +11,8 @@ import pytest
 from clu import metrics
 from onstep import Callback, Engine, improves
 from onstep.callbacks import Checkpoint
-from onstep.metrics import Meter, Tally
+from onstep.means import Tally
+from onstep.metrics import Meter
 
 
 def step(state, batch):
