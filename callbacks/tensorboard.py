@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from typing import Any
 
@@ -43,10 +44,11 @@ class TensorBoard(Callback):
     def _open(self) -> Any:
         from tensorboardX import SummaryWriter
 
-        # Two writers in one second would share a file, and one would lose its points.
+        # Two writers in one second would share a file, and one would lose its points; and readers
+        # take files in the order of their names.
         return SummaryWriter(
             self.directory,
             purge_step=self._first if self._first > 1 else None,
             flush_secs=self.flush_seconds,
-            filename_suffix=f".{uuid.uuid4().hex[:8]}",
+            filename_suffix=f".{time.time_ns()}.{uuid.uuid4().hex[:8]}",
         )

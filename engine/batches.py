@@ -38,6 +38,8 @@ class Batches:
         if len(set(sizes.values())) != 1 or () in sizes.values():
             raise ValueError(f"Batches needs arrays of one leading axis, got {sizes}.")
         self.examples: int = next(iter(sizes.values()))[0]
+        if not self.examples:
+            raise ValueError(f"Batches needs at least one example, got {sizes}.")
         checks.whole("Batches", "batch_size", batch_size, 1)
         if batch_size > self.examples and drop_last:
             raise ValueError(

@@ -14,7 +14,7 @@ from . import checks
 from .cadence import Cadence, as_cadence
 from .callback import Callback, Function
 from .compiled import Program, Step
-from .events import Due, Events
+from .events import Answer, Due, Events
 from .feed import Data, Feed
 from .loop import Loop, Result
 from .notice import notice, standing
@@ -140,16 +140,20 @@ class Engine:
                     if loop.over:
                         break
                     ended = self._advance(loop, turn)
-                    self._after_step(loop, ended)
-                    if turn.now(loop.step, loop.epoch if ended else 0):
+                    completes = self._after_step(loop, ended)
+                    if turn.now(loop.step, completes):
                         yield loop
+                    self._save(loop, loop._events.due("on_save", loop.step, completes))
             self._finish(loop)
         except BaseException as error:
             loop.error = error
             loop._events.fail(loop, error)
             raise
         finally:
-            loop._events.end(loop)
+            try:
+                loop._events.end(loop)
+            finally:
+                loop.error = None  # its traceback holds the loop, and so everything
 
     def _begin(self, loop: Loop) -> None:
         """on_load, in which a saved run may take the place of this one; then on_run_begin."""
@@ -180,7 +184,8 @@ class Engine:
             loop.batch = loop._feed.peek()
             for answer in due:
                 answer.call(loop)
-            loop._feed.replace(loop.batch)
+            if not loop.over:
+                loop._feed.replace(loop.batch)
 
     def _advance(self, loop: Loop, turn: Due) -> bool:
         """Runs steps up to the next one that is due; returns whether it ends the epoch."""
@@ -210,8 +215,8 @@ class Engine:
             loop.step, loop._bundle, loop.metrics, loop.batch = step, bundle, metrics, batch
         return loop._feed.ended(loop.epoch_step)
 
-    def _after_step(self, loop: Loop, ended: bool) -> None:
-        """The host stop: on_step_end, on_log, on_epoch_end, on_save of those who are due."""
+    def _after_step(self, loop: Loop, ended: bool) -> int:
+        """on_step_end, on_log and on_epoch_end; returns the epoch that was completed, or 0."""
         if ended:
             loop.epoch, loop.epoch_step = loop.epoch + 1, 0
             loop._feed.end_epoch()
@@ -223,15 +228,20 @@ class Engine:
         if ended:
             loop.log(loop._meter.close("epoch"))
             loop._events.fire("on_epoch_end", loop)
-        for answer in loop._events.due("on_save", loop.step, completes):
+        return completes
+
+    def _save(self, loop: Loop, answers: list[Answer]) -> None:
+        """on_save; too late for a stop for good, which would be missing from what is saved."""
+        loop._saving = True
+        for answer in answers:
             answer.call(loop)
+        loop._saving = False
 
     def _finish(self, loop: Loop) -> None:
         """on_save for those who have not saved this step; then the last partial window."""
         ran = loop.step > loop._began
-        for answer in loop._events.answers["on_save"] if ran else ():
-            if answer.called_at != loop.step:
-                answer.call(loop)
+        if ran:
+            self._save(loop, [a for a in loop._events.answers["on_save"] if a.called_at != loop.step])
         loop._last = loop.snapshot()
         if ran and loop.finished:
             loop.log(loop._meter.close("train"))

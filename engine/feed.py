@@ -30,13 +30,16 @@ def open_pass(data: Data, number: int) -> Iterator[Batch]:
         TypeError: the source is neither an iterable of batches nor a callable.
     """
     source = data(number) if callable(data) else data
-    try:
-        return iter(source if not isinstance(source, (dict, str)) else None)  # type: ignore[call-overload]
-    except TypeError:
+    _check(source)
+    return iter(source)
+
+
+def _check(source: Any) -> None:
+    if isinstance(source, (dict, str)) or not (hasattr(source, "__iter__") or hasattr(source, "__getitem__")):
         raise TypeError(
             "data needs to be an iterable of batches or a callable epoch -> iterable, "
             f"got {type(source).__name__}. For arrays in memory: Batches(arrays, batch_size)."
-        ) from None
+        )
 
 
 class Feed:
@@ -48,6 +51,8 @@ class Feed:
     """
 
     def __init__(self, data: Data, epoch_steps: int | None = None):
+        if not callable(data):
+            _check(data)
         self.data = data
         self.length = epoch_steps or length(data)
         self.one_shot = not callable(data) and hasattr(data, "__next__")
@@ -80,20 +85,19 @@ class Feed:
 
     def take(self, count: int) -> Iterator[Batch]:
         """The next `count` batches; fewer only where the epoch ends."""
-        if count < 1 or not self._more():
-            return
-        if self._failure is not None:
-            raise self._failure
         due = self._used + count
-        self._used += 1
-        yield self._ahead.pop()
-        try:
-            for batch in islice(self._iterator or (), count - 1):
-                self._used += 1
-                yield batch
-        except Exception as error:
-            self._noted(error)
-            raise
+        if count > 0 and self._more():
+            if self._failure is not None:
+                raise self._failure
+            self._used += 1
+            yield self._ahead.pop()
+            try:
+                for batch in islice(self._iterator or (), count - 1):
+                    self._used += 1
+                    yield batch
+            except Exception as error:
+                self._noted(error)
+                raise
         if self._used < due and self.length is not None and not self._cut:
             raise ValueError(
                 f"The data has len {self.length}, but pass {self._pass + 1} ended after {self._used} batches. "
@@ -125,19 +129,27 @@ class Feed:
     def position(self) -> dict[str, Any]:
         """Where the first batch stands that was not handed out, as JSON values and arrays."""
         state = self._before if self._ahead or self._failure else self._loader_state()
-        return {"pass": self._pass, "used": self._used, "loader": state}
+        return {"pass": self._pass, "used": self._used, "loader": state, "length": self.length}
 
     def seek(self, position: dict[str, Any]) -> None:
         """Goes to a position that `position` gave, when the next batch is drawn: by the loader's
         state where it has one, else by skipping the batches already used.
+
+        Raises:
+            ValueError: the position is in data with another number of batches to an epoch.
         """
+        there, here = (length or "an unknown number of" for length in (position["length"], self.length))
+        if there != here:
+            raise ValueError(
+                f"The saved run's epochs have {there} batches, this run's {here}. Give the same data and epoch_steps."
+            )
         self._pass, self._used, self._sought = position["pass"], position["used"], position["loader"]
 
     def again(self, other: Feed) -> Feed:
         """Itself, if it reads what `other` would and still stands where that one seeks to; so an
         iterator that can be read only once goes on where an earlier run left it.
         """
-        if self.data is not other.data or (self._cut, self.length) != (other._cut, other.length):
+        if self.data is not other.data or self._cut != other._cut:
             return other
         if (self._pass, self._used) == (other._pass, other._used):
             return self

@@ -85,7 +85,7 @@ class Loop:
         self._meter = Meter()
         self._final = True  # whether a stop is
         self._loading = True
-        self._restored = False
+        self._restored = self._saving = False
         self._began = 0  # the step at which this call of run began
         self._last: Snapshot  # the run at its end
 
@@ -127,15 +127,17 @@ class Loop:
     @property
     def over(self) -> bool:
         """Whether no further step will run."""
-        reached = (self.steps is not None and self.step >= self.steps) or (
-            self.epochs is not None and self.epoch >= self.epochs
-        )
-        return reached or self.stopped is not None
+        return self.stopped is not None or self._reached
 
     @property
     def finished(self) -> bool:
         """Whether the run is over for good: at its target, or by a final stop."""
-        return self.over and (self.stopped is None or self._final)
+        return self._reached or (self.stopped is not None and self._final)
+
+    @property
+    def _reached(self) -> bool:
+        by_steps = self.steps is not None and self.step >= self.steps
+        return by_steps or (self.epochs is not None and self.epoch >= self.epochs)
 
     def stop(self, reason: str, *, final: bool = True) -> None:
         """Ends the run once everything due at this step is done.
@@ -144,7 +146,12 @@ class Loop:
             reason: what `result.stopped` will say; the first one given stands.
             final: False for a stop that is meant to be resumed; after a final one a later
                 resume runs no step.
+
+        Raises:
+            RuntimeError: a final stop is asked for in `on_save`, too late to be saved.
         """
+        if self._saving and final:
+            raise RuntimeError("A final loop.stop is too late in on_save. Ask for it in on_step_end or on_log.")
         if self.stopped is None:
             self.stopped, self._final = reason, final
 

@@ -15,7 +15,6 @@ of the last evaluation, not of the best one.
 import argparse
 import gzip
 import math
-import struct
 import sys
 import time
 from pathlib import Path
@@ -108,8 +107,8 @@ def idx_files(directory):
 def read_idx(path, dimensions):
     """IDX: a magic number, the size of each dimension, then the bytes; plain or gzipped."""
     content = path.read_bytes() if path.exists() else gzip.decompress(path.with_suffix(".gz").read_bytes())
+    magic, *sizes = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
     header = 4 + 4 * dimensions
-    magic, *sizes = struct.unpack(f">{1 + dimensions}I", content[:header])
     if magic != 0x800 + dimensions or len(content) != header + math.prod(sizes):
         raise ValueError(f"{path} should hold bytes in {dimensions} dimensions, and all of them.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(sizes)
@@ -118,7 +117,7 @@ def read_idx(path, dimensions):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=int, help="default: 30; 8 with --fast, 3 with --data")
+    add("--epochs", type=int, help="also the length of the schedule; default: 30; 8 with --fast, 3 with --data")
     add("--batch-size", type=int, default=64, help="default: 64")
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
     add("--learning-rate", type=float, help="the highest of the schedule; the default depends on the optimizer")
@@ -130,56 +129,60 @@ def arguments():
     return parser.parse_args()
 
 
-def main():
-    args = arguments()
-    name, epochs, least = ("digits-fast", 8, 0.95) if args.fast else ("digits", 30, 0.975)
-    if args.data:
-        name, epochs, least = args.data.resolve().name, 3, 0
-    epochs, directory = args.epochs or epochs, args.directory or Path("runs", name)
+def new_state(key, images, optimizer, schedule):
+    model = CNN()
+    variables = jax.jit(model.init, static_argnames="train")(key, images[:1], train=False)
+    return State.create(apply_fn=model.apply, tx=optimizer(schedule), **variables)
 
-    train, held_out = idx_files(args.data) if args.data else digits()
-    batches = Batches(train, args.batch_size, seed=args.seed)
-    optimizer, rate = OPTIMIZERS[args.optimizer]
-    steps = epochs * len(batches)
-    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate or rate, steps // 10, steps)
 
-    model, (init_key, run_key) = CNN(), jax.random.split(jax.random.key(args.seed))
-    variables = jax.jit(model.init, static_argnames="train")(init_key, train["image"][:1], train=False)
-    state = State.create(apply_fn=model.apply, tx=optimizer(schedule), **variables)
-
-    shape = "x".join(map(str, train["image"].shape[1:3]))
-    print(f"data       {len(train['label']):,} images of {shape} pixels, and {len(held_out['label']):,} held out")
-    print(f"model      CNN of {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters")
-    print(f"run        {epochs} epochs of {len(batches)} steps with {args.optimizer}, in {directory}", flush=True)
-
-    # Averaged weights need BatchNorm statistics to match: those averaged over the same steps.
-    ema = EMA(0.99, of=("params", "batch_stats"), warmup=9)
-    engine = Engine(
-        train_step,
-        [
-            ema,
-            GradNorm(),
-            Evaluate(eval_step, Batches(held_out, 1000, shuffle=False, drop_last=False), name="val", using=ema),
-            EarlyStopping("val/loss", patience=10),
-            Checkpoint(directory),
-            TensorBoard(directory),
-            Progress(metrics=["train/loss", "val/accuracy"]),
-        ],
-        log_every=20,
-    )
-    began = time.perf_counter()
-    result = engine.run(state, batches, epochs=epochs, rng=run_key)
-    seconds = time.perf_counter() - began
-
-    if trained := len(result.history.get("val/accuracy", [])):  # epochs, since this start
-        speed = trained * len(batches) / seconds
-        print(f"trained    {trained} epochs in {seconds:.1f} s ({speed:.0f} steps/s, compilation included)")
+def report(result, directory, epoch_steps, seconds):
+    if epochs := len(result.history.get("val/accuracy", [])):  # since this start
+        speed = epochs * epoch_steps / seconds
+        print(f"trained    {epochs} epochs in {seconds:.1f} s ({speed:.0f} steps/s, compilation included)")
     else:
         print("trained    nothing: the run was complete")
     if result.stopped:
         print(f"stopped    after epoch {result.epoch}: {result.stopped}")
     print(f"written    checkpoints and TensorBoard files, in {directory}")
     print(f"curves     tensorboard --logdir {directory}")
+
+
+def main():
+    args = arguments()
+    name, epochs, least = (args.data.resolve().name, 3, 0) if args.data else ("digits", 30, 0.975)
+    if args.fast:
+        epochs, least = 8, 0.95
+    epochs = args.epochs or epochs
+    directory = args.directory or Path("runs", f"{name}-fast" if args.fast else name)
+
+    train, held_out = idx_files(args.data) if args.data else digits()
+    batches = Batches(train, args.batch_size, seed=args.seed)
+    steps = epochs * len(batches)
+    optimizer, rate = OPTIMIZERS[args.optimizer]
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate or rate, steps // 10, steps)
+    init_key, run_key = jax.random.split(jax.random.key(args.seed))
+    state = new_state(init_key, train["image"], optimizer, schedule)
+
+    count, height, width, _ = train["image"].shape
+    print(f"data       {name}: {count:,} images of {height}x{width}, and {len(held_out['label']):,} held out")
+    print(f"model      CNN of {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters")
+    print(f"run        {epochs} epochs of {len(batches)} steps with {args.optimizer}, in {directory}", flush=True)
+
+    # Averaged weights need BatchNorm statistics to match: those averaged over the same steps.
+    ema = EMA(0.99, of=("params", "batch_stats"), warmup=9)
+    callbacks = [
+        ema,
+        GradNorm(),
+        Evaluate(eval_step, Batches(held_out, 1000, shuffle=False, drop_last=False), name="val", using=ema),
+        EarlyStopping("val/loss", patience=10),
+        Checkpoint(directory),
+        TensorBoard(directory),
+        Progress(metrics=["val/accuracy"]),
+    ]
+    began = time.perf_counter()
+    result = Engine(train_step, callbacks, log_every=20).run(state, batches, epochs=epochs, rng=run_key)
+    report(result, directory, len(batches), time.perf_counter() - began)
+
     accuracy = result.latest["val/accuracy"]
     print(f"held-out accuracy  {accuracy:.4f}" + (f", short of {least}" if accuracy < least else ""))
     return int(accuracy < least)

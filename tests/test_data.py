@@ -330,9 +330,9 @@ def test_a_batch_that_was_drawn_but_not_used_is_the_first_of_the_rest(kind):
 
 def test_data_that_became_shorter_than_what_was_used_are_an_error():
     engine = Engine(add, [StopAt(3)])
-    part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=1)
+    part = engine.run(jnp.int32(0), lambda epoch: iter([1, 2, 3, 4]), epochs=1)
     with pytest.raises(ValueError, match="had used 3 batches of this pass, but the data now has 2"):
-        engine.run(part, [1, 2], epochs=2)
+        engine.run(part, lambda epoch: iter([1, 2]), epochs=2)
 
 
 @pytest.mark.parametrize("steps", [3, 4])
@@ -371,11 +371,24 @@ def test_a_generator_that_was_read_beyond_a_result_is_refused():
         engine.run(early, data, steps=5)
 
 
-def test_a_generator_is_not_read_past_anything_when_epoch_steps_change():
-    data = itertools.count(1)
+@pytest.mark.parametrize(
+    ("data", "options", "match"),
+    [
+        ([1, 2, 3, 4], {}, "epochs have 5 batches, this run's 4. Give the same data"),
+        (itertools.count(1), {}, "epochs have 5 batches, this run's an unknown number of"),
+        (
+            [1, 2, 3, 4, 5],
+            {"epoch_steps": 3},
+            "epochs have 5 batches, this run's 3. Give the same data and epoch_steps",
+        ),
+    ],
+    ids=["shorter", "unknown", "epoch_steps"],
+)
+def test_going_on_with_epochs_of_another_length_names_both(data, options, match):
     engine = Engine(add)
-    part = engine.run(jnp.int32(0), data, steps=5)
-    assert int(engine.run(part, data, steps=10, epoch_steps=5).state) == 55
+    part = engine.run(jnp.int32(0), [1, 2, 3, 4, 5], steps=3)
+    with pytest.raises(ValueError, match=match):
+        engine.run(part, data, steps=10, **options)
 
 
 def test_a_new_generator_is_read_past_what_was_used(capsys):

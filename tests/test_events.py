@@ -299,7 +299,7 @@ def test_the_same_events_come_uncompiled():
     assert compiled == uncompiled == TWO_EPOCHS.strip().splitlines()
 
 
-def test_owning_the_for_gives_a_turn_after_everything_due():
+def test_owning_the_for_gives_a_turn_before_everybody_saves():
     lines = []
     engine = Engine(step, [Transcript("A", lines, quiet=("load", "step_begin"))], log_every=2)
     with engine.steps(jnp.int32(0), [1, 2, 3], epochs=1, when=every(2) | every(epochs=1)) as steps:
@@ -313,13 +313,13 @@ def test_owning_the_for_gives_a_turn_after_everything_due():
         "A save 1/0",
         "A step_end 2/0 state=3",
         "A log 2/0 train/loss=1.5",
-        "A save 2/0",
         "turn 2",
+        "A save 2/0",
         "A step_end 3/1 state=6",
         "A log 3/1 epoch/loss=2",
         "A epoch_end 3/1",
-        "A save 3/1",
         "turn 3",
+        "A save 3/1",
         "A log 3/1 train/loss=3",
         "A run_end 3/1",
     ]

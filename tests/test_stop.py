@@ -62,7 +62,6 @@ def steps_of(event, lines):
         ("step_end", 5, 1),
         ("log", 6, 1),
         ("epoch_end", 4, 1),
-        ("save", 5, 1),
     ],
 )
 def test_a_stop_from_any_event_ends_the_run_at_that_step(event, step, epoch, final):
@@ -180,27 +179,38 @@ def test_a_finally_stopped_result_runs_no_step_and_says_so(capsys):
     assert "stopped for good at step 2 (enough)" in capsys.readouterr().err
 
 
-def test_a_final_stop_from_a_save_is_known_to_every_later_save():
+def test_a_final_stop_in_on_save_is_too_late_and_says_so():
+    engine = Engine(add)
+    engine.on("save")(lambda loop: loop.stop("enough"))
+    with pytest.raises(RuntimeError, match="A final loop.stop is too late in on_save. Ask for it in on_step_end"):
+        engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+
+
+def test_a_resumable_stop_in_on_save_ends_the_run_there():
+    engine = Engine(add)
+
+    @engine.on("save", when=2)
+    def stop(loop):
+        loop.stop("later", final=False)
+
+    result = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
+    assert (result.step, result.stopped) == (2, "later")
+
+
+def test_what_the_body_of_the_for_does_is_in_what_is_saved():
     saved = []
 
     class Save(Callback):
         def on_save(self, loop):
-            saved.append(loop.snapshot())
+            saved.append((loop.step, int(loop.state), loop.latest.get("mine"), loop.stopped))
 
-    engine = Engine(add, [Save()])
-
-    @engine.on("save")
-    def stop(loop):
-        loop.stop("enough")
-
-    engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
-    again = Engine(add)
-
-    @again.on("load")
-    def restore(loop):
-        loop.restore(saved[-1])
-
-    assert again.run(jnp.int32(0), [1, 1, 1], epochs=1).stopped == "enough"
+    with Engine(add, [Save()]).steps(jnp.int32(0), [1, 1, 1], epochs=1) as steps:
+        for loop in steps:
+            loop.log({"mine": loop.step})
+            if loop.step == 2:
+                loop.state = loop.state + 10
+                loop.stop("enough")
+    assert saved == [(1, 1, 1.0, None), (2, 12, 2.0, "enough")]
 
 
 def test_a_resumable_result_finishes_the_epoch_that_was_cut(capsys):
