@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
-from onstep import Cadence, Callback, Loop, Snapshot, every
+from onstep import Cadence, Callback, Loop, Record, Snapshot, every
 from onstep.checks import whole
+from onstep.storage import Storage
 
 
 class Checkpoint(Callback):
@@ -17,21 +18,32 @@ class Checkpoint(Callback):
 
     A checkpoint holds the state, every callback's carry and host state, the counters, the
     position in the data and the open means: what is resumed ends in the bytes of a run that was
-    never interrupted. One directory is one run. Nothing is written before the first save, and
-    a run that is over is left as it is.
+    never interrupted. One directory is one run: `<directory>/N` is the checkpoint of step N, with
+    checksums that are verified when it is read. A run that is over is left as it is.
 
     Args:
-        directory: the run's; made at the first save. Checkpoint N is in `<directory>/N`.
+        directory: the run's.
         when: when to save; the end of a run is saved whatever this says.
         keep: how many of the newest checkpoints stay.
-        resume: True goes on from the newest checkpoint, if there is one; a step, from that one;
-            later ones are then moved to `<directory>/aside`. False refuses a directory that holds a run.
+        best: the metric by which one more stays: the best of those whose own step recorded it.
+        mode: `"min"` or `"max"`, of `best`.
+        resume: True goes on from the newest intact checkpoint, if there is one; a step or `"best"`,
+            from that one, and later ones are moved to `<directory>/aside`. False refuses a
+            directory that holds a run.
+        overwrite: True starts afresh; the checkpoints of an earlier run are moved aside at the
+            first save.
+        strict: False lets callbacks with a carry come and go between runs: one that is new begins
+            afresh, the carry of one that went is left out.
+        skip: False reads the data from their beginning after a resume, for a source that has no
+            position to go to, such as a simulator.
         name: the callback's name.
 
     Raises:
-        FileExistsError: the directory holds a run, and `resume` is False (when a run begins).
+        FileExistsError: the directory holds a run, and `resume` is False.
         FileNotFoundError: there is no checkpoint of the step asked for.
-        ValueError: the checkpoint is of another state, rng, or set of carries; or `keep` < 1.
+        RuntimeError: another run that is alive writes the directory; no checkpoint is intact; or a
+            save failed, at the next save or the run's end.
+        ValueError: the checkpoint is of another run or damaged; or an argument is out of range.
     """
 
     def __init__(
@@ -40,58 +52,94 @@ class Checkpoint(Callback):
         *,
         when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
         keep: int = 3,
-        resume: bool | int = True,
+        best: str | None = None,
+        mode: str = "min",
+        resume: bool | int | str = True,
+        overwrite: bool = False,
+        strict: bool = True,
+        skip: bool = True,
         name: str | None = None,
     ):
         whole("Checkpoint", "keep", keep, 1)
+        if mode not in ("min", "max"):
+            raise ValueError(f"Checkpoint needs mode 'min' or 'max', got {mode!r}.")
+        if not isinstance(resume, (bool, int)) and not (resume == "best" and best):
+            raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {resume!r}.")
         self.directory = os.path.abspath(directory)
-        self.when, self.keep, self.resume, self.name = when, keep, resume, name
-        self._manager: Any = None
+        self.keep, self.best, self.mode = keep, best, mode
+        self.resume, self.overwrite, self.strict, self.skip = resume, overwrite, strict, skip
+        self.when, self.name = when, name
+        self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
     def on_load(self, loop: Loop) -> None:
-        steps = _steps(self.directory)
+        self._storage = Storage(self.directory, self.keep, self.best, self.mode)
+        self._storage.lock()
+        steps = self._storage.steps()
+        if not steps or self.overwrite:
+            return
         if loop.step:  # the run goes on from a Result
-            if steps and steps[-1] > loop.step:
+            if steps[-1] > loop.step:
                 raise FileExistsError(
                     f"Checkpoint: {self.directory} holds a run at step {steps[-1]}, beyond the {loop.step} of this one."
                 )
-        elif steps and self.resume is False:
+            self._goes_on(steps[-1])
+        elif self.resume is False:
             raise FileExistsError(
-                f"Checkpoint: {self.directory} holds a run at step {steps[-1]}. "
-                "Go on with it (resume=True) or give another directory."
+                f"Checkpoint: {self.directory} holds a run at step {steps[-1]}. Go on with it (resume=True), "
+                "move it aside (overwrite=True) or give another directory."
             )
-        elif self.resume is not True and self.resume is not False:
-            if self.resume not in steps:
-                raise FileNotFoundError(f"Checkpoint: no step {self.resume} in {self.directory}; it holds {steps}.")
-            loop.restore(self._read(self.resume))
-        elif steps:
-            loop.restore(self._read(steps[-1]))
+        else:
+            step = self._newest_intact(steps) if self.resume is True else self._asked_for(steps)
+            self._goes_on(step)
+            loop.restore(self._read(step), strict=self.strict, skip=self.skip)
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._began = loop.step
+        self._recorded, self._began, self._saved = None, loop.step, False
+
+    def on_log(self, loop: Loop, record: Record) -> None:
+        if self.best in record.values:
+            self._recorded = (record.step, record.values[self.best])
 
     def on_save(self, loop: Loop) -> None:
         snapshot = loop.snapshot()
-        if self._manager is None:
-            _move_aside(self.directory, [step for step in _steps(self.directory) if step > self._began])
-            self._manager = _open(self.directory, self.keep)
-        _save(self._manager, snapshot.step, {**snapshot.tree, "host": np.frombuffer(snapshot.host, np.uint8)})
+        if not self._saved:
+            later = [step for step in self._storage.steps() if step > self._began or self.overwrite]
+            self._storage.move_aside(later)
+            self._saved = True
+        competes = self._recorded is not None and self._recorded[0] == snapshot.step
+        metrics = {self.best: self._recorded[1]} if self.best and self._recorded and competes else {}
+        host = np.frombuffer(snapshot.host, np.uint8)
+        self._storage.save(snapshot.step, {**snapshot.tree, "host": host}, metrics)
 
     def on_run_end(self, loop: Loop) -> None:
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            with manager:  # closes it
-                manager.wait_until_finished()
+        try:
+            self._storage.close()
+        finally:
+            self._storage.unlock()
+
+    def _newest_intact(self, steps: list[int]) -> int:
+        for step in reversed(steps):
+            damage = self._storage.damage(step)
+            if damage is None:
+                return step
+            warnings.warn(f"Checkpoint {self._storage.path(step)} is damaged and left out: {damage}.", stacklevel=2)
+        raise RuntimeError(f"Checkpoint: none of the checkpoints {steps} in {self.directory} is intact.")
+
+    def _asked_for(self, steps: list[int]) -> int:
+        step = self._storage.best_step() if self.resume == "best" else self.resume
+        if step not in steps:
+            raise FileNotFoundError(f"Checkpoint: no step {self.resume} in {self.directory}; it holds {steps}.")
+        if damage := self._storage.damage(step):
+            raise ValueError(f"Checkpoint {self._storage.path(step)} is damaged: {damage}.")
+        return step
+
+    def _goes_on(self, step: int) -> None:
+        self._storage.run = self._storage.manifest(step)["run"]
+        self._storage.spared = step
 
     def _read(self, step: int) -> Snapshot:
-        with _open(self.directory, self.keep) as manager:
-            host = _restore(manager, step, {"host": None})["host"].tobytes()
-
-        def load(like: dict[str, Any]) -> dict[str, Any]:
-            with _open(self.directory, self.keep) as manager:
-                return _restore(manager, step, like)
-
-        return Snapshot(step, load, host)
+        host = self._storage.load(step, {"host": None})["host"].tobytes()
+        return Snapshot(step, lambda likes: self._storage.load(step, likes, partial=not self.strict), host)
 
 
 def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
@@ -101,17 +149,21 @@ def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
         FileExistsError: the directory holds that step.
         ValueError: there is no array in the tree.
     """
-    directory = os.path.abspath(directory)
-    if not jax.tree.leaves(_orbax(tree)):
+    storage = Storage(os.fspath(directory))
+    if not any(np.size(leaf) for leaf in jax.tree.leaves(tree)):
         raise ValueError(f"save needs a tree with arrays in it, got {tree!r:.80}.")
-    if step in _steps(directory):
-        raise FileExistsError(f"save: {directory} holds step {step}. Give another step or directory.")
-    with _open(directory, keep=None) as manager:
-        _save(manager, step, {"state": tree})
+    if step in storage.steps():
+        raise FileExistsError(f"save: {storage.directory} holds step {step}. Give another step or directory.")
+    storage.lock()
+    try:
+        storage.save(step, {"state": tree}, {})
+        storage.close()
+    finally:
+        storage.unlock()
 
 
 def load(directory: str | os.PathLike[str], like: Any = None, step: int | None = None) -> Any:
-    """Loads what `save` saved, or the state of a run's checkpoint.
+    """Loads what `save` saved, or the state of a run's checkpoint; verifies its checksums.
 
     Args:
         directory: of `save` or of a run.
@@ -120,67 +172,13 @@ def load(directory: str | os.PathLike[str], like: Any = None, step: int | None =
 
     Raises:
         FileNotFoundError: there is no such step.
+        ValueError: it is damaged.
     """
-    directory, steps = os.path.abspath(directory), _steps(os.path.abspath(directory))
+    storage = Storage(os.fspath(directory))
+    steps = storage.steps()
     step = steps[-1] if step is None and steps else step
     if step not in steps:
-        raise FileNotFoundError(f"load: no step {step} in {directory}; it holds {steps}.")
-    with _open(directory, keep=None) as manager:
-        return _restore(manager, step, {"state": like})["state"]
-
-
-def _steps(directory: str) -> list[int]:
-    """The steps in a directory, oldest first; Orbax gives a save its number when it is complete."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _open(directory: str, keep: int | None) -> Any:
-    import orbax.checkpoint as ocp
-
-    return ocp.CheckpointManager(
-        directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    )
-
-
-def _save(manager: Any, step: int, trees: dict[str, Any]) -> None:
-    from orbax.checkpoint import args
-
-    items = {name: args.StandardSave(_orbax(tree)) for name, tree in trees.items() if jax.tree.leaves(_orbax(tree))}
-    if not manager.save(step, args=args.Composite(**items)):
-        raise RuntimeError(f"Orbax did not save step {step} in {manager.directory}.")
-
-
-def _restore(manager: Any, step: int, likes: dict[str, Any]) -> dict[str, Any]:
-    from orbax.checkpoint import args
-
-    targets = {name: None if like is None else _orbax(like) for name, like in likes.items()}
-    items = {name: args.StandardRestore(t) for name, t in targets.items() if t is None or jax.tree.leaves(t)}
-    found = manager.restore(step, args=args.Composite(**items)) if items else {}
-    trees = {}
-    for name, like in likes.items():
-        filled = iter(jax.tree.leaves(found[name]) if name in items else ())
-        if like is None:
-            trees[name] = found[name]["tree"]
-        else:
-            trees[name] = jax.tree.map(lambda leaf, filled=filled: next(filled) if np.size(leaf) else leaf, like)
-    return trees
-
-
-def _orbax(tree: Any) -> dict[str, Any]:
-    """As Orbax takes it: no bare array, and None for arrays of size 0, which it refuses."""
-
-    def convert(leaf: Any) -> Any:
-        return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-    return {"tree": jax.tree.map(lambda leaf: convert(leaf) if np.size(leaf) else None, tree)}
-
-
-def _move_aside(directory: str, steps: list[int]) -> None:
-    """Makes room for a run that goes on from an earlier step; nothing is removed."""
-    for step in steps:
-        aside = os.path.join(directory, "aside")
-        os.makedirs(aside, exist_ok=True)
-        names = (str(step) if n == 1 else f"{step}.{n}" for n in itertools.count(1))
-        free = next(name for name in names if not os.path.lexists(os.path.join(aside, name)))
-        os.rename(os.path.join(directory, str(step)), os.path.join(aside, free))
+        raise FileNotFoundError(f"load: no step {step} in {storage.directory}; it holds {steps}.")
+    if damage := storage.damage(step):
+        raise ValueError(f"load: {storage.path(step)} is damaged: {damage}.")
+    return storage.load(step, {"state": like})["state"]

@@ -17,7 +17,7 @@ from .cadence import ALWAYS, as_cadence
 from .callback import Callback, Carry, Context, own
 from .events import Due
 from .metrics import Metrics, as_metrics
-from .trees import Batch, State, compare, difference, home, signature, strong
+from .trees import Batch, State, compare, difference, fewer_rows, home, signature, strong
 
 Step = Callable[..., Any]
 """`(state, batch) -> (state, metrics)`; a third argument is a random key, a third result `aux`."""
@@ -53,15 +53,28 @@ class Program:
         self.init = jax.jit(self._traced.init) if jit else self._traced.init
         self._masks: dict[tuple[bool, ...], jax.Array] = {}
 
-    def start(self, step: int) -> None:
-        """A run begins with `step` steps completed."""
-        self._traced.expected = None
+    def start(self, step: int, batch: dict[str, str] | None) -> None:
+        """A run begins with `step` steps completed, or goes on after batches of such a signature."""
+        self._traced.expected = batch
         for due in self.at_times.values():
             due.start(step)
 
     def expect(self, batch: Batch) -> None:
-        """The run begins with this batch: other shapes are worth a warning from now on."""
-        self._traced.expected = signature(batch)
+        """The run's first batch: other shapes are worth a warning from now on.
+
+        Raises:
+            ValueError: a saved run's batches had other leaves, dtypes or shapes; fewer rows may be
+                the last ones of an epoch.
+        """
+        now, saved = signature(batch), self.batch
+        if saved is not None and (changed := compare(saved, fewer_rows(now, saved))):
+            raise ValueError(f"The saved run's batches were others than this run's (saved, then here): {changed}.")
+        self._traced.expected = saved or now
+
+    @property
+    def batch(self) -> dict[str, str] | None:
+        """The signature of the run's first batch, None before it is drawn."""
+        return self._traced.expected
 
     def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
         """What the first call takes, with `step` steps completed."""

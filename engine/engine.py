@@ -163,7 +163,7 @@ class Engine:
         checks.epochs_known(loop._events, loop._feed, self._program.at_times, steps=loop.steps)
         if loop._restored:
             notice(standing(loop))
-        self._program.start(loop.step)
+        self._program.start(loop.step, loop._batch)
         loop._events.begin(loop)
 
     def _begin_epoch(self, loop: Loop) -> None:

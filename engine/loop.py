@@ -86,6 +86,7 @@ class Loop:
         self._final = True  # whether a stop is
         self._loading = True
         self._restored = self._saving = False
+        self._batch: dict[str, str] | None = None  # the signature of a saved run's first batch
         self._began = 0  # the step at which this call of run began
         self._last: Snapshot  # the run at its end
 
@@ -177,6 +178,8 @@ class Loop:
             "mode": MODE,
             "rng": describe_key(self.rng),
             "tree": self._signature,
+            "carries": list(self.carries),
+            "batch": self._program.batch,
             "step": self.step,
             "epoch": self.epoch,
             "epoch_step": self.epoch_step,
@@ -189,12 +192,19 @@ class Loop:
         }
         return Snapshot(self.step, tree, pack(host, "A snapshot"))
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: Snapshot, *, strict: bool = True, skip: bool = True) -> None:
         """Puts a saved run in the place of this one; in `on_load` alone.
+
+        Args:
+            snapshot: the saved run.
+            strict: False lets pure halves come and go: one that is new begins afresh, the carry
+                of one that went is left.
+            skip: False reads the data from their beginning, for a source without a position.
 
         Raises:
             RuntimeError: the run has begun.
-            ValueError: the snapshot is of another mode, random key or tree; the message has both sides.
+            ValueError: the snapshot is of another mode, random key, tree or length of epochs; the
+                message has both sides.
         """
         if not self._loading:
             raise RuntimeError("loop.restore belongs in on_load: the run has begun.")
@@ -205,19 +215,26 @@ class Loop:
                 raise ValueError(
                     f"The saved run has the {what} {saved}, this run {here}. Give the same, or start anew."
                 )
-        like = {"state": self.state, "carries": self.carries}
-        if changed := compare(host["tree"], self._signature):
+        saved, here, carries = host["tree"], self._signature, dict(self.carries)
+        if not strict:
+            carries = {name: carry for name, carry in carries.items() if name in host["carries"]}
+            left = tuple(f"carries/{name}/" for name in {*host["carries"], *self.carries} - set(carries))
+            saved, here = ({n: k for n, k in s.items() if not f"{n}/".startswith(left)} for s in (saved, here))
+        if changed := compare(saved, here):
             raise ValueError(f"The saved run does not fit this one (saved, then here): {changed}.")
-        loads = callable(snapshot.tree)
+        like, loads = {"state": self.state, "carries": carries}, callable(snapshot.tree)
         tree = place(snapshot.tree(like) if loads else snapshot.tree, "The saved run", copy=not loads)
+        tree = {"state": tree["state"], "carries": {name: tree["carries"][name] for name in carries}}
         tree = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
-        self._bundle = self._program.bundle(tree["state"], tree["carries"], host["step"])
+        self._bundle = self._program.bundle(tree["state"], self.carries | tree["carries"], host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
         self.latest, self._restored = host["latest"], True
         if host["final"]:
             self.stopped = host["stopped"]
         self._meter.set_state(host["windows"])
-        self._feed.seek(host["data"])
+        self._batch = host["batch"]
+        if skip:
+            self._feed.seek(host["data"])
         self._give_back(host["callbacks"])
 
     def _result(self) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,17 @@ def compare(old: dict[str, str], new: dict[str, str], *, most: int = 4) -> str:
     rows += [f"{name}: {kind} is gone" for name, kind in old.items() if name not in new]
     rows += [f"{name}: {kind} is new" for name, kind in new.items() if name not in old]
     return "; ".join(rows[:most] + ([f"and {len(rows) - most} more"] if len(rows) > most else []))
+
+
+def fewer_rows(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
+    """A batch's signature, in which leaves that only have fewer rows than in `old` read as there."""
+    pattern = r"(.*)\[(\d+)(.*)"
+
+    def same(name: str) -> bool:
+        now, was = re.fullmatch(pattern, new[name]), re.fullmatch(pattern, old.get(name, ""))
+        return bool(now and was and (now[1], now[3]) == (was[1], was[3]) and int(now[2]) <= int(was[2]))
+
+    return {name: old[name] if same(name) else kind for name, kind in new.items()}
 
 
 def difference(old: Any, new: Any) -> str:

@@ -1,0 +1,313 @@
+"""A directory of checkpoints: written by Orbax, committed by a manifest with checksums.
+
+`<directory>/N` is a complete checkpoint of step N, always: it is written under `.saving`, given its
+manifest, and moved into place by one rename. Orbax is imported when something is saved or loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import threading
+import uuid
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from .metrics import improves
+
+MANIFEST = "manifest.json"
+_SAVING, _ASIDE, _TRASH, _LOCK = ".saving", "aside", ".trash", ".lock"
+
+
+class Storage:
+    """The checkpoints of one run in one directory.
+
+    Args:
+        directory: made when something is written, or locked.
+        keep: newest checkpoints that stay; None for all.
+        best: the metric by which one more stays, the best.
+        mode: `"min"` or `"max"`.
+    """
+
+    def __init__(self, directory: str, keep: int | None = None, best: str | None = None, mode: str = "min"):
+        self.directory, self.keep, self.best, self.mode = os.path.abspath(directory), keep, best, mode
+        self.spared: int | None = None  # a step that is not deleted: the one that the run goes on from
+        self.run = uuid.uuid4().hex
+        self._checkpointer: Any = None
+        self._commit: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+        self._lock: int | None = None
+        self._made: list[str] = []
+
+    # What is there
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, oldest first."""
+        names = os.listdir(self.directory) if os.path.isdir(self.directory) else []
+        return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9]\d*", n) and self._is_own(self.path(int(n))))
+
+    def path(self, *parts: int | str) -> str:
+        """A path in the directory."""
+        return os.path.join(self.directory, *map(str, parts))
+
+    def best_step(self) -> int | None:
+        """The step with the best value of the metric; of equal ones the earliest."""
+        found, value = None, None
+        for step in self.steps():
+            here = self.manifest(step)["metrics"].get(self.best)
+            if here is not None and improves(here, value, mode=self.mode):
+                found, value = step, here
+        return found
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What was written down when the checkpoint was committed."""
+        with open(self.path(step, MANIFEST)) as file:
+            return json.load(file)
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, None if its bytes are those that were written."""
+        try:
+            for name, (size, checksum) in self.manifest(step)["files"].items():
+                path = self.path(step, *_parts(name))
+                if not os.path.isfile(path) or os.path.islink(path):
+                    return f"{name} is missing"
+                if os.path.getsize(path) != size:
+                    return f"{name} has {os.path.getsize(path)} bytes, not {size}"
+                if _checksum(path) != checksum:
+                    return f"{name} has other bytes than were written"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+        return None
+
+    @staticmethod
+    def _is_own(path: str) -> bool:
+        return os.path.isfile(os.path.join(path, MANIFEST)) and not os.path.islink(path)
+
+    # Loading
+
+    def load(self, step: int, likes: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+        """Trees by name, as `likes`; None as a like gives nested dicts.
+
+        Args:
+            step: of the checkpoint.
+            likes: by name, a tree of the same structure, shapes and dtypes.
+            partial: the checkpoint may hold more.
+        """
+        import orbax.checkpoint as ocp
+
+        targets = {name: None if like is None else _orbax(like) for name, like in likes.items()}
+        items: dict[str, Any] = {}
+        for name, target in targets.items():
+            if target is None or (jax.tree.leaves(target) and not partial):
+                items[name] = ocp.args.StandardRestore(target)
+            elif jax.tree.leaves(target):
+                how = ocp.checkpoint_utils.construct_restore_args(target)
+                items[name] = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
+        return {name: _filled(like, found[name] if name in items else None) for name, like in likes.items()}
+
+    # Saving
+
+    def save(self, step: int, trees: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Begins to save; returns when the arrays may be changed. Waits for the save before.
+
+        Args:
+            step: of the checkpoint.
+            trees: by name; trees without arrays are left out.
+            metrics: the values that the checkpoint competes with.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        if os.path.lexists(self.path(step)):
+            raise FileExistsError(f"{self.path(step)} is there already, and no checkpoint of this run.")
+        items = {name: _orbax(tree) for name, tree in trees.items()}
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
+        try:
+            if self._checkpointer is None:
+                self.clean()
+                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._checkpointer.save(self.path(_SAVING, step), args=ocp.args.Composite(**args))
+        except Exception as error:
+            self._failure = (step, error)
+            self.wait()
+        self._commit = threading.Thread(target=self._finish, args=(step, metrics), name="onstep-commit")
+        self._commit.start()
+
+    def wait(self) -> None:
+        """Waits until the last save is committed.
+
+        Raises:
+            RuntimeError: it failed; the message has step, path and reason. What was saved before stands.
+        """
+        if self._commit is not None:
+            self._commit.join()
+            self._commit = None
+        if self._failure is not None:
+            (step, error), self._failure = self._failure, None
+            with contextlib.suppress(OSError):
+                self.clean()
+            raise RuntimeError(
+                f"The checkpoint of step {step} in {self.directory} could not be saved: "
+                f"{type(error).__name__}: {str(error)[:400]}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits, and ends what was begun."""
+        try:
+            self.wait()
+        finally:
+            checkpointer, self._checkpointer = self._checkpointer, None
+            if checkpointer is not None:
+                checkpointer.close()
+                with contextlib.suppress(OSError):
+                    os.rmdir(self.path(_SAVING))
+
+    def _finish(self, step: int, metrics: dict[str, float]) -> None:
+        """The true commit, beside the running steps: checksums, manifest, rename; then old ones go."""
+        try:
+            self._checkpointer.wait_until_finished()
+            path = self.path(_SAVING, step)
+            files = {name: [os.path.getsize(file), _checksum(file)] for name, file in _files(path)}
+            manifest = {"format": 1, "run": self.run, "step": step, "metrics": metrics, "files": files}
+            with open(os.path.join(path, MANIFEST), "w") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(path, self.path(step))
+            self.prune()
+        except BaseException as error:
+            self._failure = (step, error)
+
+    def prune(self) -> None:
+        """Deletes this run's checkpoints that are neither among the newest nor the best."""
+        steps = self.steps()
+        stay = {*steps[-self.keep :], self.spared, self.best_step() if self.best else None} if self.keep else set(steps)
+        for step in steps:
+            if step not in stay and self.manifest(step).get("run") == self.run:
+                trash = self.path(f"{step}{_TRASH}")
+                os.rename(self.path(step), trash)
+                _delete(trash)
+
+    def clean(self) -> None:
+        """Removes what killed saves and deletions left."""
+        if os.path.isdir(self.path(_SAVING)) and not os.path.islink(self.path(_SAVING)):
+            shutil.rmtree(self.path(_SAVING))
+        for name in os.listdir(self.directory) if os.path.isdir(self.directory) else ():
+            if re.fullmatch(rf"\d+{re.escape(_TRASH)}", name):
+                _delete(self.path(name))
+
+    def move_aside(self, steps: list[int]) -> None:
+        """Makes room: nothing is removed, and no name is used twice."""
+        for step in steps:
+            os.makedirs(self.path(_ASIDE), exist_ok=True)
+            names = (str(step) if n == 1 else f"{step}.{n}" for n in itertools.count(1))
+            free = next(name for name in names if not os.path.lexists(self.path(_ASIDE, name)))
+            os.rename(self.path(step), self.path(_ASIDE, free))
+
+    # One run, one directory
+
+    def lock(self) -> None:
+        """Makes the directory this process's own until `unlock`; a dead process holds no lock.
+
+        Raises:
+            RuntimeError: a run that is alive holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        parent = self.directory
+        while not os.path.isdir(parent):
+            self._made.append(parent)
+            parent = os.path.dirname(parent)
+        os.makedirs(self.directory, exist_ok=True)
+        while self._lock is None:
+            lock = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise RuntimeError(
+                    f"Another run that is alive writes {self.directory}. Give another directory."
+                ) from None
+            if os.path.exists(self.path(_LOCK)) and os.path.samestat(os.fstat(lock), os.stat(self.path(_LOCK))):
+                self._lock = lock
+            else:  # the one who held it has just removed it
+                os.close(lock)
+
+    def unlock(self) -> None:
+        """Gives the directory back; one that was made for the lock and stayed empty is removed."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path(_LOCK))
+                for made in self._made:
+                    os.rmdir(made)
+            os.close(self._lock)
+            self._lock, self._made = None, []
+
+
+def _orbax(tree: Any) -> dict[str, Any]:
+    """As Orbax takes it: no bare array, and None for arrays of size 0, which it refuses."""
+
+    def convert(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+    return {"tree": jax.tree.map(lambda leaf: convert(leaf) if np.size(leaf) else None, tree)}
+
+
+def _filled(like: Any, found: Any) -> Any:
+    """The tree that was found, in the structure of `like`; what Orbax was not given is taken from it."""
+    if like is None:
+        return found["tree"]
+    leaves = iter(jax.tree.leaves(found))
+    return jax.tree.map(lambda leaf: next(leaves) if np.size(leaf) else leaf, like)
+
+
+def _files(path: str) -> Iterator[tuple[str, str]]:
+    """The files below a path: their names in it, with slashes, and where they are."""
+    for folder, _, names in os.walk(path):
+        for name in sorted(names):
+            file = os.path.join(folder, name)
+            yield os.path.relpath(file, path).replace(os.sep, "/"), file
+
+
+def _parts(name: str) -> list[str]:
+    """A file's name in a manifest as parts of a path; one that leads outside is refused."""
+    parts = name.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or os.path.isabs(name) or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is no name of a file in a checkpoint")
+    return parts
+
+
+def _checksum(path: str) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _delete(path: str) -> None:
+    """Deletes the files that a checkpoint's manifest lists, and the folders that this empties."""
+    manifest = os.path.join(path, MANIFEST)
+    if os.path.islink(path) or not os.path.isfile(manifest):
+        return
+    with open(manifest) as file:
+        names = list(json.load(file)["files"])
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(path, *_parts(name)))
+    os.unlink(manifest)
+    for folder, _, _ in os.walk(path, topdown=False):
+        with contextlib.suppress(OSError):  # something of somebody else's is in it
+            os.rmdir(folder)
