@@ -29,7 +29,7 @@ def open_pass(data: Data, number: int) -> Iterator[Batch]:
     Raises:
         TypeError: the source is neither an iterable of batches nor a callable.
     """
-    source = data(number) if callable(data) else data
+    source: Any = data(number) if callable(data) else data
     _check(source)
     return iter(source)
 

@@ -237,9 +237,8 @@ class Storage:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 os.close(lock)
-                raise RuntimeError(
-                    f"Another run that is alive writes {self.directory}. Give another directory."
-                ) from None
+                message = f"Another run that is alive writes {self.directory}. Give another directory."
+                raise RuntimeError(message) from None
             if os.path.exists(self.path(_LOCK)) and os.path.samestat(os.fstat(lock), os.stat(self.path(_LOCK))):
                 self._lock = lock
             else:  # the one who held it has just removed it
