@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from onstep import Callback, Loop, every
 class Progress(Callback):
     """A progress bar in a terminal or notebook, by tqdm; elsewhere a line per interval.
 
-    Shows step, epoch, rate, remaining time and the newest metrics; rate and remaining time
-    count from where a resumed run goes on.
+    Shows epoch, step, remaining time, rate and the newest metrics, as many as fit; rate and
+    remaining time count from where a resumed run goes on.
 
     Args:
         interval: seconds between two updates; by default 0.2 for a bar, 10 for lines.
-        metrics: the recorded names to show, in order; without, all but the `epoch/` means.
+        metrics: the recorded names to show, in order; without, all but the `epoch/` means, and
+            those of evaluations before those of training.
         file: where to; stderr without.
         name: the callback's name.
 
@@ -59,15 +61,22 @@ class Progress(Callback):
 
     def _show(self, loop: Loop) -> None:
         epoch = f"epoch {loop.epoch}" + ("" if loop.epochs is None else f"/{loop.epochs}")
-        names = [n for n in loop.latest if not n.startswith("epoch/")] if self.metrics is None else self.metrics
-        values = ", ".join(f"{name} {loop.latest[name]:.4g}" for name in names if name in loop.latest)
-        if self._bar is not None:
-            self._bar.set_description_str(epoch, refresh=False)
-            self._bar.set_postfix_str(values, refresh=False)
-            self._bar.n = loop.step
-            self._bar.refresh()
-        else:
-            print(self._line(loop, epoch, values), file=self._file or sys.stderr, flush=True)
+        names = self.metrics
+        if names is None:
+            shown = [name for name in loop.latest if not name.startswith("epoch/")]
+            names = sorted(shown, key=lambda name: name.startswith("train/"))
+        values = [f"{name} {loop.latest[name]:#.4g}" for name in names if name in loop.latest]
+        if self._bar is None:
+            print(self._line(loop, epoch, ", ".join(values)), file=self._file or sys.stderr, flush=True)
+            return
+        self._bar.n = loop.step
+        self._bar.set_description_str(epoch, refresh=False)
+        self._bar.set_postfix_str("", refresh=False)
+        room = shutil.get_terminal_size().columns - len(str(self._bar))
+        while values and len(", ".join(values)) + 3 > room and not _in_notebook():
+            values.pop()  # a whole one: none is cut off
+        self._bar.set_postfix_str(", ".join(values), refresh=False)
+        self._bar.refresh()
 
     def _line(self, loop: Loop, epoch: str, values: str) -> str:
         rate = (loop.step - self._first) / max(time.monotonic() - self._begun, 1e-9)
@@ -91,7 +100,9 @@ class Progress(Callback):
         class Bar(tqdm):  # type: ignore[misc, valid-type]
             monitor_interval = 0  # tqdm's watching thread would outlive the run
 
-        return Bar(initial=step, total=total, unit="step", dynamic_ncols=True, mininterval=0, file=self._file)
+        known = "{desc} {n_fmt}/{total_fmt} |{bar:16}| {remaining} left, {rate_fmt}{postfix}"
+        form = "{desc} {n_fmt} steps, {rate_fmt}{postfix}" if total is None else known
+        return Bar(initial=step, total=total, unit=" steps", bar_format=form, mininterval=0, file=self._file)
 
 
 def _in_notebook() -> bool:

@@ -17,7 +17,7 @@ EACH = pytest.mark.parametrize(
 
 
 def run(script, flags, directory):
-    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *flags, "--directory", str(directory)]
+    command = [sys.executable, str(EXAMPLES / script), *flags, "--directory", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
 
 
@@ -29,16 +29,15 @@ def files(directory):
 def test_an_example_reaches_its_accuracy_and_started_again_does_nothing(script, flags, accuracy, tmp_path):
     first = run(script, flags, tmp_path / "run")
     assert first.returncode == 0, first.stderr
+    assert not re.search("Warning|Error|Traceback", first.stderr), first.stderr
     reached = re.search(r"^held-out accuracy  (\d\.\d+)$", first.stdout, re.MULTILINE)
     assert float(reached[1]) >= accuracy
-    assert "Traceback" not in first.stderr
     before = files(tmp_path / "run")
     assert before
 
     second = run(script, flags, tmp_path / "run")
     assert second.returncode == 0, second.stderr
     assert "nothing to do" in second.stderr
-    assert "trained    nothing" in second.stdout
     assert reached[0] in second.stdout.splitlines()
     assert files(tmp_path / "run") == before
 

@@ -58,22 +58,22 @@ def test_a_line_says_step_epoch_rate_time_left_and_the_newest_metrics(clocked):
     engine.run(jnp.int32(0), [1, 2, 3], epochs=2)
     assert file.getvalue().splitlines() == [
         "step 2/6  epoch 0/2  0.0333 steps/s  2:00 left",
-        "step 4/6  epoch 1/2  0.0333 steps/s  1:00 left  train/loss 1.5",
-        "step 6/6  epoch 2/2  0.0333 steps/s  train/loss 2",
-        "step 6/6  epoch 2/2  0.0333 steps/s  train/loss 2.5",
+        "step 4/6  epoch 1/2  0.0333 steps/s  1:00 left  train/loss 1.500",
+        "step 6/6  epoch 2/2  0.0333 steps/s  train/loss 2.000",
+        "step 6/6  epoch 2/2  0.0333 steps/s  train/loss 2.500",
     ]
 
 
 def test_a_line_says_no_more_than_is_known(clocked):
     file = io.StringIO()
     clocked(0.5, Progress(file=file)).run(jnp.int32(0), (1 for _ in range(4)), epochs=1)
-    assert file.getvalue() == "step 4  epoch 1/1  2 steps/s  train/loss 1\n"
+    assert file.getvalue() == "step 4  epoch 1/1  2 steps/s  train/loss 1.000\n"
 
 
 def test_a_target_in_steps_is_the_total(clocked):
     file = io.StringIO()
     clocked(0.5, Progress(file=file)).run(jnp.int32(0), (1 for _ in range(9)), steps=4)
-    assert file.getvalue() == "step 4/4  epoch 0  2 steps/s  train/loss 1\n"
+    assert file.getvalue() == "step 4/4  epoch 0  2 steps/s  train/loss 1.000\n"
 
 
 def test_the_rate_counts_from_where_a_run_goes_on(clocked):
@@ -88,7 +88,11 @@ def test_the_rate_counts_from_where_a_run_goes_on(clocked):
 
 @pytest.mark.parametrize(
     ("metrics", "shown"),
-    [(None, "val/acc 0.5, train/loss 2"), (["train/loss"], "train/loss 2"), (["epoch/loss", "no"], "epoch/loss 2")],
+    [
+        (None, "val/acc 0.5000, train/loss 2.000"),
+        (["train/loss"], "train/loss 2.000"),
+        (["epoch/loss", "no"], "epoch/loss 2.000"),
+    ],
     ids=["all but means of epochs", "one", "those that exist"],
 )
 def test_the_metrics_to_show_can_be_chosen(clocked, metrics, shown):
@@ -155,9 +159,19 @@ def test_a_terminal_gets_a_bar_with_total_epoch_and_metrics():
     Engine(add, [Progress(file=file)]).run(jnp.int32(0), [1, 2], epochs=3)
     first, *_, last = file.getvalue().rstrip("\n").split("\r")[1:]
     assert "0/6" in first
-    assert last.startswith("epoch 3/3: 100%")
-    assert " 6/6 " in last
-    assert "train/loss 1.5]" in last.rstrip()
+    assert last.startswith("epoch 3/3 6/6 |################| 00:00 left, ")
+    assert last.endswith(" steps/s, train/loss 1.500")
+
+
+def test_a_bar_shows_only_whole_values_evaluations_first(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    file = Terminal()
+    engine = Engine(add, [Progress(file=file)])
+    engine.on("step_end")(lambda loop: loop.log({"train/first": 1, "val/accuracy": 0.5, "test/very_long_name": 2}))
+    engine.run(jnp.int32(0), [1, 2], epochs=3)
+    last = file.getvalue().rstrip("\n").split("\r")[-1].rstrip()
+    assert last.endswith("steps/s, val/accuracy 0.5000")
+    assert len(last) <= 90
 
 
 def test_a_bar_is_closed_with_its_line(clocked):
@@ -180,7 +194,7 @@ def test_a_bar_of_a_run_that_goes_on_starts_there():
     file = Terminal()
     first = Engine(add).run(jnp.int32(0), [1] * 5, epochs=1)
     Engine(add, [Progress(file=file)]).run(first, [1] * 5, epochs=2)
-    assert " 5/10 [00:00<?, ?step/s]" in file.getvalue()
+    assert " 5/10 |########        | ? left" in file.getvalue()
     assert " 0/10 " not in file.getvalue()
 
 
