@@ -67,6 +67,7 @@ class Loop:
         error: what is ending the run, or None.
         steps, epochs: the targets of the run, or None.
         rng: the run's random key, or None.
+        callbacks: the run's callbacks by name, in order.
     """
 
     def __init__(self, program: Program, callbacks: dict[str, Callback], feed: Feed, state: State, rng: Any, **to: Any):
@@ -78,7 +79,7 @@ class Loop:
         self.stopped: str | None = None
         self.error: BaseException | None = None
         self.steps, self.epochs, self.rng = to["steps"], to["epochs"], rng
-        self._program, self._callbacks, self._feed = program, callbacks, feed
+        self._program, self.callbacks, self._feed = program, callbacks, feed
         self._events: Events
         self._bundle = program.bundle(state, program.init(state), 0)
         self._signature = signature({"state": self.state, "carries": self.carries})
@@ -110,7 +111,7 @@ class Loop:
 
     def carry(self, callback: Callback) -> Carry:
         """The carry of a callback of this run."""
-        return _carry(self.carries, self._callbacks, callback)
+        return _carry(self.carries, self.callbacks, callback)
 
     @property
     def epoch_length(self) -> int | None:
@@ -188,7 +189,7 @@ class Loop:
             "latest": self.latest,
             "stopped": self.stopped,
             "final": self._final,
-            "callbacks": {name: cb.get_state() for name, cb in self._callbacks.items() if own(cb, "get_state")},
+            "callbacks": {name: cb.get_state() for name, cb in self.callbacks.items() if own(cb, "get_state")},
         }
         return Snapshot(self.step, tree, pack(host, "A snapshot"))
 
@@ -239,10 +240,10 @@ class Loop:
 
     def _result(self) -> Result:
         now = (self.state, self.step, self.epoch, self.stopped, self.history, self.latest)
-        return Result(*now, self._last, self._callbacks, self._feed)
+        return Result(*now, self._last, self.callbacks, self._feed)
 
     def _give_back(self, states: dict[str, Any]) -> None:
-        keepers = {name: callback for name, callback in self._callbacks.items() if own(callback, "set_state")}
+        keepers = {name: callback for name, callback in self.callbacks.items() if own(callback, "set_state")}
         for name in states:
             if name in keepers:
                 keepers[name].set_state(states[name])

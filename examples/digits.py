@@ -4,7 +4,7 @@
     tensorboard --logdir runs/digits     shows the curves
 
 The step is pure; everything around it is a callback, from averaged weights to the progress bar.
-Interrupt it (Ctrl-C) and start it again: it goes on after the last complete epoch and ends where
+Interrupt it (Ctrl-C) and start it again: it goes on where it stopped and ends where
 it would have ended. A run that is complete is only reported.
 
 The data are the 1,797 images that come with scikit-learn. A fifth is held out: no step trains on
@@ -27,7 +27,17 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from onstep import Batches, Engine
-from onstep.callbacks import EMA, Checkpoint, EarlyStopping, Evaluate, GradNorm, Progress, TensorBoard
+from onstep.callbacks import (
+    EMA,
+    Checkpoint,
+    EarlyStopping,
+    Evaluate,
+    GracefulExit,
+    GradNorm,
+    NaNGuard,
+    Progress,
+    TensorBoard,
+)
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -171,13 +181,15 @@ def main():
     # Averaged weights need BatchNorm statistics to match: those averaged over the same steps.
     ema = EMA(0.99, of=("params", "batch_stats"), warmup=9)
     callbacks = [
+        GracefulExit(),
+        NaNGuard(),
         ema,
         GradNorm(),
         Evaluate(eval_step, Batches(held_out, 1000, shuffle=False, drop_last=False), name="val", using=ema),
         EarlyStopping("val/loss", patience=10),
-        Checkpoint(directory),
+        Checkpoint(directory, best="val/loss"),
         TensorBoard(directory),
-        Progress(metrics=["val/accuracy"]),
+        Progress(),
     ]
     began = time.perf_counter()
     result = Engine(train_step, callbacks, log_every=20).run(state, batches, epochs=epochs, rng=run_key)
@@ -192,5 +204,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on after the last complete epoch.", file=sys.stderr)
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
         sys.exit(130)
