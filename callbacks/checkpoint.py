@@ -82,7 +82,7 @@ class Checkpoint(Callback):
                 raise FileExistsError(
                     f"Checkpoint: {self.directory} holds a run at step {steps[-1]}, beyond the {loop.step} of this one."
                 )
-            self._goes_on(steps[-1])
+            self._goes_on(self._newest_intact(steps))
         elif self.resume is False:
             raise FileExistsError(
                 f"Checkpoint: {self.directory} holds a run at step {steps[-1]}. Go on with it (resume=True), "

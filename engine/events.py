@@ -63,7 +63,7 @@ class Answer:
             self.method(loop, *args)
         except BaseException as error:
             error.add_note(f"onstep: raised by {self.name}.{self.event} at step {loop.step}")
-            if "deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
+            if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
                 error.add_note(
                     "onstep: an array kept from an earlier step was donated to the compiled call since. "
                     "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
@@ -145,18 +145,25 @@ class Events:
                     _add(error, another)
 
     def end(self, loop: Loop) -> None:
-        """on_run_end in reverse order for those who began, always; the first error is raised."""
-        first = None
+        """on_run_end in reverse order for those who began, always.
+
+        The error that ended the run stays first, else one of these is raised: the first, but a
+        signal that is handed on never hides a failure. The others are its notes.
+        """
+        before, errors = loop.error, []
         for answer in reversed(self.answers["on_run_end"]):
             if answer.name in self._owed:
                 try:
                     answer.call(loop)
                 except BaseException as error:
-                    if loop.error is None:
-                        loop.error = first = error
-                    else:
-                        _add(loop.error, error)
-        if first is not None:
+                    errors.append(error)
+                    loop.error = loop.error or error
+        failures = [error for error in errors if isinstance(error, Exception)]
+        first = before or next(iter(failures + errors), None)
+        for error in errors:
+            if error is not first and first is not None:
+                _add(first, error)
+        if before is None and first is not None:
             raise first
 
 

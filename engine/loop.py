@@ -227,7 +227,8 @@ class Loop:
         tree = place(snapshot.tree(like) if loads else snapshot.tree, "The saved run", copy=not loads)
         tree = {"state": tree["state"], "carries": {name: tree["carries"][name] for name in carries}}
         tree = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
-        self._bundle = self._program.bundle(tree["state"], self.carries | tree["carries"], host["step"])
+        fresh = {} if strict else self._program.init(tree["state"])
+        self._bundle = self._program.bundle(tree["state"], fresh | tree["carries"], host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
         self.latest, self._restored = host["latest"], True
         if host["final"]:

@@ -50,9 +50,10 @@ class Storage:
     # What is there
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, oldest first."""
-        names = os.listdir(self.directory) if os.path.isdir(self.directory) else []
-        return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9]\d*", n) and self._is_own(self.path(int(n))))
+        """The steps of the checkpoints, damaged ones too, oldest first; a link is none."""
+        steps = [int(name) for name in _names(self.directory) if re.fullmatch(r"0|[1-9]\d*", name)]
+        marks = (MANIFEST, "_CHECKPOINT_METADATA")  # ours, and Orbax's where ours is lost
+        return sorted(n for n in steps if not os.path.islink(self.path(n)) and set(marks) & _names(self.path(n)))
 
     def path(self, *parts: int | str) -> str:
         """A path in the directory."""
@@ -62,34 +63,39 @@ class Storage:
         """The step with the best value of the metric; of equal ones the earliest."""
         found, value = None, None
         for step in self.steps():
-            here = self.manifest(step)["metrics"].get(self.best)
-            if here is not None and improves(here, value, mode=self.mode):
-                found, value = step, here
+            with contextlib.suppress(OSError, ValueError):  # what cannot be read does not compete
+                here = self.manifest(step)["metrics"].get(self.best)
+                if here is not None and improves(here, value, mode=self.mode):
+                    found, value = step, here
         return found
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """What was written down when the checkpoint was committed."""
-        with open(self.path(step, MANIFEST)) as file:
-            return json.load(file)
+        """What was written down when the checkpoint was committed.
+
+        Raises:
+            OSError, ValueError: it cannot be read, or is not what was written.
+        """
+        manifest = _read(self.path(step, MANIFEST))
+        if manifest["step"] != step:
+            raise ValueError(f"it is of step {manifest['step']}")
+        return manifest
 
     def damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, None if its bytes are those that were written."""
         try:
             for name, (size, checksum) in self.manifest(step)["files"].items():
                 path = self.path(step, *_parts(name))
-                if not os.path.isfile(path) or os.path.islink(path):
+                if not _is_file(self.path(step), path):
                     return f"{name} is missing"
                 if os.path.getsize(path) != size:
                     return f"{name} has {os.path.getsize(path)} bytes, not {size}"
                 if _checksum(path) != checksum:
                     return f"{name} has other bytes than were written"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (OSError, ValueError) as error:
+            return f"{MANIFEST} is not what was written ({error})"
         return None
-
-    @staticmethod
-    def _is_own(path: str) -> bool:
-        return os.path.isfile(os.path.join(path, MANIFEST)) and not os.path.islink(path)
 
     # Loading
 
@@ -158,7 +164,7 @@ class Storage:
                 self.clean()
             raise RuntimeError(
                 f"The checkpoint of step {step} in {self.directory} could not be saved: "
-                f"{type(error).__name__}: {str(error)[:400]}"
+                f"{type(error).__name__}: {str(error)[:2000]}"
             ) from error
 
     def close(self) -> None:
@@ -180,7 +186,7 @@ class Storage:
             files = {name: [os.path.getsize(file), _checksum(file)] for name, file in _files(path)}
             manifest = {"format": 1, "run": self.run, "step": step, "metrics": metrics, "files": files}
             with open(os.path.join(path, MANIFEST), "w") as file:
-                json.dump(manifest, file)
+                file.write(_sealed(manifest))
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(path, self.path(step))
@@ -193,18 +199,20 @@ class Storage:
         steps = self.steps()
         stay = {*steps[-self.keep :], self.spared, self.best_step() if self.best else None} if self.keep else set(steps)
         for step in steps:
-            if step not in stay and self.manifest(step).get("run") == self.run:
-                trash = self.path(f"{step}{_TRASH}")
-                os.rename(self.path(step), trash)
-                _delete(trash)
+            with contextlib.suppress(OSError, ValueError):  # not ours to judge: it stays
+                if step not in stay and self.manifest(step)["run"] == self.run:
+                    trash = self.path(f"{step}.{uuid.uuid4().hex}{_TRASH}")
+                    os.rename(self.path(step), trash)
+                    _delete(trash)
 
     def clean(self) -> None:
         """Removes what killed saves and deletions left."""
         if os.path.isdir(self.path(_SAVING)) and not os.path.islink(self.path(_SAVING)):
             shutil.rmtree(self.path(_SAVING))
-        for name in os.listdir(self.directory) if os.path.isdir(self.directory) else ():
-            if re.fullmatch(rf"\d+{re.escape(_TRASH)}", name):
-                _delete(self.path(name))
+        for name in _names(self.directory):
+            if re.fullmatch(rf"\d+(\.[0-9a-f]+)?{re.escape(_TRASH)}", name) and not os.path.islink(self.path(name)):
+                with contextlib.suppress(OSError, ValueError):
+                    _delete(self.path(name))
 
     def move_aside(self, steps: list[int]) -> None:
         """Makes room: nothing is removed, and no name is used twice."""
@@ -272,6 +280,10 @@ def _filled(like: Any, found: Any) -> Any:
     return jax.tree.map(lambda leaf: next(leaves) if np.size(leaf) else leaf, like)
 
 
+def _names(path: str) -> set[str]:
+    return set(os.listdir(path)) if os.path.isdir(path) else set()
+
+
 def _files(path: str) -> Iterator[tuple[str, str]]:
     """The files below a path: their names in it, with slashes, and where they are."""
     for folder, _, names in os.walk(path):
@@ -296,17 +308,36 @@ def _checksum(path: str) -> int:
     return value
 
 
+def _sealed(manifest: dict[str, Any]) -> str:
+    """A manifest as text that holds its own checksum."""
+    return json.dumps({**manifest, "checksum": zlib.crc32(json.dumps(manifest).encode())})
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The manifest in a file; ValueError if one character of it is not as written."""
+    with open(path, encoding="ascii") as file:
+        text = file.read()
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or manifest.pop("checksum", None) is None or _sealed(manifest) != text:
+        raise ValueError("its checksum is another")
+    return manifest
+
+
+def _is_file(folder: str, path: str) -> bool:
+    """Whether a path is a plain file, in the folder without a link on the way."""
+    inside = os.path.join(os.path.realpath(folder), os.path.relpath(path, folder))
+    return os.path.isfile(path) and not os.path.islink(path) and os.path.realpath(path) == inside
+
+
 def _delete(path: str) -> None:
     """Deletes the files that a checkpoint's manifest lists, and the folders that this empties."""
     manifest = os.path.join(path, MANIFEST)
-    if os.path.islink(path) or not os.path.isfile(manifest):
-        return
-    with open(manifest) as file:
-        names = list(json.load(file)["files"])
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(path, *_parts(name)))
-    os.unlink(manifest)
+    if os.path.lexists(manifest):
+        files = [os.path.join(path, *_parts(name)) for name in _read(manifest)["files"]]
+        for file in files:
+            if _is_file(path, file):
+                os.unlink(file)
+        os.unlink(manifest)
     for folder, _, _ in os.walk(path, topdown=False):
         with contextlib.suppress(OSError):  # something of somebody else's is in it
             os.rmdir(folder)
