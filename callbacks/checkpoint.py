@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from typing import Any
@@ -108,8 +109,7 @@ class Checkpoint(Callback):
             self._saved = True
         competes = self._recorded is not None and self._recorded[0] == snapshot.step
         metrics = {self.best: self._recorded[1]} if self.best and self._recorded and competes else {}
-        host = np.frombuffer(snapshot.host, np.uint8)
-        self._storage.save(snapshot.step, {**snapshot.tree, "host": host}, metrics)
+        self._storage.save(snapshot.step, snapshot.tree, snapshot.host, metrics)
 
     def on_run_end(self, loop: Loop) -> None:
         try:
@@ -138,8 +138,8 @@ class Checkpoint(Callback):
         self._storage.spared = step
 
     def _read(self, step: int) -> Snapshot:
-        host = self._storage.load(step, {"host": None})["host"].tobytes()
-        return Snapshot(step, lambda likes: self._storage.load(step, likes, partial=not self.strict), host)
+        load = functools.partial(self._storage.load, step, partial=not self.strict)
+        return Snapshot(step, load, self._storage.host(step))
 
 
 def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
@@ -156,7 +156,7 @@ def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
         raise FileExistsError(f"save: {storage.directory} holds step {step}. Give another step or directory.")
     storage.lock()
     try:
-        storage.save(step, {"state": tree}, {})
+        storage.save(step, {"state": tree}, b"", {})
         storage.close()
     finally:
         storage.unlock()

@@ -23,7 +23,7 @@ import numpy as np
 
 from .metrics import improves
 
-MANIFEST = "manifest.json"
+MANIFEST, HOST = "manifest.json", "host.npz"
 _SAVING, _ASIDE, _TRASH, _LOCK = ".saving", "aside", ".trash", ".lock"
 
 
@@ -121,14 +121,20 @@ class Storage:
             found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
         return {name: _filled(like, found[name] if name in items else None) for name, like in likes.items()}
 
+    def host(self, step: int) -> bytes:
+        """The bytes that were saved beside the trees."""
+        with open(self.path(step, HOST), "rb") as file:
+            return file.read()
+
     # Saving
 
-    def save(self, step: int, trees: dict[str, Any], metrics: dict[str, float]) -> None:
+    def save(self, step: int, trees: dict[str, Any], host: bytes, metrics: dict[str, float]) -> None:
         """Begins to save; returns when the arrays may be changed. Waits for the save before.
 
         Args:
             step: of the checkpoint.
             trees: by name; trees without arrays are left out.
+            host: bytes beside them.
             metrics: the values that the checkpoint competes with.
         """
         import orbax.checkpoint as ocp
@@ -142,11 +148,13 @@ class Storage:
             if self._checkpointer is None:
                 self.clean()
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            os.makedirs(self.path(_SAVING, "writable"))  # Orbax would wait long for a folder that it cannot make
+            os.rmdir(self.path(_SAVING, "writable"))
             self._checkpointer.save(self.path(_SAVING, step), args=ocp.args.Composite(**args))
         except Exception as error:
             self._failure = (step, error)
             self.wait()
-        self._commit = threading.Thread(target=self._finish, args=(step, metrics), name="onstep-commit")
+        self._commit = threading.Thread(target=self._finish, args=(step, host, metrics), name="onstep-commit")
         self._commit.start()
 
     def wait(self) -> None:
@@ -178,11 +186,13 @@ class Storage:
                 with contextlib.suppress(OSError):
                     os.rmdir(self.path(_SAVING))
 
-    def _finish(self, step: int, metrics: dict[str, float]) -> None:
+    def _finish(self, step: int, host: bytes, metrics: dict[str, float]) -> None:
         """The true commit, beside the running steps: checksums, manifest, rename; then old ones go."""
         try:
             self._checkpointer.wait_until_finished()
             path = self.path(_SAVING, step)
+            with open(os.path.join(path, HOST), "wb") as file:
+                file.write(host)
             files = {name: [os.path.getsize(file), _checksum(file)] for name, file in _files(path)}
             manifest = {"format": 1, "run": self.run, "step": step, "metrics": metrics, "files": files}
             with open(os.path.join(path, MANIFEST), "w") as file:

@@ -1,0 +1,730 @@
+"""Checkpoints under damage: what is damaged is named and never used, and what is not ours stays as it is."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import threading
+import warnings
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faults import FLIPS, KILLS, SEEDS
+from onstep import Callback, Engine, at
+from onstep.callbacks import EMA, Checkpoint
+from onstep.callbacks.checkpoint import load, save
+from onstep.storage import Storage
+
+
+def step(state, batch):
+    return state + batch, {"loss": state.mean() * 1.0}
+
+
+def run(directory, steps=12, *, data=range(12), extra=(), state=0, **options):
+    checkpoint = Checkpoint(directory, **{"when": 4, "keep": 9} | options)
+    return Engine(step, [*extra, checkpoint], log_every=4).run(jnp.asarray(state), data, steps=steps)
+
+
+def sum_at(steps):
+    return sum(number % 12 for number in range(steps))
+
+
+def steps_in(directory):
+    return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
+
+
+def contents(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in Path(directory).rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("template")
+    run(directory, best="train/loss", mode="max")
+    return directory
+
+
+@pytest.fixture
+def saved(template, tmp_path):
+    """A run of 12 steps with its checkpoints 4, 8 and 12."""
+    return Path(shutil.copytree(template, tmp_path / "run"))
+
+
+class Scores(Callback):
+    """Logs "score" at some steps."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def on_step_end(self, loop):
+        if loop.step in self.scores:
+            loop.log({"score": self.scores[loop.step]})
+
+
+# Damage is named, and the checkpoint before is used
+
+
+def flip(file, where):
+    content = bytearray(file.read_bytes())
+    content[where.randrange(len(content))] ^= 1 << where.randrange(8)
+    file.write_bytes(content)
+
+
+def goes_on_from_8(directory):
+    with pytest.warns(UserWarning, match=r"Checkpoint \S*/12 is damaged and left out: \S+ "):
+        result = run(directory, 8)
+    return (result.step, int(result.state)) == (8, sum_at(8))
+
+
+@pytest.mark.parametrize("seed", range(FLIPS))
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(seed, saved):
+    files = sorted(path for path in (saved / "12").rglob("*") if path.is_file())
+    flip(files[seed % len(files)], random.Random(seed))
+    assert goes_on_from_8(saved)
+
+
+def test_no_bit_of_a_manifest_can_flip_unseen(saved):
+    manifest, storage, where = saved / "12" / "manifest.json", Storage(str(saved)), random.Random(0)
+    whole = manifest.read_bytes()
+    unseen = []
+    for place in range(len(whole)):
+        bit = 1 << where.randrange(8)
+        manifest.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        if storage.damage(12) is None:
+            unseen.append(whole[max(0, place - 12) : place + 1].decode())
+    assert unseen == []
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [truncate, Path.unlink, lambda file: file.write_bytes(b"")], ids=["half", "gone", "0"])
+@pytest.mark.parametrize("kind", ["data", "metadata", "marker", "manifest"])
+def test_a_file_that_is_cut_or_gone_is_named_and_the_checkpoint_before_is_used(kind, harm, saved):
+    names = {
+        "data": max((saved / "12").rglob("d/*"), key=lambda path: path.stat().st_size),
+        "metadata": saved / "12" / "state" / "_METADATA",
+        "marker": saved / "12" / "_CHECKPOINT_METADATA",
+        "manifest": saved / "12" / "manifest.json",
+    }
+    harm(names[kind])
+    assert goes_on_from_8(saved)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", '{"files": {}}', '{"files": 3}', "{", "\0\0\0", "\x80", '{"files": {"a": [1]}}']
+)
+def test_a_garbled_manifest_is_damage(text, saved):
+    (saved / "12" / "manifest.json").write_bytes(text.encode("latin-1"))
+    assert goes_on_from_8(saved)
+
+
+def test_a_run_goes_through_the_step_whose_checkpoint_was_damaged(saved):
+    truncate(saved / "12" / "state" / "_METADATA")
+    with pytest.warns(UserWarning, match="12 is damaged"):
+        result = run(saved, 16)
+    assert int(result.state) == sum_at(16)
+    assert (steps_in(saved), steps_in(saved / "aside")) == ([4, 8, 12, 16], [12])
+
+
+def test_a_checkpoint_under_another_steps_name_is_damage(saved):
+    (saved / "4").rename(saved / "16")
+    with pytest.warns(UserWarning, match="16 is damaged"):
+        assert run(saved, 12).step == 12
+
+
+def test_a_run_goes_through_the_step_whose_manifest_is_gone(saved):
+    (saved / "12" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="12 is damaged"):
+        result = run(saved, 16)
+    assert int(result.state) == sum_at(16)
+
+
+@pytest.mark.parametrize("harm", [truncate, lambda file: file.write_text("{}")], ids=["half", "empty"])
+@pytest.mark.parametrize("options", [{"keep": 1}, {"best": "train/loss"}], ids=["keep", "best"])
+def test_a_damaged_older_checkpoint_does_not_fail_the_run(harm, options, saved):
+    harm(saved / "4" / "manifest.json")
+    assert run(saved, 16, **options).step == 16
+    assert 16 in steps_in(saved)
+
+
+@pytest.mark.parametrize("harm", [truncate, lambda file: file.write_text("{}")], ids=["half", "empty"])
+def test_the_best_is_sought_among_what_can_be_read(harm, saved):
+    harm(saved / "12" / "manifest.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run(saved, 8, best="train/loss", mode="max", resume="best").step == 8
+
+
+def test_with_every_checkpoint_damaged_nothing_is_run(saved):
+    for path in saved.rglob("_CHECKPOINT_METADATA"):
+        truncate(path)
+    before = contents(saved)
+    with (
+        pytest.warns(UserWarning, match="is damaged and left out"),
+        pytest.raises(RuntimeError, match=r"none of the checkpoints \[4, 8, 12\] in .* is intact"),
+    ):
+        run(saved, 16)
+    assert contents(saved) == before
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_that_names_the_file(saved):
+    truncate(saved / "8" / "state" / "_METADATA")
+    before = contents(saved)
+    with pytest.raises(ValueError, match=r"/8 is damaged: state/_METADATA has \d+ bytes, not \d+"):
+        run(saved, 16, resume=8)
+    assert contents(saved) == before
+
+
+def test_loading_a_damaged_checkpoint_is_an_error_that_names_the_file(saved):
+    (saved / "12" / "state" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match="/12 is damaged: state/_METADATA is missing"):
+        load(saved, jnp.int32(0))
+    assert int(load(saved, jnp.int32(0), 8)) == sum_at(8)
+
+
+def test_a_damaged_tree_of_its_own_is_an_error(tmp_path):
+    save(tmp_path, jnp.arange(1000))
+    flip(max(tmp_path.rglob("d/*"), key=lambda path: path.stat().st_size), random.Random(0))
+    with pytest.raises(ValueError, match="/0 is damaged: .* has other bytes than were written"):
+        load(tmp_path)
+
+
+# Leftovers
+
+
+def test_an_empty_directory_named_by_a_number_is_no_checkpoint(saved):
+    (saved / "40").mkdir()
+    assert run(saved, 16).step == 16
+    assert steps_in(saved) == [4, 8, 12, 16, 40]
+
+
+def test_what_killed_saves_and_deletions_left_is_removed(saved):
+    shutil.copytree(saved / "12", saved / ".saving" / "14")
+    (saved / ".saving" / "14" / "manifest.json").unlink()
+    (saved / ".saving" / "16.orbax-checkpoint-tmp").mkdir()
+    shutil.copytree(saved / "4", saved / "2.trash")
+    result = run(saved, 16)
+    assert int(result.state) == sum_at(16)
+    assert sorted(os.listdir(saved)) == ["12", "16", "4", "8"]
+
+
+@pytest.mark.parametrize("left", ["half of the files", "the folders alone"])
+def test_a_deletion_that_was_killed_is_finished(left, saved):
+    trash = shutil.move(saved / "4", saved / "4.trash")
+    for number, path in enumerate(sorted(path for path in Path(trash).rglob("*") if path.is_file())):
+        if left == "the folders alone" or (number % 2 and path.name != "manifest.json"):
+            path.unlink()
+    run(saved, 16)
+    assert sorted(os.listdir(saved)) == ["12", "16", "8"]
+
+
+def test_a_finished_run_leaves_even_leftovers_as_they_are(saved):
+    (saved / ".saving" / "14").mkdir(parents=True)
+    before = sorted(map(str, saved.rglob("*")))
+    run(saved, 12)
+    assert sorted(map(str, saved.rglob("*"))) == before
+
+
+# The best
+
+
+@pytest.mark.parametrize(
+    ("scores", "mode", "stay"),
+    [
+        ({4: 0.1, 8: 0.5, 12: 0.4, 16: 0.3, 20: 0.2}, "min", [4, 16, 20]),
+        ({4: 0.1, 8: 0.5, 12: 0.4, 16: 0.3, 20: 0.2}, "max", [8, 16, 20]),
+        ({4: 0.3, 8: 0.3, 12: 0.3, 16: 0.3, 20: 0.3}, "min", [4, 16, 20]),
+        ({4: 0.5, 8: 0.1, 12: 0.1, 16: 0.4, 20: 0.4}, "min", [8, 16, 20]),
+        ({4: np.nan, 8: 7.0, 12: 8.0, 16: 9.0, 20: 9.0}, "min", [8, 16, 20]),
+        ({4: 7.0, 8: np.nan, 12: np.nan, 16: np.nan, 20: np.nan}, "max", [4, 16, 20]),
+        ({4: 7.0, 8: -np.inf, 12: 8.0, 16: 9.0, 20: 9.0}, "min", [4, 16, 20]),
+        ({4: 7.0, 8: np.inf, 12: 5.0, 16: 5.0, 20: 5.0}, "max", [4, 16, 20]),
+        ({4: np.nan, 8: np.inf}, "min", [16, 20]),
+        ({8: 0.5}, "min", [8, 16, 20]),
+        ({}, "min", [16, 20]),
+        ({3: 0.01, 5: 0.01, 8: 0.5, 12: 0.6}, "min", [8, 16, 20]),
+    ],
+    ids=[
+        "min",
+        "max",
+        "equal",
+        "first of equal",
+        "nan first",
+        "nan",
+        "-inf",
+        "inf",
+        "none finite",
+        "one",
+        "none",
+        "off",
+    ],
+)
+def test_the_best_stays_beside_the_newest(scores, mode, stay, tmp_path):
+    run(tmp_path, 20, keep=2, best="score", mode=mode, extra=[Scores(scores)])
+    assert steps_in(tmp_path) == stay
+
+
+def test_the_best_stays_when_a_resumed_run_is_worse(tmp_path):
+    run(tmp_path, 8, keep=1, best="score", extra=[Scores({4: 0.3, 8: 0.4})])
+    run(tmp_path, 20, keep=1, best="score", extra=[Scores({12: 0.5, 16: 0.31, 20: 0.6})])
+    assert steps_in(tmp_path) == [4, 8, 20]  # 8 is where the run went on from
+
+
+def test_a_run_goes_on_from_its_best_and_later_ones_are_moved_aside(tmp_path):
+    scores = {4: 0.3, 8: 0.1, 12: 0.4}
+    run(tmp_path, 16, best="score", extra=[Scores(scores)])
+    result = run(tmp_path, 14, when=7, best="score", resume="best", extra=[Scores(scores)])
+    assert int(result.state) == sum_at(14)
+    assert (steps_in(tmp_path), steps_in(tmp_path / "aside")) == ([4, 8, 14], [12, 16])
+
+
+def test_without_a_best_there_is_none_to_go_on_from(tmp_path):
+    run(tmp_path, best="score")
+    with pytest.raises(FileNotFoundError, match=r"no step best in .*; it holds \[4, 8, 12\]"):
+        run(tmp_path, best="score", resume="best")
+
+
+def test_the_checkpoint_that_a_run_went_on_from_is_not_deleted(saved):
+    run(saved, 28, when=7, keep=1, resume=4)
+    assert steps_in(saved) == [4, 28]
+
+
+def test_steps_are_ordered_as_numbers_and_nothing_else_is_touched(tmp_path):
+    notes = tmp_path / "7777_notes" / "mine.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    (tmp_path / "007").mkdir()
+    scores = Scores({100: 0.1, 9900: 0.2, 10000: 0.3, 10100: 0.4})
+    run(tmp_path, 10100, when=at(100, 9900, 10000), keep=2, best="score", extra=[scores])
+    assert sorted(os.listdir(tmp_path)) == ["007", "100", "10000", "10100", "7777_notes"]
+    assert notes.read_text() == "mine"
+
+
+# What is not ours
+
+
+def test_a_file_that_the_manifest_does_not_list_is_never_deleted(saved):
+    (saved / "4" / "state" / "mine.txt").write_text("mine")
+    run(saved, 16, keep=1)
+    assert [path.read_text() for path in saved.rglob("mine.txt")] == ["mine"]
+    assert [step for step in steps_in(saved) if step != 4] == [12, 16]
+
+
+def test_a_step_can_be_deleted_again_beside_what_was_left_of_it(saved):
+    (saved / "4" / "mine.txt").write_text("mine")
+    run(saved, 16, keep=1)
+    save(saved, jnp.int32(0), step=2)
+    run(saved, 20, keep=1, overwrite=True)
+    assert steps_in(saved)[-1] == 20
+    assert [path.read_text() for path in saved.rglob("mine.txt")] == ["mine"]
+
+
+def test_another_runs_checkpoint_is_not_deleted(saved):
+    save(saved, jnp.int32(7), step=2)
+    run(saved, 16, keep=1)
+    assert (steps_in(saved), int(load(saved, jnp.int32(0), 2))) == ([2, 12, 16], 7)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_of_somebody_else_in_the_way_is_an_error_and_stays(overwrite, tmp_path):
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="/4 is there already, and no checkpoint of this run"):
+        run(tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == {"4/thesis.txt": b"mine"}
+
+
+def test_a_step_that_is_a_symbolic_link_is_ignored_and_never_followed(saved, tmp_path):
+    target = Path(shutil.move(saved / "4", tmp_path / "elsewhere"))
+    (saved / "4").symlink_to(target)
+    before = contents(target)
+    assert Storage(str(saved)).steps() == [8, 12]
+    run(saved, 16, keep=1)
+    assert contents(target) == before
+    assert (saved / "4").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["state", "state/_METADATA"])
+def test_a_symbolic_link_inside_a_checkpoint_is_never_followed_on_delete(name, saved, tmp_path):
+    target = Path(shutil.move(saved / "4" / name, tmp_path / "elsewhere"))
+    (saved / "4" / name).symlink_to(target)
+    run(saved, 16, keep=1)
+    assert target.is_file() or len(contents(target)) > 5
+
+
+def test_links_to_the_hidden_folders_are_never_followed_on_delete(saved, tmp_path):
+    target = Path(shutil.copytree(saved / "4", tmp_path / "elsewhere" / "4"))
+    (saved / "4.trash").symlink_to(target)
+    (saved / ".saving").symlink_to(target.parent)
+    before = contents(target)
+    with contextlib.suppress(RuntimeError):
+        run(saved, 16, keep=1)
+    assert contents(target) == before
+
+
+def lead_outside(directory, name):
+    """Writes a manifest that is whole, and lists one file more."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    manifest["files"] = {name: [4, 0]} | manifest["files"]
+    path.write_text(json.dumps({**manifest, "checksum": zlib.crc32(json.dumps(manifest).encode())}))
+
+
+@pytest.mark.parametrize("outside", ["../../secret", "state/../../../secret", "ABSOLUTE", "..\\..\\secret", ""])
+def test_a_manifest_that_leads_outside_is_damage_and_deletes_nothing(outside, saved, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    lead_outside(saved / "4", outside.replace("ABSOLUTE", str(secret)))
+    with pytest.raises(ValueError, match="/4 is damaged: manifest.json .*is no name of a file"):
+        load(saved, jnp.int32(0), 4)
+    assert run(saved, 16, keep=1).step == 16
+    assert secret.read_text() == "mine"
+
+
+def test_a_half_deleted_checkpoint_that_leads_outside_deletes_nothing(saved, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    lead_outside(Path(shutil.move(saved / "4", saved / "4.trash")), "../../secret")
+    assert run(saved, 16).step == 16
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+class Payload:
+    """Runs code if somebody unpickles it."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("unpickled",))
+
+
+@pytest.mark.parametrize("kind", ["object array", "bare"])
+def test_pickled_bytes_in_the_host_part_are_refused_and_never_run(kind, tmp_path, monkeypatch):
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    payload = io.BytesIO(pickle.dumps(Payload()) if kind == "bare" else b"")
+    if kind == "object array":
+        text = np.frombuffer(b'{"mode": {"__array__": "0"}}', np.uint8)
+        np.savez(payload, json=text, **{"0": np.array([Payload()], object)})
+    storage = Storage(str(tmp_path / "run"))
+    storage.save(4, {"state": np.int32(0)}, payload.getvalue(), {})
+    storage.close()
+    with pytest.raises(ValueError, match="pickle"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_class_named_in_a_manifest_is_not_looked_for(saved):
+    path = saved / "12" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"class": "os.system", "step": "antigravity"}))
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(saved, 16)
+    assert "antigravity" not in __import__("sys").modules
+
+
+def test_names_with_slashes_and_dots_make_no_path(tmp_path):
+    name = "../../up/../../x"
+    extra = [EMA(0.5, of=None, name=name), Scores({4: 0.1})]
+    metric = "a/../../score"
+    extra[1].on_step_end = lambda loop: loop.log({metric: loop.step})
+    for target in (8, 12):
+        result = run(tmp_path / "deep" / "run", target, state=0.0, best=metric, extra=extra)
+    assert sorted(os.listdir(tmp_path / "deep" / "run")) == ["12", "4", "8"]
+    assert os.listdir(tmp_path) == ["deep"]
+    assert os.listdir(tmp_path / "deep") == ["run"]
+    assert float(extra[0].params(result)) > 0
+
+
+# One run, one directory
+
+
+def test_overwriting_moves_the_old_run_aside_at_the_first_save_and_not_before(saved):
+    old, seen = contents(saved), {}
+
+    class Look(Callback):
+        when = at(4)  # before what is due then is saved
+
+        def on_step_end(self, loop):
+            seen[loop.step] = contents(saved).keys() - {".lock"}
+
+    result = run(saved, 8, overwrite=True, extra=[Look()])
+    assert result.history.steps("train/loss") == [4, 8]
+    assert seen[4] == old.keys()
+    assert (steps_in(saved), steps_in(saved / "aside")) == ([4, 8], [4, 8, 12])
+    assert contents(saved / "aside") == old
+
+
+def test_a_run_that_fails_before_its_first_save_leaves_the_old_one_in_place(saved):
+    before = contents(saved)
+    with pytest.raises(ValueError, match="bad batch"):
+        run(saved, data=failing(3, ValueError("bad batch")), overwrite=True)
+    assert contents(saved) == before
+
+
+def failing(after, error):
+    yield from range(after)
+    raise error
+
+
+def test_a_directory_that_a_live_run_writes_is_refused(saved):
+    other = Storage(str(saved))
+    other.lock()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Another run that is alive writes .*/run. Give another directory"):
+            run(saved, 16)
+    other.unlock()
+    assert run(saved, 16).step == 16
+    assert not (saved / ".lock").exists()
+
+
+def test_a_run_locks_its_directory_from_the_beginning_to_the_end(tmp_path):
+    class Second(Callback):
+        def on_run_begin(self, loop):
+            with pytest.raises(RuntimeError, match="Another run that is alive"):
+                save(tmp_path, jnp.int32(1), step=100)
+
+        on_step_end = on_run_begin
+
+    run(tmp_path, 5, extra=[Second()])
+    save(tmp_path, jnp.int32(1), step=100)
+
+
+def test_a_lock_that_a_dead_process_left_does_not_block(saved):
+    (saved / ".lock").touch()
+    run(saved, 16)
+    assert not (saved / ".lock").exists()
+
+
+def test_a_link_in_the_locks_place_is_not_written_through(saved, tmp_path):
+    (saved / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="lock"):
+        run(saved, 16)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("options", [{"resume": False}, {"resume": 5}, {"extra": [EMA(0.5, of=None)]}])
+def test_a_refused_run_gives_the_lock_back(options, saved):
+    before = contents(saved)
+    with pytest.raises((ValueError, OSError), match="holds|fit"):
+        run(saved, 16, **options)
+    assert contents(saved) == before
+    assert run(saved, 16).step == 16
+
+
+# What changed between two runs
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (np.zeros((12, 3)), r"The saved run's batches were others .*: .*: float32\[2\] became float32\[3\]"),
+        (np.zeros((12, 2), int), r"The saved run's batches were others .*: .*: float32\[2\] became int32\[2\]"),
+        (np.zeros((12, 2, 1)), r"The saved run's batches were others .*: .*: float32\[2\] became float32\[2,1\]"),
+        (np.zeros((13, 2)), "The saved run's epochs have 12 batches, this run's 13"),
+        (iter(np.zeros((12, 2))), "The saved run's epochs have 12 batches, this run's an unknown number of"),
+    ],
+    ids=["shape", "dtype", "rank", "length", "kind"],
+)
+def test_other_data_is_refused_before_anything_is_written(data, match, tmp_path):
+    def go(data, steps):
+        engine = Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path, when=4)])
+        return engine.run(jnp.float32(0), data, steps=steps)
+
+    go(list(np.zeros((12, 2), np.float32)), 6)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        go(data if hasattr(data, "__next__") else list(data), 8)
+    assert contents(tmp_path) == before
+
+
+def test_smaller_batches_are_not_taken_silently_where_the_length_is_unknown(tmp_path):
+    def go(rows, steps):
+        engine = Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path, when=4)])
+        return engine.run(jnp.float32(0), lambda epoch: iter(np.zeros((12, rows))), steps=steps)
+
+    go(4, 6)
+    with pytest.warns(UserWarning, match=r"another shape than the run's first.*float32\[4\] became float32\[2\]"):
+        go(2, 9)
+
+
+def test_another_random_key_is_refused_before_anything_is_written(tmp_path):
+    def go(key, steps):
+        engine = Engine(lambda s, b, rng: (s + b, {}), [Checkpoint(tmp_path)])
+        return engine.run(jnp.int32(0), range(12), steps=steps, rng=key)
+
+    go(jax.random.key(1), 6)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"random key \(rng\) .* this run"):
+        go(jax.random.key(2), 8)
+    assert contents(tmp_path) == before
+
+
+def test_an_average_may_come_and_another_go_if_asked_for(tmp_path):
+    old, new = EMA(0.5, of=None, name="old"), EMA(0.5, of=None, name="new")
+    run(tmp_path, 8, state=0.0, extra=[old])
+    result = run(tmp_path, 9, state=0.0, extra=[new], strict=False)
+    assert float(result.state) == sum_at(9)
+    assert float(new.params(result)) == (sum_at(8) + sum_at(9)) / 2
+    again = run(tmp_path, 9, state=0.0, extra=[new])
+    assert float(new.params(again)) == float(new.params(result))
+
+
+@pytest.mark.parametrize("first", [[EMA(0.5, of=None)], []], ids=["went", "came"])
+def test_one_average_may_come_or_go_if_asked_for(first, tmp_path):
+    run(tmp_path, 8, state=0.0, extra=first)
+    result = run(tmp_path, 12, state=0.0, extra=[] if first else [EMA(0.5, of=None)], strict=False)
+    assert float(result.state) == sum_at(12)
+
+
+def test_another_state_is_refused_even_if_averages_may_come_and_go(tmp_path):
+    run(tmp_path, 8)
+    with pytest.raises(ValueError, match=r"state: int32\[\] became float32\[\]"):
+        run(tmp_path, 12, state=0.0, strict=False)
+
+
+def test_a_source_without_a_position_begins_anew_if_asked_for(tmp_path, capsys):
+    seen = []
+
+    def simulator():
+        for number in range(99):
+            seen.append(number)
+            yield number
+
+    run(tmp_path, 4, data=simulator())
+    assert run(tmp_path, 8, data=simulator(), skip=False).step == 8
+    assert seen == [0, 1, 2, 3, 4] * 2  # each run looks one batch ahead
+    assert "skipping" not in capsys.readouterr().err
+
+
+def test_host_states_come_back_from_the_very_step(tmp_path):
+    class Counts(Callback):
+        def __init__(self):
+            self.seen = np.zeros(30, int)
+
+        def on_step_end(self, loop):
+            self.seen[loop.step] += 1  # in place, while the save before is still being written
+
+        def get_state(self):
+            return {"seen": self.seen}
+
+        def set_state(self, state):
+            self.seen = state["seen"].copy()
+
+    run(tmp_path, 20, when=1, keep=30, extra=[Counts()])
+    for number in range(20, 0, -1):
+        counts = Counts()
+        run(tmp_path, number, when=1, keep=30, resume=number, extra=[counts])
+        assert counts.seen.sum() == number
+
+
+# Saves that fail
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file of this process can grow beyond the size: what is written in the background fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+BIG = np.random.default_rng(0).normal(size=1 << 17).astype(np.float32)
+"""A state of half a MiB that cannot be compressed."""
+
+
+def begun(directory):
+    run(directory, 4, state=BIG)
+    return pytest.raises(
+        RuntimeError, match=rf"checkpoint of step 8 in {re.escape(str(directory))} could not be saved: .*File too large"
+    )
+
+
+@pytest.mark.parametrize("target", [8, 12, 40], ids=["the run's end", "the next save", "the next of many"])
+def test_a_save_that_fails_in_the_background_ends_the_run_with_step_path_and_reason(target, tmp_path):
+    threads = set(threading.enumerate())
+    with begun(tmp_path), files_up_to(1 << 16):
+        run(tmp_path, target, state=BIG)
+    assert np.array_equal(load(tmp_path, BIG), BIG + 0 + 1 + 2 + 3)
+    assert os.listdir(tmp_path) == ["4"]
+    assert set(threading.enumerate()) <= threads
+
+
+def test_after_a_failed_save_the_run_goes_on_from_the_one_before(tmp_path):
+    with begun(tmp_path), files_up_to(1 << 16):
+        run(tmp_path, 12, state=BIG)
+    result = run(tmp_path, 12, state=BIG)
+    whole = run(tmp_path / "whole", 12, state=BIG)
+    assert np.array_equal(result.state, whole.state)
+    assert steps_in(tmp_path) == [4, 8, 12]
+
+
+def test_a_callbacks_own_error_is_not_hidden_by_a_save_that_failed(tmp_path):
+    class Breaks(Callback):
+        when = at(9)
+
+        def on_step_end(self, loop):
+            raise KeyError("its own")
+
+    begun(tmp_path)
+    with pytest.raises(KeyError, match="its own") as caught, files_up_to(1 << 16):
+        run(tmp_path, 12, state=BIG, extra=[Breaks()])
+    assert re.search(
+        "and then RuntimeError: The checkpoint of step 8 .* could not be saved", caught.value.__notes__[-1]
+    )
+    assert os.listdir(tmp_path) == ["4"]
+
+
+def test_a_file_in_the_place_of_the_directory_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(OSError, match="/run"):
+        run(tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an event loop of Orbax's
+def test_a_directory_that_vanishes_under_a_run_is_an_error_with_step_and_path(tmp_path):
+    class Removes(Callback):
+        when = at(6)
+
+        def on_step_end(self, loop):
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").write_text("now a file")
+
+    threads = set(threading.enumerate())
+    run(tmp_path / "run", 4)
+    with pytest.raises(RuntimeError, match="checkpoint of step 8 in .*/run could not be saved: .*Not a directory"):
+        run(tmp_path / "run", 12, extra=[Removes()])
+    # Threads of Orbax's may wait for the directory until they give up; none of ours is left.
+    assert not [t for t in set(threading.enumerate()) - threads if t.name.startswith("onstep")]
+
+
+def test_a_path_with_the_word_deleted_in_it_gives_no_advice_about_donation(tmp_path):
+    with begun(tmp_path / "deleted") as caught, files_up_to(1 << 16):
+        run(tmp_path / "deleted", 12, state=BIG)
+    assert "donated" not in "".join(caught.value.__notes__)
+
+
+def test_the_error_of_a_failed_save_is_raised_once(tmp_path):
+    with begun(tmp_path) as caught, files_up_to(1 << 16):
+        run(tmp_path, 12, state=BIG)
+    assert "could not be saved" not in "".join(caught.value.__notes__)
+    assert "step 8" in str(caught.value)
+
+
+def test_the_documents_numbers_are_those_of_the_tests():
+    page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    assert f"{FLIPS} flipped bits" in page
+    assert f"{SEEDS * KILLS} kills, {KILLS} of each of {SEEDS} seeds" in page

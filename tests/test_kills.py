@@ -1,0 +1,284 @@
+"""Runs that are killed, starved of disk or refused, in processes of their own: nothing that was saved is lost."""
+
+import os
+import random
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faults import KILLS, SEEDS, Child, mounted, points, result, script
+from models import fresh_state
+from onstep import Callback, Engine
+from onstep.callbacks import Checkpoint
+from onstep.callbacks.checkpoint import load
+
+pytestmark = pytest.mark.slow
+
+SAVES = 40
+"""Of which the median counts."""
+
+NOT_PERMITTED = "a mount is not permitted here: "
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert Child(directory, cache=cache).end() == (0, "")
+    return directory
+
+
+def live_through(directory, where, when, most, cache):
+    """Kills a run at random instants and starts it again until it ends; the number of kills."""
+    kills = 0
+    while kills < most:
+        child = Child(directory, when=when, pace=0.02, cache=cache)
+        if where.random() < 0.8:  # else perhaps while it loads, restores or compiles
+            child.wait_for_a_step()
+        if not child.kill(where.uniform(0, 0.5)):
+            assert child.end()[0] == 0
+            return kills
+        kills += 1
+    assert Child(directory, when=when, cache=cache).end()[0] == 0
+    return kills
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_run_killed_again_and_again_ends_in_the_same_bytes(seed, undisturbed, cache, tmp_path):
+    where, kills, lives = random.Random(seed), 0, 0
+    while kills < KILLS:
+        directory = tmp_path / str(lives)
+        kills += live_through(directory, where, 1 + seed % 3, KILLS - kills, cache)
+        lives += 1
+        assert result(directory) == result(undisturbed)
+        assert state_of(directory) == state_of(undisturbed)
+        assert_points_once(directory, undisturbed)
+        assert not [name for name in os.listdir(directory / "run") if not name.isdecimal()]
+
+
+def state_of(directory):
+    leaves = jax.tree.leaves(load(directory / "run", jax.jit(fresh_state)()))
+    return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+def assert_points_once(directory, undisturbed):
+    """No point is shown twice or with another value; a kill may lose some that were not flushed."""
+    shown, expected = points(directory), points(undisturbed)
+    assert len({(tag, step) for tag, step, _ in shown}) == len(shown)
+    assert set(shown) <= set(expected)
+    assert max(step for _, step, _ in shown) == max(step for _, step, _ in expected)
+
+
+def test_a_second_live_process_is_refused_and_the_first_goes_on(undisturbed, cache, tmp_path):
+    first = Child(tmp_path, pace=0.1, cache=cache)
+    first.wait_for_a_step()
+    code = """
+import sys, jax.numpy as jnp
+from onstep import Engine
+from onstep.callbacks import Checkpoint
+Engine(lambda s, b: (s, {}), [Checkpoint(sys.argv[1])]).run(jnp.zeros(2), range(3), epochs=1)
+"""
+    second = script(code, tmp_path / "run")
+    _, error = second.communicate()
+    assert first.process.is_alive()
+    assert second.returncode == 1
+    assert "RuntimeError: Another run that is alive writes" in error
+    assert first.end()[0] == 0
+    assert result(tmp_path) == result(undisturbed)
+
+
+BIG = """
+import sys, jax.numpy as jnp, numpy as np
+from onstep import Callback, Engine
+from onstep.callbacks import Checkpoint
+state = jnp.asarray(np.random.default_rng(0).normal(size=1_200_000), jnp.float32)
+def step(state, batch):
+    return state + 1, {}
+class Last(Callback):
+    when = 5
+    def on_step_end(self, loop):
+        ACTION
+engine = Engine(step, [Last(), Checkpoint(sys.argv[1], when=1, keep=9)])
+"""
+
+FOR = """
+with engine.steps(state, range(6), epochs=1) as steps:
+    for loop in steps:
+        if loop.step == 3:
+            sys.exit(4)
+"""
+
+
+def big():
+    return np.random.default_rng(0).normal(size=1_200_000).astype(np.float32)
+
+
+def intact(directory):
+    """The checkpoints that load, each with the state of its step."""
+    steps = sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
+    assert all(np.array_equal(load(directory, big(), step)[:99], counted(step)[:99]) for step in steps)
+    return steps
+
+
+def counted(steps):
+    state = big()
+    for _ in range(steps):
+        state = state + np.float32(1)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("action", "ending", "code", "last"),
+    [
+        ("pass", "engine.run(state, range(6), epochs=1)", 0, 6),
+        ("loop.stop('enough')", "engine.run(state, range(6), epochs=1)\nsys.exit(7)", 7, 5),
+        ("raise OSError('broken')", "engine.run(state, range(6), epochs=1)", 1, 4),
+        ("sys.exit(3)", "engine.run(state, range(6), epochs=1)", 3, 4),
+        ("pass", FOR, 4, 2),
+    ],
+    ids=["return", "stop", "exception", "sys.exit", "for"],
+)
+def test_a_script_that_ends_right_after_a_save_has_committed_it(action, ending, code, last, tmp_path):
+    process = script(BIG.replace("ACTION", action) + ending, tmp_path)
+    _, error = process.communicate()
+    assert process.returncode == code, error
+    assert intact(tmp_path)[-1] == last
+
+
+def test_a_full_disk_ends_the_run_and_earlier_checkpoints_load(tmp_path):
+    with mounted(tmp_path, "-t", "tmpfs", "-o", "size=12m", "tmpfs") as refused:
+        if refused:
+            pytest.skip(NOT_PERMITTED + refused)
+        process = script(BIG.replace("ACTION", "pass") + "engine.run(state, range(6), epochs=1)", tmp_path)
+        _, error = process.communicate()
+        assert process.returncode == 1
+        steps = intact(tmp_path)
+        last = error.strip().split("RuntimeError: ")[-1]
+        assert re.match(rf"The checkpoint of step {steps[-1] + 1} in {tmp_path} could not be saved", last)
+        assert "No space left on device" in last
+        assert steps in ([1], [1, 2])
+        assert sorted(os.listdir(tmp_path)) == [str(step) for step in steps]
+
+
+def go(directory, steps, *extra):
+    engine = Engine(lambda s, b: (s + b, {}), [*extra, Checkpoint(directory, when=4)])
+    return engine.run(jnp.int32(0), range(12), steps=steps)
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_with_its_path_and_reason(tmp_path):
+    go(tmp_path, 4)
+    with mounted(tmp_path, "--bind", str(tmp_path)) as refused:
+        if refused:
+            pytest.skip(NOT_PERMITTED + refused)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path)], check=True)
+        with pytest.raises(OSError, match=f"Read-only file system: '{tmp_path}"):
+            go(tmp_path, 8)
+        assert int(load(tmp_path, jnp.int32(0))) == 6
+
+
+BECOMES_READ_ONLY = """
+import subprocess, sys, jax.numpy as jnp
+from onstep import Callback, Engine, at
+from onstep.callbacks import Checkpoint
+directory = sys.argv[1]
+class Remount(Callback):
+    when = at(6)
+    def on_step_end(self, loop):
+        subprocess.run(["mount", "--bind", directory, directory], check=True)  # the lock is open below it
+        subprocess.run(["mount", "-o", "remount,ro,bind", directory], check=True)
+def go(steps, *extra):
+    engine = Engine(lambda s, b: (s + b, {}), [*extra, Checkpoint(directory, when=4)])
+    engine.run(jnp.int32(0), range(12), steps=steps)
+go(4)
+go(12, Remount())
+"""
+
+
+def test_a_disk_that_becomes_read_only_ends_the_run_at_once(tmp_path):
+    with mounted(tmp_path, "-t", "tmpfs", "tmpfs") as refused:
+        if refused:
+            pytest.skip(NOT_PERMITTED + refused)
+        process = script(BECOMES_READ_ONLY, tmp_path)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.communicate()
+            subprocess.run(["umount", "--lazy", str(tmp_path)], check=False)
+        assert process.returncode == 1
+        reason = f"The checkpoint of step 8 in {tmp_path} could not be saved: .*Read-only file system"
+        assert re.search(reason, error.strip().split("RuntimeError: ")[-1])
+        assert int(load(tmp_path, jnp.int32(0), 4)) == 6
+
+
+class Bare:
+    """Orbax's own background save of the same trees, in a directory of its own."""
+
+    def __init__(self, directory):
+        import orbax.checkpoint as ocp
+
+        self.args, self.directory = ocp.args, Path(directory)
+        self.checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+
+    def save(self, step, tree):
+        self.checkpointer.save(self.directory / str(step), args=self.args.StandardSave(tree))
+
+
+class Stopwatch(Callback):
+    """At every step saves with one and the other, by turns first, and takes the times."""
+
+    def __init__(self, ours, bare):
+        self.ours, self.bare = ours, bare
+        self.blocked, self.whole = {"onstep": [], "orbax": []}, {"onstep": [], "orbax": []}
+
+    def on_load(self, loop):
+        self.ours.on_load(loop)
+
+    def on_run_begin(self, loop):
+        self.ours.on_run_begin(loop)
+
+    def on_save(self, loop):
+        jax.block_until_ready(loop.state)
+        turns = ["onstep", "orbax"] if loop.step % 2 else ["orbax", "onstep"]
+        for who in turns:
+            begun = time.perf_counter()
+            if who == "onstep":
+                self.ours.on_save(loop)
+            else:
+                self.bare.save(loop.step, {"state": loop.state, "carries": loop.carries})
+            self.blocked[who].append(time.perf_counter() - begun)
+            self.ours._storage.wait() if who == "onstep" else self.bare.checkpointer.wait_until_finished()
+            self.whole[who].append(time.perf_counter() - begun)
+
+    def on_run_end(self, loop):
+        self.ours.on_run_end(loop)
+        self.bare.checkpointer.close()
+
+
+def test_a_save_blocks_the_loop_little_longer_than_orbax_does(tmp_path, capsys):
+    watch = Stopwatch(Checkpoint(tmp_path / "ours", keep=1), Bare(tmp_path / "bare"))
+    state = {str(number): jnp.full((125_000,), number, jnp.float32) for number in range(20)}
+    Engine(lambda s, b: (jax.tree.map(lambda x: x + 1, s), {}), [watch]).run(state, range(SAVES), epochs=1)
+    blocked = {who: statistics.median(times[1:]) for who, times in watch.blocked.items()}
+    whole = {who: statistics.median(times[1:]) for who, times in watch.whole.items()}
+    begun = time.perf_counter()
+    assert watch.ours._storage.damage(SAVES) is None
+    checked = time.perf_counter() - begun
+    with capsys.disabled():
+        print(
+            f"\na save of 10 MB in 20 leaves: the loop waits {1e3 * blocked['onstep']:.1f} ms, for Orbax's own "
+            f"{1e3 * blocked['orbax']:.1f} ms; committed after {1e3 * whole['onstep']:.0f} ms, Orbax's own after "
+            f"{1e3 * whole['orbax']:.0f} ms; checksums alone {1e3 * checked:.0f} ms"
+        )
+    pairs = zip(watch.blocked["onstep"][1:], watch.blocked["orbax"][1:], strict=True)
+    assert statistics.median(ours / orbax for ours, orbax in pairs) <= 1.5
