@@ -1,4 +1,4 @@
-"""Everything a run needs to go on, and host values as bytes: JSON and arrays, never pickle."""
+"""Everything a run needs to go on, and host values as bytes: JSON and arrays, nothing that runs code."""
 
 from __future__ import annotations
 
