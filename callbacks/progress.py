@@ -102,6 +102,7 @@ class Progress(Callback):
 
         known = "{desc} {n_fmt}/{total_fmt} |{bar:16}| {remaining} left, {rate_fmt}{postfix}"
         form = "{desc} {n_fmt} steps, {rate_fmt}{postfix}" if total is None else known
+        form = None if _in_notebook() else form  # there the bar is a widget of its own
         return Bar(initial=step, total=total, unit=" steps", bar_format=form, mininterval=0, file=self._file)
 
 
