@@ -13,8 +13,8 @@ from onstep import Callback, Loop, Record
 class TensorBoard(Callback):
     """Writes every record to TensorBoard event files, by tensorboardX.
 
-    Nothing is written before the first record. A run that goes on hides the points that an
-    earlier process wrote beyond the step at which it goes on.
+    Nothing is written before the first record. One directory is one run: points that an earlier
+    process wrote beyond the step at which this one begins are hidden, not removed.
 
     Args:
         directory: where `tensorboard --logdir` shall look.
@@ -48,7 +48,7 @@ class TensorBoard(Callback):
         # take files in the order of their names.
         return SummaryWriter(
             self.directory,
-            purge_step=self._first if self._first > 1 else None,
+            purge_step=self._first,  # also of a run that was killed before its first checkpoint
             flush_secs=self.flush_seconds,
             filename_suffix=f".{time.time_ns()}.{uuid.uuid4().hex[:8]}",
         )
