@@ -5,8 +5,9 @@ from .cadence import Cadence, at, every
 from .callback import Callback, Context
 from .engine import Engine
 from .evaluate import evaluate
-from .loop import Loop, Result
-from .metrics import History, Record, improves
+from .loop import Loop
+from .records import History, Record, improves
+from .result import Result
 from .snapshot import Snapshot
 from .steps import Steps
 

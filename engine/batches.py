@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from . import checks
+from .blocks import aligned
 from .trees import Batch, leaves
 
 
@@ -85,6 +86,25 @@ class _Pass(Iterator[Batch]):
             raise StopIteration
         self._index += 1
         return self._batches._batch(self._index - 1, self._order)
+
+    def block(self, most: int, rows: int) -> tuple[Batch, int]:
+        """The next batches, at most so many, as arrays (rows, batch, ...); and how many they are."""
+        start, size = self._index * self._batches.batch_size, self._batches.batch_size
+        size = min(size, self._batches.examples - start)
+        count = max(1, min(most, (self._batches.examples - start) // size))
+        chosen = slice(start, start + count * size)
+
+        def gather(array: np.ndarray) -> np.ndarray:
+            out = aligned(rows, (size, *array.shape[1:]), array.dtype)
+            flat = out[:count].reshape(count * size, *array.shape[1:])
+            if self._order is None:
+                flat[:] = array[chosen]
+            else:
+                np.take(array, self._order[chosen], axis=0, out=flat, mode="clip")  # "raise" would copy once more
+            return out
+
+        self._index += count
+        return jax.tree.map(gather, self._batches._arrays), count
 
     def get_state(self) -> dict[str, Any]:
         return {"index": self._index, "of": self._shape}

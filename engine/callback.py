@@ -16,7 +16,7 @@ from .trees import Batch, State
 
 if TYPE_CHECKING:
     from .loop import Loop
-    from .metrics import Record
+    from .records import Record
 
 Carry = Any
 """What a callback's pure half keeps on the device: any pytree of arrays."""

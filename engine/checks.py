@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from .trees import compare, fewer_rows
+
 if TYPE_CHECKING:
     from .callback import Callback
     from .events import Events
@@ -142,3 +144,20 @@ def epochs_known(events: Events, feed: Feed, updates: dict[str, Any], *, steps: 
             "Give run epoch_steps=, or a cadence in steps.",
             stacklevel=2,
         )
+
+
+def same_mode(saved: str | None, here: str | None) -> None:
+    """Raises a ValueError if a saved run was executed in another mode."""
+    if None not in (saved, here) and saved != here:
+        raise ValueError(
+            f"The saved run has the execution mode {saved!r}, this run {here!r}, and their bits may differ. "
+            f"Give steps_per_call={'1' if saved == 'plain' else '2 or more'}, or start anew."
+        )
+
+
+def same_batches(saved: dict[str, str] | None, here: dict[str, str]) -> None:
+    """Raises a ValueError if a saved run's batches had other leaves, dtypes or shapes; fewer rows may
+    be the last ones of an epoch.
+    """
+    if saved is not None and (changed := compare(saved, fewer_rows(here, saved))):
+        raise ValueError(f"The saved run's batches were others than this run's (saved, then here): {changed}.")

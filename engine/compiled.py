@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from . import checks
+from . import blocks, checks
 from .cadence import ALWAYS, as_cadence
 from .callback import Callback, Carry, Context, own
 from .events import Due
+from .means import Rows
 from .metrics import Metrics, as_metrics
-from .trees import Batch, State, compare, difference, fewer_rows, home, signature, strong
+from .notice import announce
+from .trees import Batch, State, compare, difference, home, signature, strong
 
 Step = Callable[..., Any]
 """`(state, batch) -> (state, metrics)`; a third argument is a random key, a third result `aux`."""
@@ -36,10 +39,15 @@ class Program:
     Args:
         step: the user's step.
         callbacks: by name; those with an `update` are compiled in, in this order.
+        steps_per_call: the most steps in a call; "auto" leaves that to `blocks.choose`.
         jit: False runs the same uncompiled, under `jax.disable_jit()`.
+
+    Attributes:
+        rows: the most steps in a block, 0 where steps are called one by one, None where that
+            is not decided yet.
     """
 
-    def __init__(self, step: Step, callbacks: dict[str, Callback], jit: bool = True):
+    def __init__(self, step: Step, callbacks: dict[str, Callback], steps_per_call: int | str = 1, jit: bool = True):
         halves = {name: half for name, half in callbacks.items() if own(half, "update")}
         cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in halves.items()}
         for name, cadence in cadences.items():
@@ -49,32 +57,52 @@ class Program:
         self.takes_rng = checks.takes_rng(step)
         self.counted = self.takes_rng or bool(halves)
         self._traced = Traced(step, halves, list(self.at_times), self.takes_rng)
-        self.call = jax.jit(self._traced, donate_argnums=0) if jit else functools.partial(_uncompiled, self._traced)
+        self._one = jax.jit(self._traced, donate_argnums=0, inline=True)
+        self._jit = jit
+        self.rows: int | None = None
+        if steps_per_call != "auto" or not jit:
+            self._decide(0 if steps_per_call == 1 or not jit else int(steps_per_call))
         self.init = jax.jit(self._traced.init) if jit else self._traced.init
-        self._masks: dict[tuple[bool, ...], jax.Array] = {}
 
-    def start(self, step: int, batch: dict[str, str] | None) -> None:
-        """A run begins with `step` steps completed, or goes on after batches of such a signature."""
-        self._traced.expected = batch
+    def _decide(self, rows: int) -> None:
+        self.rows = rows
+        self.call = self._one if self._jit else functools.partial(_uncompiled, self._traced)
+        if rows:
+            self.call = jax.jit(functools.partial(blocks.several, self._one, rows), donate_argnums=0)
+
+    def start(self, step: int, saved: dict[str, Any]) -> None:
+        """A run begins with `step` steps completed, or goes on from what `describe` once gave."""
+        self._saved, self._traced.expected = saved, saved["batch"]
         for due in self.at_times.values():
             due.start(step)
 
-    def expect(self, batch: Batch) -> None:
-        """The run's first batch: other shapes are worth a warning from now on.
+    def describe(self) -> dict[str, Any]:
+        """What a run that goes on must share, as JSON values: the mode in which steps are compiled,
+        "plain" or "block", and the signature of the first batch; None where not known.
+        """
+        mode = self._saved["mode"] if self.rows is None or not self._jit else "block" if self.rows else "plain"
+        return {"mode": mode, "batch": self._traced.expected}
+
+    def prepare(self, bundle: Bundle, batch: Batch, rng: Any) -> None:
+        """Compiles for the run's first batch; other shapes are worth a warning from now on.
 
         Raises:
-            ValueError: a saved run's batches had other leaves, dtypes or shapes; fewer rows may be
-                the last ones of an epoch.
+            ValueError: a saved run's mode was another, or its batches had other leaves, dtypes or
+                shapes; fewer rows may be the last ones of an epoch.
         """
-        now, saved = signature(batch), self.batch
-        if saved is not None and (changed := compare(saved, fewer_rows(now, saved))):
-            raise ValueError(f"The saved run's batches were others than this run's (saved, then here): {changed}.")
-        self._traced.expected = saved or now
-
-    @property
-    def batch(self) -> dict[str, str] | None:
-        """The signature of the run's first batch, None before it is drawn."""
-        return self._traced.expected
+        began, traced, saved = time.perf_counter(), self._traced.times, self._saved
+        checks.same_batches(saved["batch"], signature(batch))
+        self._traced.expected = saved["batch"] or signature(batch)
+        never = (False,) * len(self.at_times)
+        if self.rows is None:
+            self._decide(blocks.choose(self._one.trace(bundle, batch, rng, self._due([never])).jaxpr, batch))
+        checks.same_mode(saved["mode"], self.describe()["mode"])
+        if hasattr(self.call, "trace"):
+            batch = blocks.stack([batch], self.rows)[0] if self.rows else batch
+            self.call.trace(bundle, batch, rng, self._due([never])).lower().compile()
+            if self._traced.times > traced:
+                several = f", up to {self.rows} to a call," if self.rows else ""
+                announce(f"compiled the step{several}", time.perf_counter() - began)
 
     def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
         """What the first call takes, with `step` steps completed."""
@@ -83,35 +111,41 @@ class Program:
         count, there = jnp.asarray(step, jnp.int32), home(state)
         return state, carries, count if there is None else jax.device_put(count, there)
 
-    @staticmethod
-    def wait(metrics: Metrics) -> None:
-        """Waits for the call that returned these metrics: they are its outputs that are not donated."""
-        for value in metrics.values():
-            try:
-                value.block_until_ready()
-            except AttributeError:  # a clu metric, or a plain number
-                jax.block_until_ready(value)
-            return
-
-    def branched(self, bundle: Bundle, batch: Batch, rng: Any, step: int, epoch: int) -> tuple[Bundle, Metrics]:
-        """One call where some halves are not always due: what those that are not would have
-        logged is left out of the metrics.
+    def advance(
+        self, bundle: Bundle, batch: Batch, rng: Any, step: int, count: int, epoch: int
+    ) -> tuple[Bundle, Metrics]:
+        """One call where it runs several steps or some halves are not always due: what those that
+        are not would have logged is left out of the metrics.
 
         Args:
-            bundle, batch, rng: as for `call`.
-            step, epoch: the step that this call completes, and the epoch (0 if it completes none).
+            bundle, rng: as for `call`.
+            batch: as for `call`, or the stacked batches of a block.
+            step: steps completed before it.
+            count: steps that it runs.
+            epoch: the epoch that the last of them completes, 0 if it completes none.
         """
-        due = tuple(half.now(step, epoch) for half in self.at_times.values())
-        if due not in self._masks:
-            self._masks[due] = jnp.asarray(due)
-        bundle, metrics = self.call(bundle, batch, rng, self._masks[due])
-        absent = {n for half, now in zip(self.at_times, due, strict=True) if not now for n in self._traced.logged[half]}
-        return bundle, {name: value for name, value in metrics.items() if name not in absent}
+        epochs, halves = [0] * (count - 1) + [epoch], self.at_times.values()
+        dues = [tuple(half.now(n, e) for half in halves) for n, e in enumerate(epochs, step + 1)]
+        bundle, metrics = self.call(bundle, batch, rng, self._due(dues))
+        flags = zip(self.at_times, zip(*dues, strict=True), strict=True)
+        present = {name: now for half, now in flags for name in self._traced.logged[half]}
+        last, columns = metrics if self.rows else (metrics, {})
+        last = {name: value for name, value in last.items() if present.get(name, (True,))[-1]}
+        return bundle, Rows(last, columns, count, present) if self.rows else last
+
+    def _due(self, dues: list[tuple[bool, ...]]) -> Any:
+        """Which halves are due at which steps, as a call takes it: (halves,) of one step or None;
+        of a block (rows, halves), and beside it the number of steps.
+        """
+        if not self.rows:
+            return np.array(dues[0]) if self.at_times else None
+        rest = [(False,) * len(self.at_times)] * (self.rows - len(dues))
+        return np.array(dues + rest) if self.at_times else None, np.int32(len(dues))
 
 
-def _uncompiled(traced: Traced, bundle: Bundle, batch: Batch, rng: Any, due: Any) -> tuple[Bundle, Metrics]:
+def _uncompiled(function: Callable[..., Any], bundle: Bundle, batch: Batch, rng: Any, due: Any) -> tuple[Bundle, Any]:
     with jax.disable_jit():
-        return traced(bundle, jax.tree.map(jnp.asarray, batch), rng, due)
+        return function(bundle, jax.tree.map(jnp.asarray, batch), rng, due)
 
 
 class Traced:
@@ -121,12 +155,14 @@ class Traced:
         at_times: the halves that are not always due, in the order of the `due` flags.
         logged: by such a half, the metrics that it adds.
         expected: the signature of the run's first batch.
+        times: how often it was traced.
     """
 
     def __init__(self, step: Step, halves: dict[str, Callback], at_times: list[str], takes_rng: bool):
         self.step, self.halves, self.at_times, self.takes_rng = step, halves, at_times, takes_rng
         self.logged: dict[str, list[str]] = {}
         self.expected: dict[str, str] | None = None
+        self.times = 0
 
     def init(self, state: State) -> dict[str, Carry]:
         """The first carries."""
@@ -135,6 +171,7 @@ class Traced:
 
     def __call__(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
         """One step; what it checks costs nothing afterwards."""
+        self.times += 1
         state, carries, count = bundle
         self._compare(batch)
         folded = None if key is None else jax.random.fold_in(key, count)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -15,11 +15,14 @@ from .cadence import Cadence, as_cadence
 from .callback import Callback, Function
 from .compiled import Program, Step
 from .events import Answer, Due, Events
-from .feed import Data, Feed
-from .loop import Loop, Result
+from .feed import Feed
+from .loop import Loop
 from .notice import notice, standing
+from .pace import Pace
+from .result import Result
+from .source import Data
 from .steps import Steps
-from .trees import State, place
+from .trees import State, home, place
 
 
 class Engine:
@@ -30,7 +33,12 @@ class Engine:
             the step's own; a third result, a dict, is `aux` for the callbacks' pure halves.
         callbacks: in the order in which their effects shall happen.
         log_every: steps between two means of the training metrics.
+        steps_per_call: the most steps that one compiled call runs; fewer where a callback is due
+            before. "auto" decides from the step and the backend; see docs/performance.md.
         in_flight: compiled calls that may be queued; 1 waits for each before the next but one.
+            Calls shorter than 0.1 ms may be sixteen more.
+        prefetch: batches that a thread draws and puts on the device ahead of their use; for
+            accelerators, as on CPUs it takes time from the steps.
         jit: False runs the same loop uncompiled, to look inside the step.
 
     Raises:
@@ -46,15 +54,20 @@ class Engine:
         callbacks: Iterable[Callback] = (),
         *,
         log_every: int = 50,
+        steps_per_call: int | Literal["auto"] = "auto",
         in_flight: int = 2,
+        prefetch: int = 0,
         jit: bool = True,
     ):
         self._log_every = checks.whole("Engine", "log_every", log_every, 1)
         self._in_flight = checks.whole("Engine", "in_flight", in_flight, 1)
+        self._prefetch = checks.whole("Engine", "prefetch", prefetch, 0)
+        if steps_per_call != "auto":
+            checks.whole("Engine", "steps_per_call", steps_per_call, 1)
         self._callbacks = checks.named(callbacks, Callback)
         for callback in self._callbacks.values():
             callback._reset()
-        self._program = Program(step, self._callbacks, jit)
+        self._program = Program(step, self._callbacks, steps_per_call, jit)
 
     @property
     def callbacks(self) -> dict[str, Callback]:
@@ -153,6 +166,7 @@ class Engine:
             try:
                 loop._events.end(loop)
             finally:
+                loop._feed.close()
                 loop.error = None  # its traceback holds the loop, and so everything
 
     def _begin(self, loop: Loop) -> None:
@@ -163,7 +177,7 @@ class Engine:
         checks.epochs_known(loop._events, loop._feed, self._program.at_times, steps=loop.steps)
         if loop._restored:
             notice(standing(loop))
-        self._program.start(loop.step, loop._batch)
+        self._program.start(loop.step, loop._saved)
         loop._events.begin(loop)
 
     def _begin_epoch(self, loop: Loop) -> None:
@@ -172,8 +186,9 @@ class Engine:
             loop._events.fire("on_epoch_begin", loop)
         if not loop.over:
             loop._feed.begin_epoch(loop.epoch)
-            if loop.batch is None:
-                self._program.expect(loop._feed.peek())
+            if loop._first:
+                self._program.prepare(loop._bundle, loop._feed.peek(), loop.rng if self._program.counted else None)
+                loop._first = False
 
     def _before_step(self, loop: Loop) -> None:
         """on_step_begin of those who are due at the next step, with its batch."""
@@ -189,31 +204,34 @@ class Engine:
 
     def _advance(self, loop: Loop, turn: Due) -> bool:
         """Runs steps up to the next one that is due; returns whether it ends the epoch."""
-        step, bundle, metrics, batch = loop.step, loop._bundle, loop.metrics, loop.batch
-        program, clock, pending, queue = self._program, self._clock, loop._meter.pending, self._in_flight
-        rng = loop.rng if program.counted else None
-        length, log = loop._feed.length, (step // self._log_every + 1) * self._log_every
+        step, bundle, metrics, batch, count = loop.step, loop._bundle, loop.metrics, *loop._batch
+        program, clock, pending = self._program, self._clock, loop._meter.pending
+        feed, rng = loop._feed, loop.rng if program.counted else None
+        length, log = feed.length, (step // self._log_every + 1) * self._log_every
         end = math.inf if length is None else step + length - loop.epoch_step
         until = min(loop._events.next(step, end), turn.next, log, end, loop.steps or sys.maxsize)
         deadline = min(loop._events.deadline(), turn.deadline)
-        call, timed = program.call, deadline < math.inf
+        call, timed, steps = program.call, deadline < math.inf, int(until) - step
+        plain = not (program.rows or program.at_times)
+        full, most = loop._pace.start(pending), loop._pace.steps(step)
         try:
-            for batch in loop._feed.take(int(until) - step):
-                if program.at_times:
-                    completes = loop.epoch + 1 if step + 1 == end else 0
-                    bundle, metrics = program.branched(bundle, batch, rng, step + 1, completes)
-                else:
+            for batch, count in feed.blocks(steps, program.rows, most) if program.rows else feed.take(steps):
+                if plain:
                     bundle, metrics = call(bundle, batch, rng, None)
-                step += 1
+                else:
+                    completes = loop.epoch + 1 if step + count == end else 0
+                    bundle, metrics = program.advance(bundle, batch, rng, step, count, completes)
+                step += count
                 pending.append(metrics)
-                if len(pending) > queue:
-                    program.wait(pending[~queue])
-                if loop.stopped is not None or (timed and clock() >= deadline):  # a signal may stop it
-                    break
+                if len(pending) >= full:
+                    full = loop._pace.wait(pending)
+                if (loop.stopped is not None or (timed and clock() >= deadline)) and not feed.holds:
+                    break  # a signal may stop it
         finally:
             loop.epoch_step += step - loop.step
-            loop.step, loop._bundle, loop.metrics, loop.batch = step, bundle, metrics, batch
-        return loop._feed.ended(loop.epoch_step)
+            loop.step, loop._bundle, loop.metrics = step, bundle, dict(metrics)
+            loop._batch = batch, count if program.rows else 0
+        return feed.ended(loop.epoch_step)
 
     def _after_step(self, loop: Loop, ended: bool) -> int:
         """on_step_end, on_log and on_epoch_end; returns the epoch that was completed, or 0."""
@@ -253,9 +271,9 @@ class Engine:
             callback._reset()
         before = state if isinstance(state, Result) else None
         start = before.state if before else place(state, "The state", copy=not donate)
-        feed = Feed(data, to["epoch_steps"])
+        feed = Feed(data, to["epoch_steps"], self._prefetch, home(start))
         loop = Loop(self._program, self._callbacks, feed, start, rng, **to)
-        loop._events = Events(self._callbacks, self._clock)
+        loop._events, loop._pace = Events(self._callbacks, self._clock), Pace(self._in_flight, self._clock)
         if before:
             loop.restore(before.snapshot)
             loop._feed = before._feed.again(feed)

@@ -9,9 +9,9 @@ import jax
 
 from . import checks
 from .compiled import Step
-from .feed import Data, open_pass
 from .means import Tally, fetch
 from .metrics import Metrics, as_metrics
+from .source import Data, open_pass
 from .trees import Batch, State
 
 QUEUE = 2

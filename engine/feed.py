@@ -7,39 +7,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from .blocks import stack
 from .notice import notice
+from .prefetch import Prefetch
+from .source import Data, check, length, open_pass
 from .trees import Batch
-
-Data = Any
-"""An iterable of batches; a callable `epoch -> iterable`; a loader whose iterator has
-`get_state`/`set_state`."""
-
-
-def length(data: Data) -> int | None:
-    """Batches in a pass over the data, None where it cannot tell."""
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def open_pass(data: Data, number: int) -> Iterator[Batch]:
-    """The batches of one pass over the data; passes are counted from 0.
-
-    Raises:
-        TypeError: the source is neither an iterable of batches nor a callable.
-    """
-    source: Any = data(number) if callable(data) else data
-    _check(source)
-    return iter(source)
-
-
-def _check(source: Any) -> None:
-    if isinstance(source, (dict, str)) or not (hasattr(source, "__iter__") or hasattr(source, "__getitem__")):
-        raise TypeError(
-            "data needs to be an iterable of batches or a callable epoch -> iterable, "
-            f"got {type(source).__name__}. For arrays in memory: Batches(arrays, batch_size)."
-        )
 
 
 class Feed:
@@ -50,19 +22,20 @@ class Feed:
     learn whether it goes on; the position never depends on that.
     """
 
-    def __init__(self, data: Data, epoch_steps: int | None = None):
+    def __init__(self, data: Data, epoch_steps: int | None = None, prefetch: int = 0, there: Any = None):
         if not callable(data):
-            _check(data)
+            check(data)
         self.data = data
         self.length = epoch_steps or length(data)
         self.one_shot = not callable(data) and hasattr(data, "__next__")
         self._cut = epoch_steps is not None
+        self._prefetch, self._there = prefetch, there
         self._pass = 0
         self._used = 0  # batches of this pass that were handed out
         self._sought: Any = None  # the loader's state to go on from
-        self._iterator: Iterator[Batch] | None = None
+        self._iterator: Any = None
         self._loader: Any = None  # the pass's own iterator, where it has get_state/set_state
-        self._ahead: list[Batch] = []  # at most one batch, drawn and not handed out
+        self._ahead: list[Batch] = []  # drawn and not handed out: at most one batch between two calls of `take`
         self._before: Any = None  # the loader's state before that draw
         self._failure: Exception | None = None  # of that draw, raised when its batch is due
 
@@ -73,8 +46,7 @@ class Feed:
             ValueError: there is none.
         """
         if self._more():
-            if self._failure is not None:
-                raise self._failure
+            self.peek()
         elif self.one_shot:
             raise ValueError(
                 f"The data is exhausted at the start of epoch {epoch + 1}: a {type(self.data).__name__} can be read "
@@ -83,22 +55,55 @@ class Feed:
         else:
             raise ValueError(f"The training data yielded no batches in epoch {epoch + 1}: {type(self.data).__name__}.")
 
-    def take(self, count: int) -> Iterator[Batch]:
-        """The next `count` batches; fewer only where the epoch ends."""
-        due = self._used + count
-        if count > 0 and self._more():
-            if self._failure is not None:
-                raise self._failure
-            self._used += 1
-            yield self._ahead.pop()
+    def take(self, count: int) -> Iterator[tuple[Batch, int]]:
+        """The next `count` batches, each with a 1; fewer only where the epoch ends."""
+        while count > 0 and self._more():
+            batch = self.peek()
+            self._ahead.clear()
+            self._used, count = self._used + 1, count - 1
+            yield batch, 1
             try:
-                for batch in islice(self._iterator or (), count - 1):
-                    self._used += 1
-                    yield batch
+                for batch in islice(self._iterator or (), count):
+                    self._used, count = self._used + 1, count - 1
+                    yield batch, 1
             except Exception as error:
                 self._noted(error)
                 raise
-        if self._used < due and self.length is not None and not self._cut:
+        self._check_end(count)
+
+    def blocks(self, count: int, rows: int, most: int) -> Iterator[tuple[Batch, int]]:
+        """The next `count` batches, as far as they are alike stacked to arrays (rows, ...) of which
+        at most `most` are used, each with the number of batches in it; fewer only where the
+        epoch ends.
+        """
+        while count > 0 and self._more():
+            self.peek()
+            batches, drawn = self._block(min(rows, count, most), rows)
+            self._used, count = self._used + drawn, count - drawn
+            yield batches, drawn
+        self._check_end(count)
+
+    def _block(self, most: int, rows: int) -> tuple[Batch, int]:
+        if self._before is not None and hasattr(self._iterator, "block"):
+            self._loader.set_state(self._before)  # so the batch that is ahead is in the block
+            self._ahead.clear()
+            return self._iterator.block(most, rows)
+        try:
+            for batch in islice(self._iterator or (), most - len(self._ahead)):
+                self._ahead.append(batch)
+        except Exception as error:  # it is due when the batches before it are used
+            self._failure = self._noted(error)
+        batches, drawn = stack(self._ahead, rows)
+        del self._ahead[:drawn]
+        return batches, drawn
+
+    @property
+    def holds(self) -> bool:
+        """Whether batches are drawn that must be used before the position can be told."""
+        return len(self._ahead) > 0
+
+    def _check_end(self, missing: int) -> None:
+        if missing and self.length is not None and not self._cut:
             raise ValueError(
                 f"The data has len {self.length}, but pass {self._pass + 1} ended after {self._used} batches. "
                 f"Mend its len, or give run epoch_steps={self._used}."
@@ -114,17 +119,17 @@ class Feed:
         """The epoch is over: the next batch is the next epoch's."""
         if not self._cut:
             self._next_pass()
-            self._iterator = None
 
     def peek(self) -> Batch:
         """The batch that `take` will give next."""
-        if self._more() and self._failure is not None:
+        if self._more() and not self._ahead and self._failure is not None:
             raise self._failure
         return self._ahead[0]
 
     def replace(self, batch: Batch) -> None:
         """Puts a batch in the place of the one that `peek` gave."""
-        self._ahead[0] = batch
+        if batch is not self._ahead[0]:
+            self._ahead[0], self._before = batch, None
 
     def position(self) -> dict[str, Any]:
         """Where the first batch stands that was not handed out, as JSON values and arrays."""
@@ -165,11 +170,11 @@ class Feed:
             return True
         try:
             if self._iterator is None:
-                self._iterator = self._passes() if self._cut else self._open()
+                self._iterator = self._open()
             self._before = self._loader_state()
             self._ahead.append(next(self._iterator))
         except StopIteration:
-            return False
+            return self._cut and self._go_on()
         except Exception as error:
             self._failure = self._noted(error)
         return True
@@ -186,21 +191,29 @@ class Feed:
             if skipped < self._used:
                 raise ValueError(f"The run had used {self._used} batches of this pass, but the data now has {skipped}.")
         self._sought = None
+        if self._prefetch:
+            iterator = Prefetch(iterator, self._prefetch, self._there)
+            self._loader = iterator if self._loader is not None else None
         return iterator
 
-    def _next_pass(self) -> None:
-        self._pass, self._used = self._pass + 1, 0
-        self._loader = self._before = None
+    def close(self) -> None:
+        """Ends what runs beside the loop."""
+        if isinstance(self._iterator, Prefetch):
+            self._iterator.close()
 
-    def _passes(self) -> Iterator[Batch]:
-        """Pass after pass, for epochs that are cut to `epoch_steps`."""
-        while True:
-            yield from self._open()
-            if self.one_shot or not self._used:
-                raise ValueError(
-                    f"The data ended after {self._used} batches, but an epoch needs {self.length} (epoch_steps)."
-                )
-            self._next_pass()
+    def _next_pass(self) -> None:
+        self.close()
+        self._pass, self._used = self._pass + 1, 0
+        self._iterator = self._loader = self._before = None
+
+    def _go_on(self) -> bool:
+        """In the next pass, for epochs that are cut to `epoch_steps`."""
+        if self.one_shot or not self._used:
+            raise ValueError(
+                f"The data ended after {self._used} batches, but an epoch needs {self.length} (epoch_steps)."
+            )
+        self._next_pass()
+        return self._more()
 
     def _loader_state(self) -> Any:
         if self._loader is None:
@@ -208,5 +221,6 @@ class Feed:
         return copy.deepcopy(self._loader.get_state())
 
     def _noted(self, error: Exception) -> Exception:
-        error.add_note(f"onstep: raised by the data, at batch {self._used + 1} of pass {self._pass + 1}")
+        number = self._used + len(self._ahead) + 1
+        error.add_note(f"onstep: raised by the data, at batch {number} of pass {self._pass + 1}")
         return error

@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from .blocks import last
 from .callback import Callback, Carry, own
 from .events import Events
 from .feed import Feed
 from .means import to_float
-from .metrics import History, Meter, Metrics, Record
+from .metrics import Meter, Metrics
+from .pace import Pace
+from .records import History, Record
+from .result import Result, carry_of
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .trees import Batch, State, compare, difference, place, signature
 
 if TYPE_CHECKING:
     from .compiled import Program
-
-MODE = "plain"
-"""How steps are compiled: one to a call."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        state: the last state, the caller's to keep.
-        step: steps completed.
-        epoch: epochs completed.
-        stopped: the reason of `loop.stop`, None if the run reached its target.
-        history: what this call of run recorded.
-        latest: the newest value of every name.
-        snapshot: the run at its end; hand the Result to `run` as its state to go on.
-    """
-
-    state: State
-    step: int
-    epoch: int
-    stopped: str | None
-    history: History
-    latest: dict[str, float]
-    snapshot: Snapshot = field(repr=False)
-    _callbacks: dict[str, Callback] = field(repr=False)
-    _feed: Feed = field(repr=False)
-
-    def carry(self, callback: Callback) -> Carry:
-        """The carry of a callback of the run."""
-        return _carry(self.snapshot.tree["carries"], self._callbacks, callback)
 
 
 class Loop:
@@ -60,7 +31,6 @@ class Loop:
         epoch: epochs completed.
         epoch_step: steps completed in the present epoch.
         metrics: what the last step returned, on the device, with what pure halves logged.
-        batch: the last step's batch; in `on_step_begin` the next one, which may be assigned.
         latest: the newest value of every name that was recorded.
         history: every value recorded by this run.
         stopped: the reason of the stop that was asked for, or None.
@@ -73,7 +43,7 @@ class Loop:
     def __init__(self, program: Program, callbacks: dict[str, Callback], feed: Feed, state: State, rng: Any, **to: Any):
         self.step = self.epoch = self.epoch_step = 0
         self.metrics: Metrics = {}
-        self.batch: Batch = None
+        self._batch: tuple[Batch, int] = (None, 0)  # the last call's, and how many of it ran where it is a block
         self.latest: dict[str, float] = {}
         self.history = History()
         self.stopped: str | None = None
@@ -81,13 +51,15 @@ class Loop:
         self.steps, self.epochs, self.rng = to["steps"], to["epochs"], rng
         self._program, self.callbacks, self._feed = program, callbacks, feed
         self._events: Events
+        self._pace: Pace
         self._bundle = program.bundle(state, program.init(state), 0)
         self._signature = signature({"state": self.state, "carries": self.carries})
         self._meter = Meter()
         self._final = True  # whether a stop is
         self._loading = True
         self._restored = self._saving = False
-        self._batch: dict[str, str] | None = None  # the signature of a saved run's first batch
+        self._saved: dict[str, Any] = {"mode": None, "batch": None}  # of a saved run: what it must share
+        self._first = True  # whether no batch has been drawn
         self._began = 0  # the step at which this call of run began
         self._last: Snapshot  # the run at its end
 
@@ -105,13 +77,23 @@ class Loop:
         self._bundle = (place(new, "The state"), *self._bundle[1:])
 
     @property
+    def batch(self) -> Batch:
+        """The last step's batch; in `on_step_begin` the next one, which may be assigned."""
+        batch, rows = self._batch
+        return last(batch, rows) if rows else batch
+
+    @batch.setter
+    def batch(self, new: Batch) -> None:
+        self._batch = new, 0
+
+    @property
     def carries(self) -> dict[str, Carry]:
         """What the pure halves keep, by the callback's name; donated like the state."""
         return self._bundle[1]
 
     def carry(self, callback: Callback) -> Carry:
         """The carry of a callback of this run."""
-        return _carry(self.carries, self.callbacks, callback)
+        return carry_of(self.carries, self.callbacks, callback)
 
     @property
     def epoch_length(self) -> int | None:
@@ -176,11 +158,10 @@ class Loop:
         """
         tree = {"state": self.state, "carries": self.carries}
         host = {
-            "mode": MODE,
             "rng": describe_key(self.rng),
             "tree": self._signature,
             "carries": list(self.carries),
-            "batch": self._program.batch,
+            "program": self._program.describe(),
             "step": self.step,
             "epoch": self.epoch,
             "epoch_step": self.epoch_step,
@@ -204,18 +185,18 @@ class Loop:
 
         Raises:
             RuntimeError: the run has begun.
-            ValueError: the snapshot is of another mode, random key, tree or length of epochs; the
-                message has both sides.
+            ValueError: the snapshot is of another random key, tree or length of epochs; the message
+                has both sides. (Another execution mode, or batches of another shape, are found when
+                the first batch is there.)
         """
         if not self._loading:
             raise RuntimeError("loop.restore belongs in on_load: the run has begun.")
         host = unpack(snapshot.host)
         key = describe_key(self.rng)
-        for what, saved, here in (("execution mode", host["mode"], MODE), ("random key (rng)", host["rng"], key)):
-            if saved != here:
-                raise ValueError(
-                    f"The saved run has the {what} {saved}, this run {here}. Give the same, or start anew."
-                )
+        if host["rng"] != key:
+            raise ValueError(
+                f"The saved run has the random key (rng) {host['rng']}, this run {key}. Give the same, or start anew."
+            )
         saved, here, carries = host["tree"], self._signature, dict(self.carries)
         if not strict:
             carries = {name: carry for name, carry in carries.items() if name in host["carries"]}
@@ -234,7 +215,7 @@ class Loop:
         if host["final"]:
             self.stopped = host["stopped"]
         self._meter.set_state(host["windows"])
-        self._batch = host["batch"]
+        self._saved = host["program"]
         if skip:
             self._feed.seek(host["data"])
         self._give_back(host["callbacks"])
@@ -252,12 +233,3 @@ class Loop:
                 warnings.warn(
                     f"The saved run holds the state of {name}, which this run has not; it is left out.", stacklevel=3
                 )
-
-
-def _carry(carries: dict[str, Carry], callbacks: dict[str, Callback], callback: Callback) -> Carry:
-    name = next((name for name, known in callbacks.items() if known is callback), None)
-    if name is None:
-        raise ValueError(f"This {type(callback).__name__} is not among the run's callbacks {list(callbacks)}.")
-    if name not in carries:
-        raise ValueError(f"{name} keeps no carry: it has no update.")
-    return carries[name]

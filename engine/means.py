@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import jax
@@ -24,20 +26,55 @@ def to_float(value: Any, name: str) -> float:
     return float(array)
 
 
+class Rows(dict[str, Any]):
+    """What the last step of a block returned, by name; and beside it what all of them did.
+
+    Attributes:
+        columns: by name, arrays (rows, ...).
+        present: for each of the block's steps, by name, whether it was there; a name that is not
+            in it always was.
+    """
+
+    def __init__(self, last: dict[str, Any], columns: dict[str, Any], count: int, present: dict[str, list[bool]]):
+        super().__init__(last)
+        self.columns, self.count, self.present = columns, count, present
+
+    def read(self) -> dict[str, list[Any]]:
+        """By name, the values of the steps that had one; waits for the device."""
+        there = {name: self.present.get(name, [True] * self.count) for name in self.columns}
+        return {name: list(compress(_rows(column, self.count), there[name])) for name, column in self.columns.items()}
+
+
+def _rows(column: Any, count: int) -> list[Any]:
+    if merges(column):
+        host = jax.device_get(column)
+        return [jax.tree.map(operator.itemgetter(i), host) for i in range(count)]
+    return np.asarray(column)[:count].astype(float).tolist()
+
+
 def fetch(steps: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """What several steps returned, read to the host: by name, the values in order.
 
     Waits for the device. A clu metric comes back as itself, with its leaves on the host.
     """
     if jax.default_backend() != "cpu":  # there a read is a view; elsewhere let the transfers overlap
-        for leaf in jax.tree.leaves(steps):
+        for leaf in jax.tree.leaves([step.columns if isinstance(step, Rows) else step for step in steps]):
             leaf.copy_to_host_async()
-    names = dict.fromkeys(name for step in steps for name in step)
-    columns = {name: [step[name] for step in steps if name in step] for name in names}
-    return {
-        name: jax.device_get(column) if merges(column[0]) else [float(np.asarray(x)) for x in column]
-        for name, column in columns.items()
-    }
+    columns: dict[str, list[Any]] = {}
+    for step in steps:
+        if isinstance(step, Rows):
+            for name, values in step.read().items():
+                columns.setdefault(name, []).extend(values)
+        else:
+            for name, value in step.items():
+                columns.setdefault(name, []).append(value)
+    return {name: _to_host(column) for name, column in columns.items() if column}
+
+
+def _to_host(column: list[Any]) -> list[Any]:
+    if merges(column[0]):
+        return jax.device_get(column)
+    return column if isinstance(column[0], float) else [float(np.asarray(x)) for x in column]
 
 
 @dataclass

@@ -24,6 +24,15 @@ def notice(text: str) -> None:
         print(f"onstep: {text}", file=sys.stderr)
 
 
+def announce(what: str, seconds: float) -> None:
+    """Says how long something took: to everybody if they had to wait, else to the log alone."""
+    said = f"{what} in {seconds:.3g} s"
+    if seconds >= 1:
+        notice(said)
+    else:
+        log.info(said)
+
+
 def standing(loop: Loop) -> str:
     """Where a run that goes on stands, and whether anything is left to do."""
     if loop.stopped is not None:

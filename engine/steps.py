@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .loop import Loop, Result
+from .loop import Loop
+from .result import Result
 
 
 class Steps:

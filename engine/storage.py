@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .metrics import improves
+from .records import improves
 
 MANIFEST, HOST = "manifest.json", "host.npz"
 _SAVING, _ASIDE, _TRASH, _LOCK = ".saving", "aside", ".trash", ".lock"

@@ -213,7 +213,7 @@ def test_a_pure_half_cannot_go_by_the_clock():
 )
 def test_a_cadence_in_seconds_goes_by_the_engines_clock(when, due):
     clock, noted = Clock(), NotedEnds(when)
-    engine = Engine(step, [noted])
+    engine = Engine(step, [noted], steps_per_call=1)
     engine._clock = clock
     engine.run(jnp.int32(0), Ticking(clock, [1] * 5), epochs=2)
     assert noted.ends == due
@@ -221,7 +221,7 @@ def test_a_cadence_in_seconds_goes_by_the_engines_clock(when, due):
 
 def test_on_step_begin_by_seconds_comes_before_the_next_step():
     clock, noted = Clock(), NotedBegins(every(seconds=3))
-    engine = Engine(step, [noted])
+    engine = Engine(step, [noted], steps_per_call=1)
     engine._clock = clock
     engine.run(jnp.int32(0), Ticking(clock, [1] * 10), epochs=1)
     assert noted.begins == [4, 7, 10]
@@ -229,7 +229,7 @@ def test_on_step_begin_by_seconds_comes_before_the_next_step():
 
 def test_seconds_are_counted_from_the_start_of_each_run():
     clock, noted = Clock(), NotedEnds(every(seconds=3))
-    engine = Engine(step, [noted])
+    engine = Engine(step, [noted], steps_per_call=1)
     engine._clock = clock
     data = Ticking(clock, [1] * 4)
     result = engine.run(jnp.int32(0), data, epochs=1)

@@ -65,7 +65,7 @@ class Idle(Callback):
 def test_no_metric_is_read_between_due_log_steps():
     reads = []
     idle = Idle(reads)
-    engine = tripwired(Engine(step, [idle], log_every=20), reads)
+    engine = tripwired(Engine(step, [idle], log_every=20, steps_per_call=1), reads)
     with engine.steps(jnp.int32(0), range(100), epochs=1, when=1) as steps:
         seen = [(loop.step, len(reads)) for loop in steps]
     assert seen == [(n, n // 20 * 20) for n in range(1, 101)]
@@ -74,7 +74,7 @@ def test_no_metric_is_read_between_due_log_steps():
 
 def test_a_hundred_steps_logged_every_ten_are_read_at_ten_points():
     reads, points = [], []
-    engine = tripwired(Engine(step, log_every=10), reads)
+    engine = tripwired(Engine(step, log_every=10, steps_per_call=1), reads)
     engine.on("log")(lambda loop, record: points.append((loop.step, len(reads))))
     engine.run(jnp.int32(0), range(1000), steps=100)
     assert points == [(n, n) for n in range(10, 101, 10)]
@@ -122,7 +122,8 @@ def test_one_read_a_step_would_be_seen_by_that_test():
     assert times[1] - times[0] > 0.5 * (times[2] - times[0])
 
 
-def test_no_more_calls_are_queued_than_asked_for():
+@pytest.mark.parametrize(("seconds", "more"), [(1e-3, 0), (1e-6, 15)], ids=["long calls", "short calls"])
+def test_no_more_calls_are_queued_than_asked_for(seconds, more):
     finished, started, most = set(), [], []
 
     class Handle:
@@ -145,10 +146,11 @@ def test_no_more_calls_are_queued_than_asked_for():
 
     for in_flight in (1, 2, 5):
         finished.clear(), started.clear(), most.clear()
-        engine = Engine(step, in_flight=in_flight, log_every=30)
+        engine = Engine(step, in_flight=in_flight, log_every=30, steps_per_call=1)
         engine._program.call = call
+        engine._clock = lambda: seconds * len(started)
         engine.run(jnp.int32(0), range(100), epochs=1)
-        assert max(most) == in_flight + 1  # the one being started, behind those that are queued
+        assert max(most) == in_flight + 1 + more  # the one being started, behind those that are queued
 
 
 def test_the_callers_arrays_stay_valid_and_are_not_aliased():

@@ -139,7 +139,7 @@ class Tripwire:
 
 def test_the_host_reads_at_due_steps_and_at_the_end_alone():
     reads, steps = [], iter(range(1, 100))
-    engine = Engine(lambda state, batch: (state, {"loss": state}), [NaNGuard(when=20)], log_every=7)
+    engine = Engine(lambda state, batch: (state, {"loss": state}), [NaNGuard(when=20)], log_every=7, steps_per_call=1)
 
     def call(bundle, batch, rng, due):
         return (bundle[0], {"NaNGuard": Tripwire(next(steps), reads)}, bundle[2]), {"loss": np.float32(1)}

@@ -1,0 +1,80 @@
+"""Batches on the device ahead of time."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from .trees import Batch
+
+
+class Prefetch(Iterator[Batch]):
+    """Draws batches in a thread and puts them on the device, at most `depth` ahead.
+
+    The thread runs from the first `next` to the end of the batches, or to `close`; what it had
+    drawn then is kept for the next `next`. An error of the source comes when its batch is due.
+
+    Args:
+        source: the batches; with `get_state` its state goes with each batch, so that `get_state`
+            never depends on what was drawn ahead.
+        depth: batches.
+        there: where the arrays shall lie; None leaves it to jax.
+    """
+
+    def __init__(self, source: Any, depth: int, there: Any = None):
+        self._source, self._depth, self._there = source, depth, there
+        self._drawn: deque[tuple[Batch, Any, BaseException | None]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        if hasattr(source, "get_state") and hasattr(source, "set_state"):
+            self._state = self._source_state()
+            self.get_state, self.set_state = lambda: self._state, source.set_state
+
+    def __next__(self) -> Batch:
+        if self._thread is None and not self._drawn:
+            self._thread = threading.Thread(target=self._draw, name="onstep-prefetch", daemon=True)
+            self._closing = False
+            self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._drawn)
+            batch, state, error = self._drawn.popleft()
+            self._changed.notify_all()
+        if error is not None:
+            self.close()
+            raise error
+        self._state = state
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread, once the batch that it is drawing is there."""
+        if self._thread is not None:
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+            self._thread.join()
+            self._thread = None
+
+    def _draw(self) -> None:
+        error: BaseException | None = None
+        while error is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or len(self._drawn) < self._depth)
+                if self._closing:
+                    return
+            batch = state = None
+            try:
+                batch = jax.block_until_ready(jax.device_put(next(self._source), self._there))
+                state = self._source_state()
+            except BaseException as raised:  # also StopIteration: the end
+                error = raised
+            with self._changed:
+                self._drawn.append((batch, state, error))
+                self._changed.notify_all()
+
+    def _source_state(self) -> Any:
+        return copy.deepcopy(self._source.get_state()) if hasattr(self._source, "get_state") else None

@@ -1,0 +1,139 @@
+"""Batches on the device ahead of time: bounded, in order, and nothing of it stays."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Batches, Engine
+from onstep.prefetch import Prefetch
+
+
+def add(state, batch):
+    return state + batch, {"batch": batch}
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "onstep-prefetch"]
+
+
+def test_batches_come_in_order_and_lie_on_the_device():
+    given = list(Prefetch(iter([np.arange(3), np.arange(4)]), 2))
+    assert all(isinstance(batch, jax.Array) for batch in given)
+    assert [len(batch) for batch in given] == [3, 4]
+    assert not threads()
+
+
+def test_no_more_than_asked_for_are_drawn_ahead():
+    drawn, enough = [], threading.Event()
+
+    def source():
+        for n in range(100):
+            drawn.append(n)
+            if n == 3:
+                enough.set()
+            yield n
+
+    batches = Prefetch(source(), 3)
+    assert int(next(batches)) == 0
+    assert enough.wait(10)  # three beyond the one that was used
+    batches.close()
+    assert drawn == [0, 1, 2, 3]
+
+
+def test_what_was_drawn_before_a_close_is_not_lost():
+    batches = Prefetch(iter(range(10)), 3)
+    first = [int(next(batches)) for _ in range(2)]
+    batches.close()
+    assert not threads()
+    assert first + [int(batch) for batch in batches] == list(range(10))
+
+
+def test_an_error_of_the_source_comes_when_its_batch_is_due():
+    def source():
+        yield 1
+        yield 2
+        raise OSError("disk")
+
+    seen = []
+    engine = Engine(add, prefetch=4, log_every=1)
+    engine.on("step_end")(lambda loop: seen.append(loop.step))
+    with pytest.raises(OSError, match="disk") as raised:
+        engine.run(jnp.int32(0), lambda epoch: source(), epochs=1)
+    assert seen == [1, 2]
+    assert any("at batch 3 of pass 1" in note for note in raised.value.__notes__)
+    assert not threads()
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+@pytest.mark.parametrize("data", ["list", "callable", "Batches", "epoch_steps"])
+def test_a_run_is_the_same_with_and_without(data, steps_per_call):
+    rows = np.arange(14, dtype=np.int32)
+    source = {"list": list(rows), "callable": lambda epoch: iter(rows + epoch), "Batches": Batches(rows, 2)}
+    how = {"epoch_steps": 5} if data == "epoch_steps" else {}
+
+    def step(state, batch):
+        return state * 3 + batch.sum(), {"sum": batch.sum()}
+
+    plain, ahead = (
+        Engine(step, prefetch=n, steps_per_call=steps_per_call).run(
+            jnp.int32(1), source.get(data, source["list"]), epochs=3, **how
+        )
+        for n in (0, 3)
+    )
+    assert int(plain.state) == int(ahead.state)
+    assert plain.history["epoch/sum"] == ahead.history["epoch/sum"]
+    assert not threads()
+
+
+def test_a_run_that_stops_goes_on_at_the_next_batch():
+    def run(prefetch):
+        engine = Engine(lambda state, batch: (state + batch.sum(), {}), prefetch=prefetch)
+        engine.on("step_end", when=4)(lambda loop: loop.step == 4 and loop.stop("pause", final=False))
+        batches = Batches(np.arange(10, dtype=np.int32), 1)
+        first = engine.run(jnp.int32(0), batches, epochs=1)
+        second = engine.run(first, batches, epochs=1)
+        return first.snapshot.host, int(first.state), int(second.state)
+
+    assert run(0) == run(3)
+    assert run(3)[2] == 45
+
+
+def test_an_iterator_of_ones_own_loses_no_batch_between_two_runs():
+    engine = Engine(add, prefetch=3)
+    numbers = iter(range(1, 11))
+    first = engine.run(jnp.int32(0), numbers, steps=4)
+    second = engine.run(first, numbers, steps=10)
+    assert (int(first.state), int(second.state)) == (10, 55)
+
+
+def test_the_thread_ends_with_a_run_that_raises():
+    engine = Engine(add, prefetch=2)
+
+    @engine.on("step_end", when=3)
+    def fail(loop):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        engine.run(jnp.int32(0), range(100), epochs=1)
+    assert not threads()
+
+
+def test_a_source_longer_than_its_len_leaves_no_thread():
+    class Longer:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return iter(range(10))
+
+    result = Engine(add, prefetch=2).run(jnp.int32(0), Longer(), epochs=2)
+    assert int(result.state) == 6
+    assert not threads()
+
+
+@pytest.mark.parametrize("prefetch", [-1, 1.5, True])
+def test_a_depth_that_is_no_whole_number_is_refused(prefetch):
+    with pytest.raises((ValueError, TypeError), match="prefetch"):
+        Engine(add, prefetch=prefetch)
