@@ -58,7 +58,7 @@ class Same:
 
 def noop_engine(callbacks, metrics, log_every=100):
     """An engine with a plain Python function in the compiled call's place."""
-    engine = Engine(lambda state, batch: (state, {}), callbacks, log_every=log_every)
+    engine = Engine(lambda state, batch: (state, {}), callbacks, log_every=log_every, steps_per_call=1)
     engine._program.call = lambda bundle, batch, rng, due: (bundle, metrics)
     return engine
 
@@ -113,8 +113,8 @@ def cases():
     data = Same(batch, STEPS // 4)
     jitted = jax.jit(lambda s, b: small_step(s, b)[:2], donate_argnums=0)
     steps = {
-        "no callbacks": Engine(small_step),
-        "EMA and GradNorm in the step": Engine(small_step, [EMA(), GradNorm()]),
+        "no callbacks": Engine(small_step, steps_per_call=1),
+        "EMA and GradNorm in the step": Engine(small_step, [EMA(), GradNorm()], steps_per_call=1),
     }
     yield "small step", "bare loop", lambda: time_bare(jitted, jax.tree.map(jnp.copy, state), data)
     for name, engine in steps.items():

@@ -63,7 +63,7 @@ class Progress(Callback):
         epoch = f"epoch {loop.epoch}" + ("" if loop.epochs is None else f"/{loop.epochs}")
         names = self.metrics
         if names is None:
-            shown = [name for name in loop.latest if not name.startswith("epoch/")]
+            shown = [name for name in loop.latest if not name.startswith(("epoch/", "time/"))]
             names = sorted(shown, key=lambda name: name.startswith("train/"))
         values = [f"{name} {loop.latest[name]:#.4g}" for name in names if name in loop.latest]
         if self._bar is None:

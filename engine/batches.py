@@ -58,12 +58,12 @@ class Batches:
         full, rest = divmod(self.examples, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def __call__(self, epoch: int) -> _Pass:
+    def __call__(self, epoch: int) -> Pass:
         """The batches of an epoch, counted from 0."""
-        return _Pass(self, epoch)
+        return Pass(self, epoch)
 
-    def __iter__(self) -> _Pass:
-        return _Pass(self, 0)
+    def __iter__(self) -> Pass:
+        return Pass(self, 0)
 
     def _order(self, epoch: int) -> np.ndarray | None:
         return np.random.default_rng((self.seed, epoch)).permutation(self.examples) if self.shuffle else None
@@ -74,7 +74,7 @@ class Batches:
         return jax.tree.map(lambda array: array[rows], self._arrays)
 
 
-class _Pass(Iterator[Batch]):
+class Pass(Iterator[Batch]):
     """One epoch's batches; goes to any position without gathering what lies before."""
 
     def __init__(self, batches: Batches, epoch: int):
@@ -86,6 +86,11 @@ class _Pass(Iterator[Batch]):
             raise StopIteration
         self._index += 1
         return self._batches._batch(self._index - 1, self._order)
+
+    @property
+    def left(self) -> int:
+        """Batches that are still to come."""
+        return len(self._batches) - self._index
 
     def block(self, most: int, rows: int) -> tuple[Batch, int]:
         """The next batches, at most so many, as arrays (rows, batch, ...); and how many they are."""
@@ -107,9 +112,11 @@ class _Pass(Iterator[Batch]):
         return jax.tree.map(gather, self._batches._arrays), count
 
     def get_state(self) -> dict[str, Any]:
+        """Where it stands, and in what."""
         return {"index": self._index, "of": self._shape}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where `get_state` was called, if it was in the same arrangement of the data."""
         if state["of"] != self._shape:
             names = ("examples", "batch_size", "seed", "shuffle", "drop_last")
             changed = [f"{n} {a} became {b}" for n, a, b in zip(names, state["of"], self._shape, strict=True) if a != b]

@@ -31,27 +31,28 @@ def choose(jaxpr: Any, batch: Batch) -> int:
         jaxpr: of one step.
         batch: one batch.
     """
-    equations = list(_equations(jaxpr, 1))
-    slow = any(e.primitive.name == "conv_general_dilated" for e, _ in equations)
+    found = list(equations(jaxpr, 1))
+    slow = any(e.primitive.name == "conv_general_dilated" for e, _ in found)
     if slow or jaxpr.effects or jax.default_backend() != "cpu":
         return 0
-    flops = sum(times * _flops(e) for e, times in equations if e.primitive.name == "dot_general")
-    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(batch))
-    rows = int(min(MOST, FLOPS // max(flops, 1), BYTES // max(size, 1)))
+    work = sum(times * flops(e) for e, times in found if e.primitive.name == "dot_general")
+    size = sum(getattr(leaf, "nbytes", 4) for leaf in jax.tree.leaves(batch))
+    rows = int(min(MOST, FLOPS // max(work, 1), BYTES // max(size, 1)))
     return rows if rows > 1 else 0
 
 
-def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
+def equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
     """Every equation, and how often it is run at least."""
     for equation in jaxpr.eqns:
         yield equation, times
         inner = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
         for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(part, "eqns"):
-                yield from _equations(part, inner)
+                yield from equations(part, inner)
 
 
-def _flops(dot: Any) -> int:
+def flops(dot: Any) -> int:
+    """Of one `dot_general`."""
     ((contracted, _), _), left = dot.params["dimension_numbers"], dot.invars[0].aval.shape
     return 2 * math.prod(dot.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
 
@@ -89,26 +90,44 @@ def several(one: Any, rows: int, bundle: Any, batches: Batch, rng: Any, due: Any
     return bundle, (last, columns)
 
 
-def stack(batches: list[Batch], rows: int) -> tuple[Batch, int]:
-    """The first batches, as far as they are alike, as one tree of arrays (rows, ...); and how many they are.
+class Stack:
+    """Batches that are alike as one tree of arrays (rows, ...).
 
-    The rows beyond hold anything: no step reads them.
+    Each is copied when it is added, so that its source may fill the same arrays again. The rows
+    beyond the last one hold anything: no step reads them.
+
+    Attributes:
+        count: batches in it.
     """
-    first, structure = jax.tree.flatten(batches[0])
-    kinds, columns = [_kind(leaf) for leaf in first], [first]
-    for batch in batches[1:]:
-        flat, other = jax.tree.flatten(batch)
-        if other != structure or [_kind(leaf) for leaf in flat] != kinds:
-            break
-        columns.append(flat)
-    count = len(columns)
-    if any(isinstance(leaf, jax.Array) and not _on_host(leaf) for leaf in first):
-        stacked = _stacked(columns + columns[-1:] * (rows - count))
-    else:
-        stacked = [aligned(rows, *kind) for kind in kinds]
-        for out, *column in zip(stacked, *columns, strict=True):
-            np.stack(column, out=out[:count], casting="unsafe")
-    return jax.tree.unflatten(structure, stacked), count
+
+    def __init__(self, first: Batch, rows: int):
+        flat, self._structure = jax.tree.flatten(first)
+        self._kinds, self._rows, self.count = [_kind(leaf) for leaf in flat], rows, 0
+        self._columns = [aligned(rows, *kind[1:3]) if kind[0] is np.ndarray else [] for kind in self._kinds]
+        self.add(first)
+
+    def add(self, batch: Batch) -> bool:
+        """Adds a batch, unless it is of another kind than the first."""
+        flat, structure = jax.tree.flatten(batch)
+        if structure != self._structure or [_kind(leaf) for leaf in flat] != self._kinds:
+            return False
+        for column, leaf in zip(self._columns, flat, strict=True):
+            if isinstance(column, list):
+                column.append(leaf)
+            else:
+                column[self.count] = leaf
+        self.count += 1
+        return True
+
+    def batches(self) -> Batch:
+        """The tree of arrays."""
+        missing = self._rows - self.count
+        lists = {
+            i: column + column[-1:] * missing for i, column in enumerate(self._columns) if isinstance(column, list)
+        }
+        stacked = _stacked(lists) if lists else {}
+        columns = [stacked.get(i, column) for i, column in enumerate(self._columns)]
+        return jax.tree.unflatten(self._structure, columns)
 
 
 def aligned(rows: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -116,7 +135,7 @@ def aligned(rows: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     size = rows * math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 63, np.uint8)
-    start = -raw.ctypes.data % 64  # bytes; from elsewhere every call would copy all rows
+    start = -raw.__array_interface__["data"][0] % 64  # bytes; from elsewhere every call would copy all rows
     return raw[start : start + size].view(dtype).reshape(rows, *shape)
 
 
@@ -125,17 +144,17 @@ def last(batches: Batch, count: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf[count - 1], batches)
 
 
-def _kind(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return leaf.shape, leaf.dtype
-
-
-def _on_host(leaf: jax.Array) -> bool:
-    """Whether reading it is free; random keys cannot be read."""
-    on_cpu = all(device.platform == "cpu" for device in leaf.sharding.device_set)
-    return on_cpu and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    """What leaves of one column share; those that can be read on the host for nothing go by numpy's type."""
+    if isinstance(leaf, jax.Array):
+        on_host = [device.platform for device in leaf.sharding.device_set] == ["cpu"]
+        weak = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.weak_type  # neither has a numpy type
+        return np.ndarray if on_host and not weak else jax.Array, leaf.shape, leaf.dtype, weak
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return np.ndarray, leaf.shape, leaf.dtype, False
+    return (type(leaf),)  # a number, whose type is weak
 
 
 @jax.jit
-def _stacked(columns: list[list[jax.Array]]) -> list[jax.Array]:
-    return [jnp.stack(leaves) for leaves in zip(*columns, strict=True)]
+def _stacked(columns: dict[int, list[Any]]) -> dict[int, jax.Array]:
+    return {i: jnp.stack(leaves) for i, leaves in columns.items()}

@@ -58,21 +58,32 @@ class Program:
         self.counted = self.takes_rng or bool(halves)
         self._traced = Traced(step, halves, list(self.at_times), self.takes_rng)
         self._one = jax.jit(self._traced, donate_argnums=0, inline=True)
-        self._jit = jit
+        self._jit, self._auto = jit, jit and steps_per_call == "auto"
+        self.call: Any
+        self._calls: dict[int, Any] = {}
+        self._saved: dict[str, Any] = {"mode": None, "batch": None}
         self.rows: int | None = None
-        if steps_per_call != "auto" or not jit:
+        if not self._auto:
             self._decide(0 if steps_per_call == 1 or not jit else int(steps_per_call))
         self.init = jax.jit(self._traced.init) if jit else self._traced.init
 
     def _decide(self, rows: int) -> None:
-        self.rows = rows
-        self.call = self._one if self._jit else functools.partial(_uncompiled, self._traced)
-        if rows:
-            self.call = jax.jit(functools.partial(blocks.several, self._one, rows), donate_argnums=0)
+        if rows not in self._calls:
+            one = self._one if self._jit else functools.partial(_uncompiled, self._traced)
+            block = functools.partial(blocks.several, self._one, rows)
+            self._calls[rows] = jax.jit(block, donate_argnums=0) if rows else one
+        self.rows, self.call = rows, self._calls[rows]
 
     def start(self, step: int, saved: dict[str, Any]) -> None:
-        """A run begins with `step` steps completed, or goes on from what `describe` once gave."""
+        """A run begins with `step` steps completed, or goes on from what `describe` once gave.
+
+        Raises:
+            ValueError: that was another mode than the one that was asked for.
+        """
         self._saved, self._traced.expected = saved, saved["batch"]
+        if self._auto:
+            self.rows = None
+        checks.same_mode(saved["mode"], self.describe()["mode"])
         for due in self.at_times.values():
             due.start(step)
 
@@ -87,19 +98,20 @@ class Program:
         """Compiles for the run's first batch; other shapes are worth a warning from now on.
 
         Raises:
-            ValueError: a saved run's mode was another, or its batches had other leaves, dtypes or
-                shapes; fewer rows may be the last ones of an epoch.
+            ValueError: a saved run's batches had other leaves, dtypes or shapes; fewer rows may be
+                the last ones of an epoch.
         """
         began, traced, saved = time.perf_counter(), self._traced.times, self._saved
         checks.same_batches(saved["batch"], signature(batch))
         self._traced.expected = saved["batch"] or signature(batch)
         never = (False,) * len(self.at_times)
         if self.rows is None:
-            self._decide(blocks.choose(self._one.trace(bundle, batch, rng, self._due([never])).jaxpr, batch))
-        checks.same_mode(saved["mode"], self.describe()["mode"])
+            like = jax.eval_shape(lambda x: x, batch)
+            rows = blocks.choose(self._one.trace(bundle, like, rng, self._due([never], 1)).jaxpr, batch)
+            self._decide({None: rows, "plain": 0, "block": max(rows, 2)}[saved["mode"]])
         if hasattr(self.call, "trace"):
-            batch = blocks.stack([batch], self.rows)[0] if self.rows else batch
-            self.call.trace(bundle, batch, rng, self._due([never])).lower().compile()
+            batch = blocks.Stack(batch, self.rows).batches() if self.rows else batch
+            self.call.trace(bundle, batch, rng, self._due([never], 1)).lower().compile()
             if self._traced.times > traced:
                 several = f", up to {self.rows} to a call," if self.rows else ""
                 announce(f"compiled the step{several}", time.perf_counter() - began)
@@ -125,22 +137,22 @@ class Program:
             epoch: the epoch that the last of them completes, 0 if it completes none.
         """
         epochs, halves = [0] * (count - 1) + [epoch], self.at_times.values()
-        dues = [tuple(half.now(n, e) for half in halves) for n, e in enumerate(epochs, step + 1)]
-        bundle, metrics = self.call(bundle, batch, rng, self._due(dues))
+        dues = [tuple(half.now(n, e) for half in halves) for n, e in enumerate(epochs, step + 1)] if halves else []
+        bundle, metrics = self.call(bundle, batch, rng, self._due(dues, count))
         flags = zip(self.at_times, zip(*dues, strict=True), strict=True)
         present = {name: now for half, now in flags for name in self._traced.logged[half]}
         last, columns = metrics if self.rows else (metrics, {})
         last = {name: value for name, value in last.items() if present.get(name, (True,))[-1]}
         return bundle, Rows(last, columns, count, present) if self.rows else last
 
-    def _due(self, dues: list[tuple[bool, ...]]) -> Any:
+    def _due(self, dues: list[tuple[bool, ...]], count: int) -> Any:
         """Which halves are due at which steps, as a call takes it: (halves,) of one step or None;
         of a block (rows, halves), and beside it the number of steps.
         """
         if not self.rows:
             return np.array(dues[0]) if self.at_times else None
         rest = [(False,) * len(self.at_times)] * (self.rows - len(dues))
-        return np.array(dues + rest) if self.at_times else None, np.int32(len(dues))
+        return np.array(dues + rest) if self.at_times else None, np.int32(count)
 
 
 def _uncompiled(function: Callable[..., Any], bundle: Bundle, batch: Batch, rng: Any, due: Any) -> tuple[Bundle, Any]:

@@ -186,14 +186,9 @@ class Engine:
             loop._events.fire("on_epoch_begin", loop)
         if not loop.over:
             loop._feed.begin_epoch(loop.epoch)
-            if loop._first:
-                self._program.prepare(loop._bundle, loop._feed.peek(), loop.rng if self._program.counted else None)
-                loop._first = False
 
     def _before_step(self, loop: Loop) -> None:
-        """on_step_begin of those who are due at the next step, with its batch."""
-        if not loop._events.answers["on_step_begin"]:
-            return
+        """on_step_begin of those who are due at the next step, with its batch; the first is compiled for."""
         completes = loop.epoch + 1 if loop.epoch_step + 1 == loop.epoch_length else 0
         if due := loop._events.due("on_step_begin", loop.step + 1, completes):
             loop.batch = loop._feed.peek()
@@ -201,6 +196,9 @@ class Engine:
                 answer.call(loop)
             if not loop.over:
                 loop._feed.replace(loop.batch)
+        if not (loop._prepared or loop.over):
+            self._program.prepare(loop._bundle, loop._feed.peek(), loop.rng if self._program.counted else None)
+            loop._prepared = True
 
     def _advance(self, loop: Loop, turn: Due) -> bool:
         """Runs steps up to the next one that is due; returns whether it ends the epoch."""
@@ -225,8 +223,8 @@ class Engine:
                 pending.append(metrics)
                 if len(pending) >= full:
                     full = loop._pace.wait(pending)
-                if (loop.stopped is not None or (timed and clock() >= deadline)) and not feed.holds:
-                    break  # a signal may stop it
+                if loop.stopped is not None or (timed and clock() >= deadline):  # a signal may stop it
+                    break
         finally:
             loop.epoch_step += step - loop.step
             loop.step, loop._bundle, loop.metrics = step, bundle, dict(metrics)

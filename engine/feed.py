@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from .blocks import stack
+from .batches import Pass
+from .blocks import Stack
 from .notice import notice
 from .prefetch import Prefetch
 from .source import Data, check, length, open_pass
@@ -35,7 +36,8 @@ class Feed:
         self._sought: Any = None  # the loader's state to go on from
         self._iterator: Any = None
         self._loader: Any = None  # the pass's own iterator, where it has get_state/set_state
-        self._ahead: list[Batch] = []  # drawn and not handed out: at most one batch between two calls of `take`
+        self._ahead: list[Batch] = []  # at most one batch, drawn and not handed out
+        self._replaced = False  # whether it is another than the source gave
         self._before: Any = None  # the loader's state before that draw
         self._failure: Exception | None = None  # of that draw, raised when its batch is due
 
@@ -76,31 +78,26 @@ class Feed:
         at most `most` are used, each with the number of batches in it; fewer only where the
         epoch ends.
         """
-        while count > 0 and self._more():
-            self.peek()
-            batches, drawn = self._block(min(rows, count, most), rows)
-            self._used, count = self._used + drawn, count - drawn
-            yield batches, drawn
+        while count > 0 and (block := self._block(min(rows, count, most), rows)):
+            self._used, count = self._used + block[1], count - block[1]
+            yield block
         self._check_end(count)
 
-    def _block(self, most: int, rows: int) -> tuple[Batch, int]:
-        if self._before is not None and hasattr(self._iterator, "block"):
-            self._loader.set_state(self._before)  # so the batch that is ahead is in the block
+    def _block(self, most: int, rows: int) -> tuple[Batch, int] | None:
+        if isinstance(self._iterator, Pass) and self._iterator.left and not self._ahead:
+            return self._iterator.block(most, rows)
+        if not self._more():
+            return None
+        self.peek()
+        if isinstance(self._iterator, Pass) and not self._replaced:
+            self._iterator.set_state(self._before)  # so the batch that is ahead is in the block
             self._ahead.clear()
             return self._iterator.block(most, rows)
-        try:
-            for batch in islice(self._iterator or (), most - len(self._ahead)):
-                self._ahead.append(batch)
-        except Exception as error:  # it is due when the batches before it are used
-            self._failure = self._noted(error)
-        batches, drawn = stack(self._ahead, rows)
-        del self._ahead[:drawn]
-        return batches, drawn
-
-    @property
-    def holds(self) -> bool:
-        """Whether batches are drawn that must be used before the position can be told."""
-        return len(self._ahead) > 0
+        stack = Stack(self._ahead.pop(), rows)
+        self._replaced = False
+        while stack.count < most and self._draw(stack.count) and self._ahead and stack.add(self._ahead[0]):
+            self._ahead.clear()
+        return stack.batches(), stack.count
 
     def _check_end(self, missing: int) -> None:
         if missing and self.length is not None and not self._cut:
@@ -122,14 +119,13 @@ class Feed:
 
     def peek(self) -> Batch:
         """The batch that `take` will give next."""
-        if self._more() and not self._ahead and self._failure is not None:
+        if self._more() and self._failure is not None:
             raise self._failure
         return self._ahead[0]
 
     def replace(self, batch: Batch) -> None:
         """Puts a batch in the place of the one that `peek` gave."""
-        if batch is not self._ahead[0]:
-            self._ahead[0], self._before = batch, None
+        self._ahead[0], self._replaced = batch, True
 
     def position(self) -> dict[str, Any]:
         """Where the first batch stands that was not handed out, as JSON values and arrays."""
@@ -166,17 +162,21 @@ class Feed:
 
     def _more(self) -> bool:
         """Whether there is another batch (or a failure to draw one); draws it to find out."""
-        if self._ahead or self._failure is not None:
+        if self._ahead or self._failure is not None or self._draw():
             return True
+        return self._cut and self._go_on()
+
+    def _draw(self, unused: int = 0) -> bool:
+        """Draws a batch, with `unused` drawn and not handed out before it; False where the pass ends."""
         try:
             if self._iterator is None:
                 self._iterator = self._open()
             self._before = self._loader_state()
             self._ahead.append(next(self._iterator))
         except StopIteration:
-            return self._cut and self._go_on()
-        except Exception as error:
-            self._failure = self._noted(error)
+            return False
+        except Exception as error:  # it is due when the batches before it are used
+            self._failure = self._noted(error, unused)
         return True
 
     def _open(self) -> Iterator[Batch]:
@@ -220,7 +220,7 @@ class Feed:
             return self._sought
         return copy.deepcopy(self._loader.get_state())
 
-    def _noted(self, error: Exception) -> Exception:
-        number = self._used + len(self._ahead) + 1
+    def _noted(self, error: Exception, unused: int = 0) -> Exception:
+        number = self._used + unused + 1
         error.add_note(f"onstep: raised by the data, at batch {number} of pass {self._pass + 1}")
         return error

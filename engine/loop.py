@@ -59,7 +59,7 @@ class Loop:
         self._loading = True
         self._restored = self._saving = False
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # of a saved run: what it must share
-        self._first = True  # whether no batch has been drawn
+        self._prepared = False  # whether the step is compiled for the run's batches
         self._began = 0  # the step at which this call of run began
         self._last: Snapshot  # the run at its end
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -35,7 +36,9 @@ class Rows(dict[str, Any]):
             in it always was.
     """
 
-    def __init__(self, last: dict[str, Any], columns: dict[str, Any], count: int, present: dict[str, list[bool]]):
+    def __init__(
+        self, last: dict[str, Any], columns: dict[str, Any], count: int, present: Mapping[str, Sequence[bool]]
+    ):
         super().__init__(last)
         self.columns, self.count, self.present = columns, count, present
 

@@ -1,0 +1,70 @@
+"""The engine beside a bare donated jit loop, and beside loops written by hand.
+
+Run: python benchmarks/run.py [--only W1,W3] [--rounds 7] [--cores 1] [--quick] [--out DIR]
+
+Prints one table a workload. With --out it leaves the figures as JSON and as a plot, by date and device.
+"""
+
+import argparse
+import json
+import logging
+import os
+
+import jax
+from loops import EveryStep, Loops
+from measure import figures, interleaved, machine, pin
+from workloads import WORKLOADS
+
+BARE = "bare jit loop"
+
+
+def cases(loops):
+    """By name, the loops over one workload."""
+    return {
+        BARE: loops.bare,
+        "lax.scan of 100 steps": loops.scan,
+        "onstep, 1 step a call, ready batches": loops.onstep(ready=True, steps_per_call=1),
+        "onstep, 1 step a call": loops.onstep(steps_per_call=1),
+        "onstep, auto": loops.onstep(steps_per_call="auto"),
+        "a callback at every step, 1 step a call": loops.onstep(more=[EveryStep()], steps_per_call=1),
+        "a callback at every step, auto": loops.onstep(more=[EveryStep()]),
+        "usual callbacks, naive loop": loops.naive,
+        "usual callbacks, careful loop": loops.by_hand,
+        "usual callbacks, onstep, 1 step a call": loops.onstep(usual=True, steps_per_call=1),
+        "usual callbacks, onstep, auto": loops.onstep(usual=True),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, by comma")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cores", type=int, default=1, help="to be pinned to; 0 for all")
+    parser.add_argument("--quick", action="store_true", help="few steps and one round, to see that it runs")
+    parser.add_argument("--out", help="a folder for the figures")
+    options = parser.parse_args()
+    logging.getLogger("onstep").disabled = True
+    about = machine(pin(options.cores))
+    rounds = 1 if options.quick else options.rounds
+    print("; ".join(about.values()), f"; medians of {rounds} rounds", sep="")
+    found = {}
+    for name in options.only.split(","):
+        workload = WORKLOADS[name]()
+        loops = Loops(workload, 200 if options.quick else workload.steps)
+        try:
+            found[name] = figures(interleaved(cases(loops), rounds), BARE)
+        finally:
+            loops.close()
+        jax.clear_caches()
+        print(f"\n{workload.name}, {loops.steps} steps{'µs a step':>37}{'ratio':>8}")
+        for row in found[name]:
+            print(f"  {row['case']:<48}{row['us']:12.1f}{row['ratio']:8.2f}", flush=True)
+    if options.out:
+        stem = os.path.join(options.out, f"{about['device'].replace(' ', '-')}-{about['date']}")
+        os.makedirs(options.out, exist_ok=True)
+        with open(f"{stem}.json", "w") as file:
+            json.dump(about | {"rounds": rounds, "workloads": found}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Summary: what it prints of which state."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from onstep import Engine
+from onstep.callbacks import EMA
+from onstep.callbacks.summary import Summary
+
+
+def stay(state, batch):
+    return state, {}
+
+
+def printed(state, *arguments, others=(), **options):
+    """The cells of the two tables, by the first one of each line."""
+    file = io.StringIO()
+    Engine(stay, [*others, Summary(*arguments, file=file, **options)]).run(state, [0], epochs=1)
+    tables = file.getvalue().split("| Field")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for table in tables for line in table.splitlines()]
+    return {cells[0]: cells[1:] for cells in rows if len(cells) > 1}
+
+
+def make_state():
+    params = {"dense": {"kernel": jnp.ones((30, 40)), "bias": jnp.zeros(40, jnp.bfloat16)}}
+    return TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1, momentum=0.9))
+
+
+def test_the_leaves_of_the_parameters_and_what_each_field_takes():
+    rows = printed(make_state(), others=[EMA()])
+    assert rows["Name"] == ["Shape", "Dtype", "Size", "Bytes"]
+    assert rows["dense/kernel"] == ["(30, 40)", "float32", "1,200", "4,800"]
+    assert rows["dense/bias"] == ["(40,)", "bfloat16", "40", "80"]
+    fields = {"step": ["1", "4"], "params": ["1,240", "4,880"], "opt_state": ["1,240", "4,880"]}
+    fields |= {"carries": ["1,240", "4,960"], "total": ["3,721", "14,724"]}
+    assert {name: rows[name] for name in fields} == fields
+
+
+def test_the_totals_are_the_bytes_on_the_device():
+    state = {"params": {"w": jnp.ones((3, 5))}, "rng": jax.random.key(0), "step": 0}
+    expected = sum(leaf.nbytes for leaf in jax.tree.leaves(Engine(stay).run(state, [0], epochs=1).state))
+    assert printed(state)["total"][1] == str(expected)
+
+
+def test_stats_are_mean_and_standard_deviation():
+    values = np.random.default_rng(0).normal(size=99).astype(np.float32)
+    rows = printed({"params": {"w": values, "half": jnp.bfloat16([1, 3]), "n": 7}}, stats=True)
+    assert [float(x) for x in rows["w"][-2:]] == pytest.approx([values.mean(), values.std()], rel=0.01)
+    assert (rows["Name"][-2:], rows["half"][-2:], rows["n"][-2:]) == (["Mean", "Std"], ["2.0", "1.0"], ["", ""])
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_no_kind_of_leaf_breaks_it(stats):
+    params = {"key": jax.random.key(0), "nan": jnp.nan, "no": jnp.zeros((0, 3)), "z": 1j, "flag": True, "none": None}
+    rows = printed({"params": params}, stats=stats)
+    assert [rows[name][1] for name in ("key", "nan", "no", "z", "flag")] == [
+        "key<fry>",
+        "float32",
+        "float32",
+        "complex64",
+        "bool",
+    ]
+    assert rows["params"] == ["4", "21"]
+
+
+def test_an_empty_tree_is_said_to_be_empty(capsys):
+    Engine(stay, [Summary()]).run({"params": {}}, [0], epochs=1)
+    out = capsys.readouterr()
+    assert (out.out, out.err.startswith("(empty table)\n")) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("state", "of", "names"),
+    [
+        pytest.param({"gen": {"params": {"w": 1.0}}, "disc": 2.0}, "gen.params", {"w"}, id="nested"),
+        pytest.param({"gen": {"params": {"w": 1.0}}, "disc": 2.0}, None, {"gen/params/w", "disc"}, id="all"),
+        pytest.param(nnx.State({"w": nnx.Param(jnp.ones(2))}), None, {"w/value"}, id="NNX"),
+        pytest.param(1.0, None, {"(the tree itself)"}, id="bare array"),
+    ],
+)
+def test_of_says_which_leaves_are_listed(state, of, names):
+    assert names <= set(printed(state, of))
+
+
+def test_each_run_prints_once():
+    file = io.StringIO()
+    engine = Engine(stay, [Summary(file=file)])
+    first = engine.run({"params": 1.0}, [0] * 4, steps=2)
+    assert file.getvalue().count("Name") == 1
+    engine.run(first, [0] * 4, steps=4)
+    assert file.getvalue().count("Name") == 2
+
+
+def test_a_field_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"Summary needs 'weights' in the state, but dict has \['params'\]"):
+        printed({"params": 1.0}, "weights")
