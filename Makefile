@@ -25,8 +25,11 @@ types: $(VENV)/ready  ## against the built wheel, which is what users import
 	$(RUN) -m zipfile -e build/onstep-*.whl build/wheel
 	$(RUN) -m pyright --pythonpath $(RUN) --project tests/pyright.json
 
-bench: $(VENV)/ready  ## what the engine adds to a step
+bench: $(VENV)/ready  ## the numbers of docs/performance.md; about half an hour
 	$(RUN) benchmarks/overhead.py
+	$(RUN) benchmarks/limits.py
+	$(RUN) benchmarks/run.py --out benchmarks/results
+	$(RUN) benchmarks/peers/run.py --json benchmarks/results/peers.json
 
 newest:  ## the same tests on the newest Python of the machine, with the newest dependencies
 	@python=$$(sh .ci/newest-python) || exit 0; \

@@ -26,8 +26,8 @@ def cases(loops):
         "onstep, 1 step a call, ready batches": loops.onstep(ready=True, steps_per_call=1),
         "onstep, 1 step a call": loops.onstep(steps_per_call=1),
         "onstep, auto": loops.onstep(steps_per_call="auto"),
-        "a callback at every step, 1 step a call": loops.onstep(more=[EveryStep()], steps_per_call=1),
-        "a callback at every step, auto": loops.onstep(more=[EveryStep()]),
+        "onstep, a callback at every step, 1 step a call": loops.onstep(more=[EveryStep()], steps_per_call=1),
+        "onstep, a callback at every step, auto": loops.onstep(more=[EveryStep()]),
         "usual callbacks, naive loop": loops.naive,
         "usual callbacks, careful loop": loops.by_hand,
         "usual callbacks, onstep, 1 step a call": loops.onstep(usual=True, steps_per_call=1),
@@ -60,10 +60,27 @@ def main():
         for row in found[name]:
             print(f"  {row['case']:<48}{row['us']:12.1f}{row['ratio']:8.2f}", flush=True)
     if options.out:
-        stem = os.path.join(options.out, f"{about['device'].replace(' ', '-')}-{about['date']}")
-        os.makedirs(options.out, exist_ok=True)
-        with open(f"{stem}.json", "w") as file:
-            json.dump(about | {"rounds": rounds, "workloads": found}, file, indent=1)
+        save(options.out, about | {"rounds": rounds}, found)
+
+
+def save(folder, about, found):
+    """As JSON and as a plot, by device and date."""
+    from matplotlib.figure import Figure
+
+    stem = os.path.join(folder, f"{about['device'].replace(' ', '-')}-{about['date']}")
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{stem}.json", "w") as file:
+        json.dump(about | {"workloads": found}, file, indent=1)
+    figure = Figure(figsize=(3.4 * len(found), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for panel, (name, rows) in zip(panels, found.items(), strict=True):
+        ratios = [row["ratio"] for row in rows][::-1]
+        colors = ["C1" if "onstep" in row["case"] else "0.6" for row in rows][::-1]
+        bars = panel.barh([row["case"] for row in rows][::-1], ratios, color=colors)
+        panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        panel.axvline(1, color="0.3", linewidth=0.8)
+        panel.set(xscale="log", title=name, xlabel="time a step / bare jit loop", xlim=(0.03, 60))
+    figure.savefig(f"{stem}.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Program:
     Attributes:
         rows: the most steps in a block, 0 where steps are called one by one, None where that
             is not decided yet.
+        auto: whether that is chosen here.
     """
 
     def __init__(self, step: Step, callbacks: dict[str, Callback], steps_per_call: int | str = 1, jit: bool = True):
@@ -58,12 +59,12 @@ class Program:
         self.counted = self.takes_rng or bool(halves)
         self._traced = Traced(step, halves, list(self.at_times), self.takes_rng)
         self._one = jax.jit(self._traced, donate_argnums=0, inline=True)
-        self._jit, self._auto = jit, jit and steps_per_call == "auto"
+        self._jit, self.auto = jit, jit and steps_per_call == "auto"
         self.call: Any
         self._calls: dict[int, Any] = {}
         self._saved: dict[str, Any] = {"mode": None, "batch": None}
         self.rows: int | None = None
-        if not self._auto:
+        if not self.auto:
             self._decide(0 if steps_per_call == 1 or not jit else int(steps_per_call))
         self.init = jax.jit(self._traced.init) if jit else self._traced.init
 
@@ -81,7 +82,7 @@ class Program:
             ValueError: that was another mode than the one that was asked for.
         """
         self._saved, self._traced.expected = saved, saved["batch"]
-        if self._auto:
+        if self.auto:
             self.rows = None
         checks.same_mode(saved["mode"], self.describe()["mode"])
         for due in self.at_times.values():

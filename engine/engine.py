@@ -211,7 +211,7 @@ class Engine:
         deadline = min(loop._events.deadline(), turn.deadline)
         call, timed, steps = program.call, deadline < math.inf, int(until) - step
         plain = not (program.rows or program.at_times)
-        full, most = loop._pace.start(pending), loop._pace.steps(step)
+        full, most = loop._pace.start(pending), loop._pace.steps(step) if program.auto else sys.maxsize
         try:
             for batch, count in feed.blocks(steps, program.rows, most) if program.rows else feed.take(steps):
                 if plain:

@@ -25,9 +25,9 @@ def notice(text: str) -> None:
 
 
 def announce(what: str, seconds: float) -> None:
-    """Says how long something took: to everybody if they had to wait, else to the log alone."""
+    """Says how long something took: to everybody if that was long, else to the log alone."""
     said = f"{what} in {seconds:.3g} s"
-    if seconds >= 1:
+    if seconds >= 5:
         notice(said)
     else:
         log.info(said)

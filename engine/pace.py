@@ -27,17 +27,18 @@ class Pace:
 
     def __init__(self, most: int, clock: Callable[[], float]):
         self._most, self._clock = most, clock
-        self._asked = (0, clock())  # steps completed, and when
+        self._asked: tuple[int, float] | None = None  # steps completed, and when
 
     def steps(self, step: int) -> int:
         """The most steps for a call, with `step` completed: by how long those since the last time took.
 
         How a run is cut into calls does not change its bytes, so a clock may decide.
         """
-        (before, then), now = self._asked, self._clock()
-        self._asked = step, now
-        ran = step - before
-        return FIRST if ran <= 0 else max(1, int(LONG * ran / max(now - then, 1e-9)))
+        before, self._asked = self._asked, (step, self._clock())
+        if before is None:
+            return FIRST
+        ran, seconds = step - before[0], self._asked[1] - before[1]
+        return max(1, int(LONG * ran / max(seconds, 1e-9)))
 
     def start(self, pending: list[Any]) -> int:
         """Begins with what these calls returned; the number of them at which to wait."""

@@ -919,3 +919,34 @@ def test_no_metric_is_read_between_due_log_steps():
     assert seen == [(7, 2, 0), (14, 4, 0), (20, 6, 6), (21, 7, 6), (28, 9, 6), (35, 11, 6), (40, 13, 13)]
     assert calls == [4, 3, 4, 3, 4, 2, 1, 4, 3, 4, 3, 4, 1]
     assert reads == list(range(1, 14))
+
+
+def test_slow_steps_make_short_blocks_where_the_engine_chooses():
+    def lengths(steps_per_call):
+        now, drawn, seen = [0.0], [0], []
+
+        def data(epoch):
+            for n in range(200):
+                now[0] += 0.019  # seconds a step, as far as the clock can tell
+                drawn[0] = n + 1
+                yield n
+
+        engine = Engine(lambda state, batch: (state + batch, {}), log_every=50, steps_per_call=steps_per_call)
+        engine._clock = lambda: now[0]
+        deciding = engine._program._decide
+
+        def decide(rows):
+            deciding(rows)
+            call = engine._program.call
+            engine._program.call = lambda *args: seen.append(int(args[3][1])) or call(*args)
+
+        engine._program._decide = decide
+        if steps_per_call != "auto":
+            decide(steps_per_call)
+        assert int(engine.run(jnp.int32(0), data, epochs=1).state) == sum(range(200))
+        return seen
+
+    chosen, given = lengths("auto"), lengths(32)
+    assert max(chosen[:7]) == 8  # before it is known how long a step takes
+    assert max(chosen[8:]) == 5  # 0.1 s
+    assert max(given) == 32

@@ -28,6 +28,7 @@ def test_the_readmes_output_is_what_its_first_block_prints(tmp_path):
     code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, flags=re.DOTALL).groups()
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     printed = (done.stderr + done.stdout).strip().splitlines()
+    printed = [line for line in printed if "onstep: compiled" not in line]  # a slow machine says how slow
     assert [re.sub(r"[\d.]+", "#", line) for line in printed] == [
         re.sub(r"[\d.]+", "#", line) for line in shown.strip().splitlines()
     ]
