@@ -115,7 +115,7 @@ class Stack:
             if isinstance(column, list):
                 column.append(leaf)
             else:
-                column[self.count] = leaf
+                column[self.count] = np.asarray(leaf)
         self.count += 1
         return True
 

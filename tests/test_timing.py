@@ -431,4 +431,4 @@ def convolve(images, kernel, stride=1):
     ids=["product", "batch of products", "scan", "convolution", "strided", "gradient", "gradient of a kernel", "none"],
 )
 def test_flops_are_those_of_products_and_convolutions(function, arguments, flops):
-    assert timing._flops(jax.jit(function).trace(*arguments).jaxpr) == flops
+    assert timing.flops(jax.jit(function).trace(*arguments).jaxpr) == flops
