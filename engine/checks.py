@@ -156,8 +156,10 @@ def same_mode(saved: str | None, here: str | None) -> None:
 
 
 def same_batches(saved: dict[str, str] | None, here: dict[str, str]) -> None:
-    """Raises a ValueError if a saved run's batches had other leaves, dtypes or shapes; fewer rows may
-    be the last ones of an epoch.
+    """Raises a ValueError if a saved run's batches had other leaves, dtypes or ranks, or fewer rows.
+
+    Fewer here may be the last ones of an epoch, and other axes may vary, as sequences do: those
+    are compiled for, with a warning.
     """
     if saved is not None and (changed := compare(saved, fewer_rows(here, saved))):
         raise ValueError(f"The saved run's batches were others than this run's (saved, then here): {changed}.")

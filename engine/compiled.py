@@ -99,8 +99,7 @@ class Program:
         """Compiles for the run's first batch; other shapes are worth a warning from now on.
 
         Raises:
-            ValueError: a saved run's batches had other leaves, dtypes or shapes; fewer rows may be
-                the last ones of an epoch.
+            ValueError: a saved run's batches had other leaves, dtypes or ranks, or fewer rows.
         """
         began, traced, saved = time.perf_counter(), self._traced.times, self._saved
         checks.same_batches(saved["batch"], signature(batch))

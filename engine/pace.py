@@ -56,7 +56,7 @@ class Pace:
 
 def _wait(metrics: dict[str, Any]) -> None:
     """Waits for the call that returned these metrics: they are its outputs that are not donated."""
-    for value in metrics.values():
+    for value in getattr(metrics, "columns", metrics).values():
         try:
             value.block_until_ready()
         except AttributeError:  # a clu metric, or a plain number

@@ -48,12 +48,13 @@ def compare(old: dict[str, str], new: dict[str, str], *, most: int = 4) -> str:
 
 
 def fewer_rows(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
-    """A batch's signature, in which leaves that only have fewer rows than in `old` read as there."""
-    pattern = r"(.*)\[(\d+)(.*)"
+    """A batch's signature, in which leaves of the dtype and rank of `old`, and with no more rows, read as there."""
+    pattern = r"(.*)\[(\d+)(.*)"  # dtype, rows, other axes
 
     def same(name: str) -> bool:
         now, was = re.fullmatch(pattern, new[name]), re.fullmatch(pattern, old.get(name, ""))
-        return bool(now and was and (now[1], now[3]) == (was[1], was[3]) and int(now[2]) <= int(was[2]))
+        alike = now and was and now[1] == was[1] and now[3].count(",") == was[3].count(",")
+        return bool(alike and int(now[2]) <= int(was[2]))
 
     return {name: old[name] if same(name) else kind for name, kind in new.items()}
 

@@ -557,6 +557,16 @@ def test_smaller_batches_are_not_taken_silently_where_the_length_is_unknown(tmp_
         go(2, 9)
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+def test_a_run_over_sequences_of_several_lengths_goes_on_at_any_of_them(steps_per_call):
+    data = [np.ones((2, length)) for length in (3, 3, 5, 4)]
+    engine = Engine(lambda s, b: (s + b.sum(), {}), steps_per_call=steps_per_call)
+    engine.on("step_end", when=2)(lambda loop: loop.step == 2 and loop.stop("pause", final=False))
+    first = engine.run(jnp.float32(0), data, epochs=1)
+    with pytest.warns(UserWarning, match="another shape than the run's first"):
+        assert float(engine.run(first, data, epochs=1).state) == 30
+
+
 def test_another_random_key_is_refused_before_anything_is_written(tmp_path):
     def go(key, steps):
         engine = Engine(lambda s, b, rng: (s + b, {}), [Checkpoint(tmp_path)])
