@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import warnings
 
 import jax
 from loops import Loops
@@ -79,6 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50_000)
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", "EarlyStopping watches")  # epochs are shorter than its cadence
     print("; ".join(machine(f"{os.cpu_count()} cores").values()))
     imports()
     compilations()

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import warnings
 
 import jax
 from loops import EveryStep, Loops
@@ -44,6 +45,7 @@ def main():
     parser.add_argument("--out", help="a folder for the figures")
     options = parser.parse_args()
     logging.getLogger("onstep").disabled = True
+    warnings.filterwarnings("ignore", "EarlyStopping watches")  # epochs are shorter than its cadence
     about = machine(pin(options.cores))
     rounds = 1 if options.quick else options.rounds
     print("; ".join(about.values()), f"; medians of {rounds} rounds", sep="")

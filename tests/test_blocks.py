@@ -950,3 +950,11 @@ def test_slow_steps_make_short_blocks_where_the_engine_chooses():
     assert max(chosen[:7]) == 8  # before it is known how long a step takes
     assert max(chosen[8:]) == 5  # 0.1 s
     assert max(given) == 32
+
+
+def test_a_nan_that_jax_looks_for_is_found_in_its_operation():
+    def step(state, batch):
+        return state + jnp.log(batch), {}
+
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="in log"):
+        Engine(step).run(jnp.float32(0), [np.float32(1), np.float32(-1)], epochs=1)

@@ -1,0 +1,39 @@
+"""The measurements, run in their shortest form: that they run and print what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script, *flags):
+    done = subprocess.run([sys.executable, BENCHMARKS / script, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_the_loops_are_timed_in_tables_in_json_and_in_a_plot(tmp_path):
+    printed = run("run.py", "--quick", "--only", "W1", "--out", str(tmp_path))
+    (found,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    rows = {row["case"]: row["ratio"] for row in found["workloads"]["W1"]}
+    assert rows["bare jit loop"] == 1.0
+    assert rows["onstep, auto"] < rows["onstep, 1 step a call"]
+    assert all(case in printed for case in rows)
+    assert [path.stat().st_size > 10_000 for path in tmp_path.glob("*.png")] == [True]
+
+
+def test_the_engine_alone_is_timed():
+    assert "10 callbacks, 2 act every 100 steps" in run("overhead.py", "--rounds", "1")
+
+
+def test_nothing_is_compiled_but_what_is_said_and_no_array_is_left_behind():
+    printed = run("limits.py", "--steps", "15000")
+    assert "compilations: 1 before step 100, 0 afterwards; said: ['compiled the step, up to 128 to a call" in printed
+    (live,) = (line for line in printed.splitlines() if line.startswith("live arrays"))
+    assert live.count(",") == 0  # the same number every time
