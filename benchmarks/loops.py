@@ -138,9 +138,9 @@ class Loops:
 
         return self.timed(functools.partial(run, copied(self.workload.state)))
 
-    def onstep(self, *, usual=False, ready=False, more=(), **options):
+    def onstep(self, *, usual=False, saves=True, ready=False, more=(), **options):
         """A case of onstep's, on `Batches` or on the ready batches; `options` are the engine's."""
-        engine = self.engine(usual, options, more)
+        engine = self.engine(usual, options, more, saves)
 
         def measure():
             shutil.rmtree(os.path.join(self.folder, "run"), ignore_errors=True)
@@ -149,7 +149,7 @@ class Loops:
 
         return measure
 
-    def engine(self, usual, options, more=()):
+    def engine(self, usual, options, more=(), saves=True):
         """An engine over the workload, with the usual callbacks or none, and `more`."""
         if not usual:
             return Engine(self.workload.step, more, log_every=LOG, **options)
@@ -162,7 +162,7 @@ class Loops:
             *norm,
             Evaluate(self.workload.score, self.held_out, using=ema, when=min(EVALUATE, self.steps)),
             EarlyStopping("val/loss", patience=10**6),
-            Checkpoint(f"{folder}/checkpoints", when=SAVE),
+            *([Checkpoint(f"{folder}/checkpoints", when=SAVE)] if saves else []),
             TensorBoard(f"{folder}/logs"),
             progress,
             *more,

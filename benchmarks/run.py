@@ -1,6 +1,7 @@
 """The engine beside a bare donated jit loop, and beside loops written by hand.
 
-Run: python benchmarks/run.py [--only W1,W3] [--rounds 7] [--cores 1] [--quick] [--out DIR]
+Run: python benchmarks/run.py [--only W1,W3] [--cases auto,scan] [--steps N] [--rounds 7] [--cores 1]
+         [--quick] [--out DIR]
 
 Prints one table a workload. With --out it leaves the figures as JSON and as a plot, by date and device.
 """
@@ -33,12 +34,15 @@ def cases(loops):
         "usual callbacks, careful loop": loops.by_hand,
         "usual callbacks, onstep, 1 step a call": loops.onstep(usual=True, steps_per_call=1),
         "usual callbacks, onstep, auto": loops.onstep(usual=True),
+        "the same without checkpoints": loops.onstep(usual=True, saves=False),
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, by comma")
+    parser.add_argument("--cases", default="", help="only those whose names have one of these in them, by comma")
+    parser.add_argument("--steps", type=int, help="of every measurement, instead of the workload's own")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cores", type=int, default=1, help="to be pinned to; 0 for all")
     parser.add_argument("--quick", action="store_true", help="few steps and one round, to see that it runs")
@@ -52,9 +56,10 @@ def main():
     found = {}
     for name in options.only.split(","):
         workload = WORKLOADS[name]()
-        loops = Loops(workload, 200 if options.quick else workload.steps)
+        loops = Loops(workload, 200 if options.quick else options.steps or workload.steps)
+        chosen = {n: c for n, c in cases(loops).items() if n == BARE or any(w in n for w in options.cases.split(","))}
         try:
-            found[name] = figures(interleaved(cases(loops), rounds), BARE)
+            found[name] = figures(interleaved(chosen, rounds), BARE)
         finally:
             loops.close()
         jax.clear_caches()
@@ -77,7 +82,7 @@ def save(folder, about, found):
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
         ratios = [row["ratio"] for row in rows][::-1]
-        colors = ["C1" if "onstep" in row["case"] else "0.6" for row in rows][::-1]
+        colors = ["C1" if "onstep" in row["case"] or "same" in row["case"] else "0.6" for row in rows][::-1]
         bars = panel.barh([row["case"] for row in rows][::-1], ratios, color=colors)
         panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
         panel.axvline(1, color="0.3", linewidth=0.8)
