@@ -1,27 +1,26 @@
-"""What the engine adds to a step, measured beside a bare loop in the same process.
+"""What the engine adds to a step, one step a call: beside a bare loop in the same process.
 
-Run: python benchmarks/overhead.py [--rounds 15] [--json FILE]
+Run: python benchmarks/overhead.py [--rounds 15]
 
-Pinned to one core where the system allows it. Each round times every case once, one after the
-other, so that a slow moment of the machine meets all of them; figures are medians over rounds
-of the difference to, or the ratio with, the bare loop of the same round.
+Pinned to one core where the system allows it. The no-op is a plain Python function in the compiled
+call's place, so what is left is the engine itself; the short step is a real one.
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
+import logging
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onstep
+from loops import EveryStep
+from measure import figures, interleaved, machine, pin
 from onstep import Callback, Engine, every
 from onstep.callbacks import EMA, GradNorm
+from workloads import one_layer
 
 STEPS = 20_000
+BARE = "bare loop"
 
 
 class Idle(Callback):
@@ -33,20 +32,16 @@ class Idle(Callback):
         pass
 
 
-class Acts(Callback):
-    """Does nothing, every so many steps."""
+class Acts(EveryStep):
+    """Does nothing, every 100 steps."""
 
-    def __init__(self, steps):
-        self.when = every(steps)
-
-    def on_step_end(self, loop):
-        pass
+    when = every(100)
 
 
 class Same:
     """An epoch of one batch, again and again: data that cost nothing."""
 
-    def __init__(self, batch, steps=STEPS):
+    def __init__(self, batch, steps):
         self.batches = [batch] * steps
 
     def __len__(self):
@@ -56,102 +51,75 @@ class Same:
         return iter(self.batches)
 
 
-def noop_engine(callbacks, metrics, log_every=100):
-    """An engine with a plain Python function in the compiled call's place."""
-    engine = Engine(lambda state, batch: (state, {}), callbacks, log_every=log_every, steps_per_call=1)
-    engine._program.call = lambda bundle, batch, rng, due: (bundle, metrics)
-    return engine
+def bare(call, state, data):
+    """A case: the loop that does nothing else."""
+
+    def measure():
+        now = jax.tree.map(jnp.copy, state)
+        start = time.perf_counter()
+        for batch in data:
+            now, _ = call(now, batch)
+        jax.block_until_ready(now)
+        return (time.perf_counter() - start) / len(data)
+
+    return measure
 
 
-def time_engine(engine, state, data):
-    loop = engine._prepare(state, data, None, False, epochs=1, steps=None, epoch_steps=None)
-    start = time.perf_counter()
-    for _ in engine._turns(loop, None):
-        pass
-    jax.block_until_ready(loop.state)
-    return (time.perf_counter() - start) / len(data)
+def engine(step, state, data, callbacks=(), call=None):
+    """A case: the engine's loop, without the copy of the state that comes before it."""
+    made = Engine(step, callbacks, log_every=100, steps_per_call=1)
+    made._program.call = call or made._program.call
+
+    def measure():
+        loop = made._prepare(state, data, None, False, epochs=1, steps=None, epoch_steps=None)
+        start = time.perf_counter()
+        for _ in made._turns(loop, None):
+            pass
+        jax.block_until_ready(loop.state)
+        return (time.perf_counter() - start) / len(data)
+
+    return measure
 
 
-def time_bare(call, state, data):
-    start = time.perf_counter()
-    for batch in data:
-        state, _ = call(state, batch)
-    jax.block_until_ready(state)
-    return (time.perf_counter() - start) / len(data)
+def noops():
+    """By name, with a no-op in the compiled call's place."""
 
+    def noop(metrics, callbacks=()):
+        call = lambda bundle, batch, rng, due: (bundle, metrics)  # noqa: E731
+        return engine(lambda state, batch: (state, {}), jnp.float32(0), data, callbacks, call)
 
-def small_step(state, batch):
-    """One layer, 64 to 10, batch 8, plain gradient descent: about 20 µs a call."""
-
-    def loss_fn(params):
-        logits = batch["x"] @ params["w"] + params["b"]
-        return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(batch["y"], 10), -1))
-
-    loss, grads = jax.value_and_grad(loss_fn)(state["params"])
-    params = jax.tree.map(lambda p, g: p - 0.1 * g, state["params"], grads)
-    return {"params": params}, {"loss": loss}, {"grads": grads}
-
-
-def cases():
-    """By name: a function that times the case, and the name of its baseline."""
-    ten = [Idle() for _ in range(8)] + [Acts(100), Acts(100)]
-    same, scalar = Same(np.zeros(3)), jnp.float32(1)
-    bare = noop_engine([], {})._program.call
-    noops = {
-        "no callbacks": noop_engine([], {}),
-        "10 callbacks, 2 act every 100 steps": noop_engine(ten, {}),
-        "the same, and one metric read every 100 steps": noop_engine(ten, {"loss": scalar}),
-        "one callback acts every step": noop_engine([Acts(1)], {}),
+    data, ten = Same(np.zeros(3), STEPS), [*(Idle() for _ in range(8)), Acts(), Acts()]
+    return {
+        BARE: bare(lambda state, batch: (state, {}), jnp.float32(0), data),
+        "no callbacks": noop({}),
+        "10 callbacks, 2 act every 100 steps": noop({}, ten),
+        "the same, and one metric read every 100 steps": noop({"loss": jnp.float32(1)}, ten),
+        "one callback acts at every step": noop({}, [EveryStep()]),
     }
-    yield "noop", "bare loop", lambda: time_bare(lambda s, b: bare(s, b, None, None), None, same)
-    for name, engine in noops.items():
-        yield "noop", name, lambda engine=engine: time_engine(engine, jnp.float32(0), same)
 
-    random = np.random.default_rng(0)
-    batch = {"x": random.normal(size=(8, 64)).astype(np.float32), "y": random.integers(0, 10, 8)}
-    state = {"params": {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}}
+
+def short_steps():
+    """By name, with the step of one layer."""
+    work = one_layer()
+    batch = {name: array[: work.batch_size] for name, array in work.arrays.items()}
     data = Same(batch, STEPS // 4)
-    jitted = jax.jit(lambda s, b: small_step(s, b)[:2], donate_argnums=0)
-    steps = {
-        "no callbacks": Engine(small_step, steps_per_call=1),
-        "EMA and GradNorm in the step": Engine(small_step, [EMA(), GradNorm()], steps_per_call=1),
+    return {
+        BARE: bare(jax.jit(lambda s, b: work.step(s, b)[:2], donate_argnums=0), work.state, data),
+        "no callbacks": engine(work.step, work.state, data),
+        "EMA and GradNorm in the step": engine(work.step, work.state, data, [EMA(), GradNorm()]),
     }
-    yield "small step", "bare loop", lambda: time_bare(jitted, jax.tree.map(jnp.copy, state), data)
-    for name, engine in steps.items():
-        yield "small step", name, lambda engine=engine: time_engine(engine, state, data)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", help="where to write the figures")
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, pinned to one"
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}, onstep {onstep.__version__}"
-    print(f"{machine}; {versions}; {jax.default_backend()}; medians of {options.rounds} rounds\n")
-
-    rows = list(cases())
-    for _, _, measure in rows:
-        measure()  # compiles
-    times = {(kind, name): [] for kind, name, _ in rows}
-    for _ in range(options.rounds):
-        for kind, name, measure in rows:
-            times[kind, name].append(measure())
-    figures = []
-    for (kind, name), found in times.items():
-        base = times[kind, "bare loop"]
-        adds = statistics.median(t - b for t, b in zip(found, base, strict=True)) * 1e6
-        ratio = statistics.median(t / b for t, b in zip(found, base, strict=True))
-        figures.append({"step": kind, "case": name, "us": statistics.median(found) * 1e6, "adds": adds, "ratio": ratio})
-    print(f"{'step':<12}{'case':<48}{'µs a step':>10}{'adds µs':>10}{'ratio':>8}")
-    for row in figures:
-        ratio = f"{row['ratio']:8.2f}" if row["step"] != "noop" else ""
-        print(f"{row['step']:<12}{row['case']:<48}{row['us']:10.2f}{row['adds']:10.2f}{ratio}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine, "versions": versions, "figures": figures}, file, indent=1)
+    logging.getLogger("onstep").disabled = True
+    print("; ".join(machine(pin(1)).values()), f"; medians of {options.rounds} rounds", sep="")
+    for title, cases in (("no-op", noops()), ("one layer, batch 8", short_steps())):
+        print(f"\n{title:<50}{'µs a step':>10}{'adds µs':>10}{'ratio':>8}")
+        for row in figures(interleaved(cases, options.rounds), BARE):
+            print(f"  {row['case']:<48}{row['us']:10.2f}{row['adds']:10.2f}{row['ratio']:8.2f}")
 
 
 if __name__ == "__main__":
