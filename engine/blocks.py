@@ -33,7 +33,8 @@ def choose(jaxpr: Any, batch: Batch) -> int:
     """
     found = list(equations(jaxpr, 1))
     slow = any(e.primitive.name == "conv_general_dilated" for e, _ in found)
-    debugged = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # which name the operation, in a step by itself
+    config: Any = jax.config
+    debugged = config.jax_debug_nans or config.jax_debug_infs  # which name the operation, in a step by itself
     if slow or debugged or jaxpr.effects or jax.default_backend() != "cpu":
         return 0
     work = sum(times * flops(e) for e, times in found if e.primitive.name == "dot_general")

@@ -53,8 +53,9 @@ def fewer_rows(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
 
     def same(name: str) -> bool:
         now, was = re.fullmatch(pattern, new[name]), re.fullmatch(pattern, old.get(name, ""))
-        alike = now and was and now[1] == was[1] and now[3].count(",") == was[3].count(",")
-        return bool(alike and int(now[2]) <= int(was[2]))
+        if now is None or was is None:
+            return False
+        return (now[1], now[3].count(",")) == (was[1], was[3].count(",")) and int(now[2]) <= int(was[2])
 
     return {name: old[name] if same(name) else kind for name, kind in new.items()}
 
