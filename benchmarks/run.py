@@ -78,7 +78,7 @@ def save(folder, about, found):
     os.makedirs(folder, exist_ok=True)
     with open(f"{stem}.json", "w") as file:
         json.dump(about | {"workloads": found}, file, indent=1)
-    figure = Figure(figsize=(3.4 * len(found), 3.6), layout="constrained")
+    figure = Figure(figsize=(4 + 3.4 * len(found), 3.6), layout="constrained")
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
         ratios = [row["ratio"] for row in rows][::-1]

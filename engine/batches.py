@@ -104,6 +104,8 @@ class Pass(Iterator[Batch]):
             flat = out[:count].reshape(count * size, *array.shape[1:])
             if self._order is None:
                 flat[:] = array[chosen]
+            elif out.dtype != array.dtype:
+                flat[:] = array[self._order[chosen]]
             else:
                 np.take(array, self._order[chosen], axis=0, out=flat, mode="clip")  # "raise" would copy once more
             return out
