@@ -610,7 +610,7 @@ def goes_on(directory):
     [
         ("step", [8], signal.SIGTERM, 143),
         ("step", [8], signal.SIGINT, -signal.SIGINT),
-        ("compilation", [1], signal.SIGTERM, 143),
+        ("compilation", [], signal.SIGTERM, 143),
         ("evaluation", [7], signal.SIGTERM, 143),
         ("save", [5], signal.SIGTERM, 143),
         ("save", [5], signal.SIGINT, -signal.SIGINT),
