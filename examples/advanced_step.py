@@ -8,7 +8,7 @@
     in the optimizer  what Optax can do: clipping by the global norm, gradient noise
     in callbacks      averaged weights, the norm of the gradients; compiled into the same step
 
-On handwritten digits the averaged weights reach about 98 % of a fifth that is held out, in
+With averaged weights it reads about 99 % of the handwritten digits that are held out, after
 half a minute on two CPU cores. Interrupted, the same command goes on.
 """
 

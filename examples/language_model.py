@@ -108,7 +108,7 @@ def write(state, text, key):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, help="also the length of the schedule; default: 3000; 300 with --fast")
+    add("--steps", type=int, help="also the length of the schedule; default: 3000; 350 with --fast")
     add("--seed", type=int, default=0, help="of the weights, the order and the sample; default: 0")
     add("--fast", action="store_true", help="a short run, by default in runs/language-model-fast")
     add("--directory", type=Path, help="of one run; default: runs/language-model")
@@ -117,7 +117,7 @@ def arguments():
 
 def main():
     args = arguments()
-    steps = args.steps or (300 if args.fast else 3000)
+    steps = args.steps or (350 if args.fast else 3000)
     directory = args.directory or Path("runs", "language-model-fast" if args.fast else "language-model")
     train, held_out, letters = docstrings()
     tests = windows(held_out)[: 400 if args.fast else None]

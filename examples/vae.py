@@ -26,7 +26,7 @@ from onstep.callbacks import Checkpoint, EarlyStopping, Evaluate, GracefulExit, 
 from onstep.callbacks.checkpoint import load
 from onstep.callbacks.images import Images
 from onstep.callbacks.learning_rate import LearningRate
-from onstep.config import TrainingConfig, Whole, plot
+from onstep.config import Name, TrainingConfig, Whole, plot
 from onstep.state import TrainState
 from onstep.storage import Storage
 from sklearn.datasets import load_digits
@@ -34,6 +34,12 @@ from sklearn.model_selection import train_test_split
 
 
 class Config(TrainingConfig):
+    """What every run has, some of which this one cannot do without or has no use for; and its own fields."""
+
+    directory: Name
+    metric: Name
+    patience: Whole
+    ema_decay: None = None
     latent: Whole
     hidden: Whole
 
@@ -134,14 +140,15 @@ def main():
     model = VAE(config.latent, config.hidden)
     state = TrainState.create(apply_fn=model.apply, tx=optimizer, **model.init(init_key, train[:1], init_key))
 
+    best = {"best": config.metric, "mode": config.mode}
     callbacks = [
         GracefulExit(),
         GradNorm(),
         LearningRate(schedule),
         Evaluate(eval_step, [held_out], when=config.eval_every or every(epochs=1)),
-        EarlyStopping(config.metric, patience=config.patience),
+        EarlyStopping(config.metric, patience=config.patience, mode=config.mode, min_delta=config.min_delta),
         Images(lambda s: pictures(s, held_out[:50]), png=directory, events=directory, when=every(epochs=20)),
-        Checkpoint(directory, when=config.save_every or every(epochs=1), keep=config.keep, best=config.metric),
+        Checkpoint(directory, when=config.save_every or every(epochs=1), keep=config.keep, **best),
         TensorBoard(directory),
         Progress(),
     ]
@@ -149,13 +156,13 @@ def main():
     data = Batches(train, config.batch_size, seed=config.seed)
     result = engine.run(state, data, epochs=config.epochs, steps=config.steps, rng=run_key)
 
-    step = Storage(directory, best=config.metric).best_step()
-    best = load(directory, like=result.state, step=step)
-    loss = evaluate(eval_step, best, [held_out])["loss"]
+    step = Storage(directory, **best).best_step()
+    kept = load(directory, like=result.state, step=step)
+    loss = evaluate(eval_step, kept, [held_out])["loss"]
     if result.history:  # since this start
         config.to_yaml(directory / "config.yaml")
         plot(schedule, result.step, directory / "schedule.png")
-        draw(directory / "vae.png", step, result.history, pictures(best, held_out[:50]))
+        draw(directory / "vae.png", step, result.history, pictures(kept, held_out[:50]))
 
     mean = train.mean(0).clip(0.01, 15.99)
     print(f"pictures       {directory}/vae.png, schedule.png, and those of every 20th epoch")

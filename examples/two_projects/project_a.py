@@ -4,8 +4,9 @@
     python examples/two_projects/project_a.py
 
 Predicts how far diabetes has gone a year later from ten measurements. In one batch of twenty the
-targets are in another unit, as happens where data come from many places; `SkipSpikes` undoes
-these steps. About 45 % of the variance of the patients held out is explained.
+targets are in another unit, as happens where data come from many places; `SkipSpikes` undoes all
+these steps, and no other. About 36 % of the variance among the patients held out is explained;
+without the callback predictions are worse than the mean. A few seconds on two CPU cores.
 """
 
 import argparse

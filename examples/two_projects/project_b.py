@@ -4,8 +4,8 @@
     python examples/two_projects/project_b.py
 
 Reads handwritten digits. In one batch of twenty the labels are shifted by one image, as happens
-where files are put together; `SkipSpikes` undoes these steps. About 97 % of the digits held
-out are read, from then on early stopping ends the run.
+where files are put together; `SkipSpikes` undoes nearly all these steps. About 97 % of the digits held
+out are read, in a few seconds on two CPU cores; then early stopping ends the run.
 """
 
 import argparse
