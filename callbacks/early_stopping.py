@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 from onstep import Callback, Loop, Record, improves
-from onstep.checks import whole
+from onstep.checks import appeared, watched, whole
 
 
 class EarlyStopping(Callback):
@@ -42,14 +41,11 @@ class EarlyStopping(Callback):
         self.metric, self.patience, self.mode, self.min_delta, self.name = metric, patience, mode, min_delta, name
         self.best: float | None = None
         self.misses = 0
-        self._seen = False
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        if self.metric in record.values:
-            self._seen = True
-            if self.stalled(record.values[self.metric]):
-                best = "its first value" if self.best is None else f"{self.best:.6g}"
-                loop.stop(f"{self.metric} has not improved on {best} in {self.patience} evaluations")
+        if self.metric in record.values and self.stalled(record.values[self.metric]):
+            best = "its first value" if self.best is None else f"{self.best:.6g}"
+            loop.stop(f"{self.metric} has not improved on {best} in {self.patience} evaluations")
 
     def stalled(self, value: float) -> bool:
         """Takes the next value; whether patience has run out."""
@@ -60,21 +56,13 @@ class EarlyStopping(Callback):
         return self.misses >= self.patience
 
     def on_epoch_end(self, loop: Loop) -> None:
-        if not self._seen and loop.epoch == 1:
-            warnings.warn(self._unseen(loop), stacklevel=2)
+        watched("EarlyStopping", self.metric, loop)
 
     def on_run_end(self, loop: Loop) -> None:
-        if not self._seen and loop.error is None and loop.step and loop.finished and loop.stopped is None:
-            raise ValueError(self._unseen(loop))
-
-    def _unseen(self, loop: Loop) -> str:
-        return (
-            f"EarlyStopping watches {self.metric!r}, but the records hold {sorted(loop.latest)}. "
-            "Add Evaluate(...) or watch one of these."
-        )
+        appeared("EarlyStopping", self.metric, loop)
 
     def get_state(self) -> dict[str, Any]:
-        return {"best": self.best, "misses": self.misses, "seen": self._seen}
+        return {"best": self.best, "misses": self.misses}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.best, self.misses, self._seen = state["best"], state["misses"], state["seen"]
+        self.best, self.misses = state["best"], state["misses"]

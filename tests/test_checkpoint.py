@@ -13,6 +13,7 @@ from models import fresh_state, same_bytes
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint
 from onstep.callbacks.checkpoint import load, save
+from onstep.storage import Storage
 
 
 def step(state, batch):
@@ -268,6 +269,64 @@ def test_a_tree_without_arrays_is_refused(tree, tmp_path):
 def test_without_a_tree_to_fill_plain_dicts_are_loaded(tmp_path):
     save(tmp_path, {"params": {"w": jnp.ones(2)}})
     assert load(tmp_path)["params"]["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("like", "match"),
+    [
+        ({"w": jnp.zeros(2), "v": jnp.zeros(2)}, r"state/v: float32\[2\] is new"),
+        ({"w": jnp.zeros(3)}, r"state/w: float32\[2\] became float32\[3\]"),
+        ({"w": jnp.zeros(2, jnp.int32)}, r"state/w: float32\[2\] became int32\[2\]"),
+        ({"w": jnp.zeros(2, jnp.bfloat16)}, r"state/w: float32\[2\] became bfloat16\[2\]"),
+        ({"w": jax.random.key(0)}, r"state/w: float32\[2\] became key<fry>\[\]"),
+        ({"w": [jnp.zeros(2)]}, r"state/w: float32\[2\] is gone; state/w/0: float32\[2\] is new"),
+        ({"w": jnp.zeros(2), "v": None}, r"structures do not match:\ntree\.v"),
+        (jnp.zeros(2), r"state/w: float32\[2\] is gone; state: float32\[2\] is new"),
+    ],
+    ids=["leaf", "shape", "dtype", "half", "key", "list", "none", "bare"],
+)
+@pytest.mark.parametrize("saved_by", ["save", "run"])
+def test_what_does_not_fit_is_not_loaded(saved_by, like, match, tmp_path):
+    if saved_by == "save":
+        save(tmp_path, {"w": jnp.ones(2)})
+    else:
+        Engine(lambda s, b: (s, {}), [Checkpoint(tmp_path)]).run({"w": jnp.ones(2)}, range(2), epochs=1)
+    with pytest.raises(ValueError, match=rf"load: {tmp_path}/\d does not fit like.*: .*{match}"):
+        load(tmp_path, like)
+
+
+def test_a_tree_without_the_leaf_of_size_0_does_not_fit(tmp_path):
+    save(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3))})
+    with pytest.raises(ValueError, match=r"state/none: float32\[0,3\] became int32\[0,3\]"):
+        load(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3), jnp.int32)})
+
+
+def test_numpy_arrays_come_back_as_numpy_arrays_where_like_has_them(tmp_path):
+    save(tmp_path, jnp.ones(2))
+    assert isinstance(load(tmp_path, np.zeros(2, np.float32)), np.ndarray)
+    assert isinstance(load(tmp_path, jnp.zeros(2)), jax.Array)
+
+
+def test_numbers_of_64_bits_are_not_cut(tmp_path):
+    save(tmp_path, {"n": np.arange(2), "m": 3})
+    assert same_bytes(load(tmp_path, {"n": np.zeros(2, int), "m": 0}), {"n": np.arange(2), "m": np.int64(3)})
+    with pytest.raises(ValueError, match=r"state/n: int64\[2\] became int32\[2\]"):
+        load(tmp_path, {"n": jnp.zeros(2, jnp.int32), "m": 0})
+
+
+def test_the_state_that_a_run_was_given_is_like_the_one_that_it_saved(tmp_path):
+    state = {"step": 0, "rate": 0.5, "w": np.zeros(2)}
+    result = Engine(lambda s, b: (s, {}), [Checkpoint(tmp_path)]).run(state, range(2), epochs=1)
+    assert same_bytes(load(tmp_path, like=state), result.state)
+
+
+def test_a_tree_that_an_earlier_version_saved_is_loaded(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.save(0, {"state": {"w": jnp.ones(2)}}, b"", {})
+    storage.close()
+    assert load(tmp_path, {"w": jnp.zeros(2)})["w"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"load: .*/0 does not fit like: .*\ntree\.v"):
+        load(tmp_path, {"v": jnp.zeros(2)})
 
 
 def test_the_state_of_a_run_is_loaded_by_itself(tmp_path):

@@ -287,3 +287,14 @@ def test_uncompiled_steps_can_be_looked_into():
     result = engine.run(jnp.float32(0), [np.float32(1)] * 3, epochs=1)
     assert seen == [0, 1, 2]
     assert float(result.state) == 3
+
+
+@pytest.mark.parametrize("steps_per_call", [1, "auto"])
+def test_a_print_inside_the_step_comes_once_a_step_and_in_order(steps_per_call, capsys):
+    def says(state, batch):
+        jax.debug.print("state {}", state)
+        return state + batch, {"loss": state}
+
+    Engine(says, steps_per_call=steps_per_call).run(jnp.int32(0), [1] * 60, epochs=2)
+    jax.effects_barrier()
+    assert capsys.readouterr().out == "".join(f"state {n}\n" for n in range(120))

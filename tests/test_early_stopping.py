@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, at, every, improves
-from onstep.callbacks import EarlyStopping
+from onstep.callbacks import EarlyStopping, Evaluate
 from onstep.snapshot import unpack
 
 NAN, INF = math.nan, math.inf
@@ -289,6 +289,39 @@ def test_a_metric_that_appears_in_the_first_epoch_warns_of_nothing():
     assert result.step == 4
 
 
+def test_a_metric_of_a_later_evaluation_warns_of_nothing():
+    evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1], when=every(epochs=2))
+    result = plain_engine([evaluate, EarlyStopping("val/loss", patience=3)]).run(jnp.int32(0), [1] * 2, epochs=4)
+    assert result.history.steps("val/loss") == [4, 8]
+
+
+def test_a_metric_that_a_later_evaluation_did_not_record_is_still_an_error():
+    evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1], when=every(epochs=2))
+    engine = plain_engine([evaluate, EarlyStopping("val/acc", patience=3)])
+    with pytest.raises(ValueError, match=r"watches 'val/acc', but the records hold .*'val/loss'\]"):
+        engine.run(jnp.int32(0), [1] * 2, epochs=2)
+
+
+def test_a_metric_that_an_evaluation_did_not_record_at_its_first_time_is_a_warning():
+    evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1])
+    engine = plain_engine([evaluate, EarlyStopping("val/acc", patience=3)])
+    engine.on("step_end", when=at(3))(lambda loop: loop.log({"val/acc": 1.0}))
+    with pytest.warns(UserWarning, match=r"watches 'val/acc', but the records hold .*'val/loss'\]"):
+        engine.run(jnp.int32(0), [1] * 2, epochs=2)
+
+
+def test_a_training_mean_over_more_than_an_epoch_warns_of_nothing():
+    engine = Engine(step, [EarlyStopping("train/loss", patience=3)], log_every=3)
+    assert engine.run(jnp.int32(0), [1] * 2, epochs=3).history.steps("train/loss") == [3, 6]
+
+
+def test_a_misspelt_training_mean_is_a_warning():
+    engine = Engine(step, [EarlyStopping("train/lss", patience=3)], log_every=3)
+    engine.on("step_end", when=at(3))(lambda loop: loop.log({"train/lss": 1.0}))
+    with pytest.warns(UserWarning, match="watches 'train/lss'"):
+        engine.run(jnp.int32(0), [1] * 2, epochs=2)
+
+
 def test_a_stopper_that_saw_its_metric_before_a_resume_is_content():
     engine = plain_engine([Script([1.0, None, None]), EarlyStopping("val/loss", patience=2)])
     result = engine.run(jnp.int32(0), [1] * 3, steps=2)
@@ -307,9 +340,10 @@ def test_an_absent_metric_does_not_hide_the_error_that_ended_the_run():
     assert not any("val/loss" in note for note in error.value.__notes__)
 
 
-def test_a_stop_that_will_be_resumed_may_come_before_the_metric():
+@pytest.mark.parametrize("final", [True, False])
+def test_a_stop_may_come_before_the_metric(final):
     engine = plain_engine([EarlyStopping("val/loss", patience=2)])
-    engine.on("step_end", when=at(2))(lambda loop: loop.stop("a signal", final=False))
+    engine.on("step_end", when=at(2))(lambda loop: loop.stop("a signal", final=final))
     assert engine.run(jnp.int32(0), [1] * 3, epochs=1).stopped == "a signal"
 
 

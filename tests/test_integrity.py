@@ -21,6 +21,7 @@ from faults import FLIPS, KILLS, SEEDS
 from onstep import Callback, Engine, at
 from onstep.callbacks import EMA, Checkpoint
 from onstep.callbacks.checkpoint import load, save
+from onstep.lock import Lock
 from onstep.storage import Storage
 
 
@@ -61,12 +62,23 @@ def saved(template, tmp_path):
 class Scores(Callback):
     """Logs "score" at some steps."""
 
+    name = "score"
+
     def __init__(self, scores):
         self.scores = scores
 
     def on_step_end(self, loop):
         if loop.step in self.scores:
             loop.log({"score": self.scores[loop.step]})
+
+
+def reseal(directory, change):
+    """Changes a manifest, and gives it the checksum of what it is then."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    change(manifest)
+    path.write_text(json.dumps({**manifest, "checksum": zlib.crc32(json.dumps(manifest).encode())}))
 
 
 # Damage is named, and the checkpoint before is used
@@ -249,29 +261,53 @@ def test_a_finished_run_leaves_even_leftovers_as_they_are(saved):
         ({4: 7.0, 8: np.nan, 12: np.nan, 16: np.nan, 20: np.nan}, "max", [4, 16, 20]),
         ({4: 7.0, 8: -np.inf, 12: 8.0, 16: 9.0, 20: 9.0}, "min", [4, 16, 20]),
         ({4: 7.0, 8: np.inf, 12: 5.0, 16: 5.0, 20: 5.0}, "max", [4, 16, 20]),
-        ({4: np.nan, 8: np.inf}, "min", [16, 20]),
         ({8: 0.5}, "min", [8, 16, 20]),
-        ({}, "min", [16, 20]),
         ({3: 0.01, 5: 0.01, 8: 0.5, 12: 0.6}, "min", [8, 16, 20]),
     ],
-    ids=[
-        "min",
-        "max",
-        "equal",
-        "first of equal",
-        "nan first",
-        "nan",
-        "-inf",
-        "inf",
-        "none finite",
-        "one",
-        "none",
-        "off",
-    ],
+    ids=["min", "max", "equal", "first of equal", "nan first", "nan", "-inf", "inf", "one", "off"],
 )
 def test_the_best_stays_beside_the_newest(scores, mode, stay, tmp_path):
     run(tmp_path, 20, keep=2, best="score", mode=mode, extra=[Scores(scores)])
     assert steps_in(tmp_path) == stay
+
+
+NO_BEST = r"none of \[.*\] in .* is the best, as no 'score' was recorded at a step that was saved, or none .* finite"
+
+
+@pytest.mark.parametrize("scores", [{4: np.nan, 8: np.inf}, {3: 0.1, 19: 0.2}], ids=["not finite", "off"])
+def test_a_run_in_which_no_checkpoint_competed_says_so_at_its_end(scores, tmp_path):
+    with pytest.warns(UserWarning, match=NO_BEST):
+        run(tmp_path, 20, keep=2, best="score", extra=[Scores(scores)])
+    assert steps_in(tmp_path) == [16, 20]
+
+
+def test_a_best_from_before_a_resume_is_enough(tmp_path):
+    scores = Scores({4: 0.1, 9: 0.2})
+    run(tmp_path, 8, best="score", extra=[scores])
+    assert run(tmp_path, 12, best="score", extra=[scores]).step == 12
+
+
+def test_a_run_that_will_be_resumed_may_end_before_its_best(tmp_path):
+    stop = Callback()
+    stop.on_step_end = lambda loop: loop.step == 6 and loop.stop("a signal", final=False)
+    assert run(tmp_path, 12, best="score", extra=[Scores({3: 0.1}), stop]).step == 6
+
+
+def test_a_best_metric_that_never_appears_is_a_warning_and_then_an_error(tmp_path):
+    message = r"Checkpoint watches 'val_loss', but the records hold \['epoch/loss', 'train/loss'\]. Add Evaluate"
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match=message):
+        run(tmp_path, 16, best="val_loss")
+    assert steps_in(tmp_path) == [4, 8, 12, 16]
+    assert run(tmp_path, 16, best="val_loss").step == 16  # nothing is left to do
+    save(tmp_path, jnp.int32(0), step=99)  # the lock was given back
+
+
+def test_an_absent_best_metric_does_not_hide_the_error_that_ended_the_run(tmp_path):
+    fails = Callback()
+    fails.on_epoch_end = lambda loop: 1 // (loop.epoch - 1)
+    with pytest.raises(ZeroDivisionError, match="zero") as error:  # at the target
+        run(tmp_path, best="val_loss", extra=[fails])
+    assert not any("val_loss" in note for note in error.value.__notes__)
 
 
 def test_the_best_stays_when_a_resumed_run_is_worse(tmp_path):
@@ -289,9 +325,39 @@ def test_a_run_goes_on_from_its_best_and_later_ones_are_moved_aside(tmp_path):
 
 
 def test_without_a_best_there_is_none_to_go_on_from(tmp_path):
-    run(tmp_path, best="score")
+    with pytest.warns(UserWarning, match=NO_BEST):
+        run(tmp_path, best="score", extra=[Scores({3: 0.1})])
     with pytest.raises(FileNotFoundError, match=r"no step best in .*; it holds \[4, 8, 12\]"):
         run(tmp_path, best="score", resume="best")
+
+
+@pytest.mark.parametrize(("mode", "step"), [("min", 8), ("max", 4)])
+def test_the_best_is_loaded_by_the_metric_and_mode_of_the_run(mode, step, tmp_path):
+    run(tmp_path, best="score", mode=mode, extra=[Scores({4: 0.3, 8: 0.1, 12: 0.2})])
+    assert int(load(tmp_path, jnp.int32(0), "best")) == sum_at(step)
+
+
+def test_the_best_is_loaded_by_the_metric_of_the_newest_run(tmp_path):
+    scores = Scores({4: 0.3, 8: 0.1, 12: 0.2})
+    scores.on_step_end = lambda loop: loop.log({"score": scores.scores.get(loop.step, 1.0), "late": -loop.step})
+    run(tmp_path, 8, best="score", extra=[scores])
+    run(tmp_path, 12, best="late", extra=[scores])
+    assert int(load(tmp_path, jnp.int32(0), "best")) == sum_at(12)
+
+
+def test_without_a_best_there_is_none_to_load(tmp_path):
+    run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"load: no step best in .*; it holds \[4, 8, 12\]"):
+        load(tmp_path, jnp.int32(0), "best")
+
+
+def test_a_manifest_of_an_earlier_version_is_read(saved):
+    for step in (4, 8, 12):
+        reseal(saved / str(step), lambda manifest: manifest.pop("best"))
+    assert int(load(saved, jnp.int32(0), 8)) == sum_at(8)
+    with pytest.raises(FileNotFoundError, match="no step best"):
+        load(saved, jnp.int32(0), "best")
+    assert run(saved, 16, best="train/loss", mode="max", resume="best").step == 16
 
 
 def test_the_checkpoint_that_a_run_went_on_from_is_not_deleted(saved):
@@ -374,11 +440,7 @@ def test_links_to_the_hidden_folders_are_never_followed_on_delete(saved, tmp_pat
 
 def lead_outside(directory, name):
     """Writes a manifest that is whole, and lists one file more."""
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["checksum"]
-    manifest["files"] = {name: [4, 0]} | manifest["files"]
-    path.write_text(json.dumps({**manifest, "checksum": zlib.crc32(json.dumps(manifest).encode())}))
+    reseal(directory, lambda manifest: manifest.update(files={name: [4, 0]} | manifest["files"]))
 
 
 @pytest.mark.parametrize("outside", ["../../secret", "state/../../../secret", "ABSOLUTE", "..\\..\\secret", ""])
@@ -477,12 +539,12 @@ def failing(after, error):
 
 
 def test_a_directory_that_a_live_run_writes_is_refused(saved):
-    other = Storage(str(saved))
-    other.lock()
+    other = Lock(str(saved))
+    other.acquire()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="Another run that is alive writes .*/run. Give another directory"):
             run(saved, 16)
-    other.unlock()
+    other.release()
     assert run(saved, 16).step == 16
     assert not (saved / ".lock").exists()
 
@@ -497,6 +559,14 @@ def test_a_run_locks_its_directory_from_the_beginning_to_the_end(tmp_path):
 
     run(tmp_path, 5, extra=[Second()])
     save(tmp_path, jnp.int32(1), step=100)
+
+
+def test_a_directory_that_was_made_for_a_lock_goes_with_it(tmp_path):
+    lock = Lock(str(tmp_path / "a" / "b"))
+    lock.acquire()
+    assert os.listdir(tmp_path / "a" / "b") == [".lock"]
+    lock.release()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_lock_that_a_dead_process_left_does_not_block(saved):
