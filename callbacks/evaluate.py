@@ -21,7 +21,8 @@ class Averaged(Protocol):
 class Evaluate(Callback):
     """Evaluates the state on a set of data and logs `<name>/<metric>`.
 
-    Every evaluation gives a step that takes a random key the same keys, so that values compare.
+    Every evaluation gives a step that takes a random key the same keys, so that values compare. A callback
+    of the run with a method `evaluating(loop, name)`, as Progress has, is told after each batch.
 
     Args:
         step: `(state, batch) -> metrics`; a third required argument is a random key.
@@ -61,5 +62,12 @@ class Evaluate(Callback):
     def on_step_end(self, loop: Loop) -> None:
         state = self.using.apply(loop) if self.using is not None else loop.state
         key = None if loop.rng is None else jax.random.fold_in(loop.rng, zlib.crc32(str(self.name).encode()))
-        means = evaluate(self.step, state, self.data, rng=key, steps=self.steps)
+        asked = [getattr(callback, "evaluating", None) for callback in loop.callbacks.values()]
+        watches = [begin(loop, str(self.name)) for begin in asked if begin is not None]
+
+        def watch(done: int, total: int | None) -> None:
+            for one in watches:
+                one(done, total)
+
+        means = evaluate(self.step, state, self.data, rng=key, steps=self.steps, mesh=loop.mesh, watch=watch)
         loop.log({f"{self.name}/{metric}": mean for metric, mean in means.items()})

@@ -109,7 +109,10 @@ class GracefulExit(Callback):
             name = signal.Signals(number).name
             self._stop(name)
             with contextlib.suppress(Exception):  # such as a signal that came amid another write to stderr
-                notice(f"{name}: finishing what is due at this step, saving, then ending; again to end at once")
+                notice(
+                    f"{name}: finishing what is due at this step, saving, then ending; again to end at once",
+                    everywhere=True,
+                )
         elif not here or now - self._at >= ECHO:  # not here: in a forked child, such as a loader's worker
             self._give_back(self._borrowed)
             signal.raise_signal(number)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Context, Loop, event_files, every
+from onstep.sharding import to_host
 from onstep.trees import difference, get_field, leaves
 
 BINS = 64
@@ -68,7 +69,7 @@ class Histograms(Callback):
         if self.grads:
             rows |= zip(_floats("grads", params), loop.carry(self), strict=True)
         for name, row in rows.items():
-            *counts, low, high, total, squares = np.asarray(row, float).tolist()
+            *counts, low, high, total, squares = to_host(row).astype(float).tolist()
             if low == high:  # as numpy does
                 low, high = low - 0.5, high + 0.5
             if n := sum(counts):

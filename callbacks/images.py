@@ -11,7 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from onstep import Cadence, Callback, Loop, event_files, every
+from onstep import Cadence, Callback, Loop, event_files, every, processes
+from onstep.sharding import to_host
 
 
 class Images(Callback):
@@ -56,7 +57,7 @@ class Images(Callback):
         for name, pictures in self.draw(state).items():
             picture = _grid(_pixels(pictures, name))
             encoded = _encoded(picture)
-            if self.png is not None:
+            if self.png is not None and processes.writes():
                 os.makedirs(self.png, exist_ok=True)
                 path = os.path.join(self.png, f"step-{loop.step:06d}-{name.replace('/', '-')}.png")
                 with open(path, "wb") as file:
@@ -72,7 +73,7 @@ class Images(Callback):
 
 def _pixels(pictures: Any, name: str) -> np.ndarray:
     """As uint8, of shape (N, H, W, C)."""
-    array = np.asarray(pictures)
+    array = to_host(pictures)
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = (np.nan_to_num(array.astype(np.float32)).clip(0, 1) * 255).round().astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4) or not array.size:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
+import html
+import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from onstep import Callback, Loop, every
+from onstep import Callback, Loop, Record, every, processes
 
 
 class Progress(Callback):
-    """A progress bar in a terminal or notebook, by tqdm; elsewhere a line per interval.
+    """Shows the run as one line that moves; in a log file as a line per interval.
 
-    Shows epoch, step, remaining time, rate and the newest metrics, as many as fit; rate and
-    remaining time count from where a resumed run goes on.
+        epoch 3/10 |████████| step 360/1200  35.2 steps/s  0:27 left  train/loss 0.3120
+        val        |██████▍ | 96/120  0:02 left
+
+    The bar is the epoch's, or the run's where that is one epoch or epochs have no known length. An
+    evaluation that takes longer than `interval` has a line of its own while it lasts. The rate leaves out
+    compiling and evaluations, the remaining time counts as many evaluations as there were before; both are
+    of the whole run, as one that goes on brings them along. A notebook shows the same. Of many processes
+    only the first says something.
 
     Args:
         interval: seconds between two updates; by default 0.2 for a bar, 10 for lines.
         metrics: the recorded names to show, in order; without, all but the `epoch/` means, and
-            those of evaluations before those of training.
+            those of evaluations before those of training. A bar shows as many as fit.
         file: where to; stderr without.
         name: the callback's name.
 
@@ -37,74 +45,212 @@ class Progress(Callback):
         file: TextIO | None = None,
         name: str | None = None,
     ):
-        self.metrics, self.name = metrics, name
-        self._file = file
-        self._bar: Any = None
+        self.metrics, self.name, self._file = metrics, name, file
         if interval is None:
-            interval = 0.2 if self._is_terminal() or _in_notebook() else 10.0
-        self.when = every(seconds=interval)
+            interval = 0.2 if self._screen().moves else 10.0
+        self.when, self._interval = every(seconds=interval), interval
+        self._loop: Loop | None = None
+        self._to: _Lines | None = None
+        self.set_state({"steps": 0, "seconds": 0.0, "elapsed": 0.0, "evaluating": 0.0, "until": 0, "since": None})
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._first, self._begun = loop.step, time.monotonic()
-        if not loop.over:
-            self._bar = self._new_bar(loop.step, loop.total)
+        self._loop, self._began, self._first = loop, time.monotonic(), loop.step
+        if self._spent["since"] is None:
+            self._spent["since"] = loop.step
+        self._shown, self._beside, self._paused, self._ended = self._began, None, 0.0, False
+        if processes.writes() and not loop.over:
+            self._to = self._screen()(self._file or sys.stderr)  # shown later: what else is said comes before
 
     def on_step_end(self, loop: Loop) -> None:
-        self._show(loop)
+        if not loop.over:  # else on_run_end does it
+            self._show(loop)
+
+    def on_log(self, loop: Loop, record: Record) -> None:
+        if self._paused:  # by an evaluation, and this is what it found
+            self._spent["evaluating"] += self._paused
+            self._spent["until"], self._paused = loop.step, 0.0
+        if self._beside is not None:
+            self._beside = None
+            if self._to is not None and self._to.moves:
+                self._show(loop)
 
     def on_run_end(self, loop: Loop) -> None:
+        self._beside, self._ended = None, True
         if loop.step > self._first:
             self._show(loop)
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._to is not None:
+            self._to.close()
+        self._loop = self._to = None
+
+    def evaluating(self, loop: Loop, name: str) -> Callable[[int, int | None], None]:
+        """Shows an evaluation that begins; what it returns is to be called with the batches done and
+        their number, or None, after each: `evaluate(..., watch=progress.evaluating(loop, "test"))`.
+        """
+        began = last = time.monotonic()
+        self._mark = self._mark or (began, loop.step)
+
+        def watch(done: int, total: int | None) -> None:
+            nonlocal last
+            before, last = last, time.monotonic()
+            self._paused += last - before
+            if self._to is not None and last - max(began, self._shown) >= self._interval:
+                facts = [f"{done}"]
+                if total is not None:
+                    facts = [f"{done}/{total}", f"{_clock((total - done) * (last - began) / done)} left"]
+                self._beside = Part(name, total and done / total, facts)
+                self._show(loop)
+
+        return watch
+
+    def get_state(self) -> dict[str, Any]:
+        spent = dict(self._spent)
+        if self._loop is not None:
+            now, step = time.monotonic(), self._loop.step
+            since, first = self._mark or (now, step)
+            spent["steps"] += step - first
+            spent["seconds"] += now - since
+            spent["elapsed"] += now - self._began
+        return spent
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._spent = state
+        self._mark: tuple[float, int] | None = None  # when, and at which step, the rate began to be measured
 
     def _show(self, loop: Loop) -> None:
-        epoch = f"epoch {loop.epoch}" + ("" if loop.epochs is None else f"/{loop.epochs}")
+        if self._to is None:
+            return
+        self._shown = time.monotonic()
+        self._mark = self._mark or (self._shown, loop.step)
+        self._to.draw(self._run(loop), self._beside)
+
+    def _run(self, loop: Loop) -> Part:
+        epoch, length, total = loop.epoch + (loop.epoch_step > 0 or not loop.epoch), loop.epoch_length, loop.total
+        share = loop.step / total if total else None
+        if length is not None and (total is None or total > length):
+            share = 1.0 if loop.epoch and not loop.epoch_step else loop.epoch_step / length
+        facts = [f"step {loop.step}" + ("" if total is None else f"/{total}")]
+        spent = self.get_state()
+        if self._ended and not spent["steps"]:  # too short to be measured
+            spent |= {"steps": loop.step - spent["since"], "seconds": spent["elapsed"]}
+        stepping = spent["seconds"] - spent["evaluating"] - self._paused
+        if spent["steps"] and stepping > 0:
+            facts.append(_rate(spent["steps"] / stepping))
+            a_step = stepping / spent["steps"] + spent["evaluating"] / max(spent["until"] - spent["since"], 1)
+            if total is not None and not self._ended:
+                facts.append(f"{_clock((total - loop.step) * a_step)} left")
+        if self._ended:
+            facts.append(f"in {_clock(spent['elapsed'])}")
         names = self.metrics
         if names is None:
             shown = [name for name in loop.latest if not name.startswith(("epoch/", "time/"))]
             names = sorted(shown, key=lambda name: name.startswith("train/"))
         values = [f"{name} {loop.latest[name]:#.4g}" for name in names if name in loop.latest]
-        if self._bar is None:
-            print(self._line(loop, epoch, ", ".join(values)), file=self._file or sys.stderr, flush=True)
-            return
-        self._bar.n = loop.step
-        self._bar.set_description_str(epoch, refresh=False)
-        self._bar.set_postfix_str("", refresh=False)
-        room = shutil.get_terminal_size().columns - len(str(self._bar))
-        while values and len(", ".join(values)) + 3 > room and not _in_notebook():
-            values.pop()  # a whole one: none is cut off
-        self._bar.set_postfix_str(", ".join(values), refresh=False)
-        self._bar.refresh()
+        return Part(f"epoch {epoch}" + ("" if loop.epochs is None else f"/{loop.epochs}"), share, facts, values)
 
-    def _line(self, loop: Loop, epoch: str, values: str) -> str:
-        rate = (loop.step - self._first) / max(time.monotonic() - self._begun, 1e-9)
-        parts = [f"step {loop.step}" + ("" if loop.total is None else f"/{loop.total}"), epoch, f"{rate:.3g} steps/s"]
-        if loop.total is not None and not loop.over:
-            minutes, seconds = divmod(round((loop.total - loop.step) / rate), 60)
-            parts.append(f"{minutes}:{seconds:02d} left")
-        return "  ".join([*parts, values]).rstrip()
+    def _screen(self) -> type[_Lines]:
+        if self._file is None and "ipykernel.zmqshell" in sys.modules:
+            return _Notebook
+        terminal = getattr(self._file or sys.stderr, "isatty", lambda: False)()
+        return _Terminal if terminal and os.environ.get("TERM") != "dumb" else _Lines
 
-    def _is_terminal(self) -> bool:
-        return bool(getattr(self._file or sys.stderr, "isatty", lambda: False)())
 
-    def _new_bar(self, step: int, total: int | None) -> Any:
-        if _in_notebook():
-            from tqdm.notebook import tqdm
-        elif self._is_terminal():
-            from tqdm.std import tqdm
+@dataclass(frozen=True)
+class Part:
+    """What a line says."""
+
+    label: str
+    share: float | None  # of the bar, None for no bar
+    facts: list[str]
+    values: list[str] = field(default_factory=list)  # as many as fit
+
+
+class _Lines:
+    moves = False
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def draw(self, run: Part, beside: Part | None) -> None:
+        said = [run.label, *run.facts, ", ".join(run.values)]
+        if beside is not None:
+            said = [run.label, run.facts[0], f"{beside.label} {', '.join(beside.facts)}"]
+        print("  ".join(said).rstrip(), file=self._file, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Terminal(_Lines):
+    moves = True
+    _drawn = 0  # lines
+
+    def draw(self, run: Part, beside: Part | None) -> None:
+        try:
+            columns = os.get_terminal_size(self._file.fileno()).columns
+        except (AttributeError, OSError):
+            columns = shutil.get_terminal_size().columns
+        smooth = "utf" in (getattr(self._file, "encoding", None) or "").lower()
+        lines = _lines([part for part in (run, beside) if part is not None], columns or 80, smooth)
+        up = f"\x1b[{self._drawn - 1}A" if self._drawn > 1 else ""
+        print(f"\r{up}\x1b[J" + "\n".join(lines), end="", file=self._file, flush=True)
+        self._drawn = len(lines)
+
+    def close(self) -> None:
+        if self._drawn:
+            print(file=self._file, flush=True)
+
+
+class _Notebook(_Lines):
+    moves = True
+    _handle: Any = None
+
+    def draw(self, run: Part, beside: Part | None) -> None:
+        from IPython.display import display
+
+        parts = [part for part in (run, beside) if part is not None]
+        page = {
+            "text/plain": "\n".join(_lines(parts, 100, smooth=True)),
+            "text/html": "".join(map(_html, parts)),
+        }
+        if self._handle is None:
+            self._handle = display(page, raw=True, display_id=True)
         else:
-            return None
-
-        class Bar(tqdm):  # type: ignore[misc, valid-type]
-            monitor_interval = 0  # tqdm's watching thread would outlive the run
-
-        known = "{desc} {n_fmt}/{total_fmt} |{bar:16}| {remaining} left, {rate_fmt}{postfix}"
-        form = "{desc} {n_fmt} steps, {rate_fmt}{postfix}" if total is None else known
-        form = None if _in_notebook() else form  # there the bar is a widget of its own
-        return Bar(initial=step, total=total, unit=" steps", bar_format=form, mininterval=0, file=self._file)
+            self._handle.update(page, raw=True)
 
 
-def _in_notebook() -> bool:
-    return "ipykernel.zmqshell" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
+def _lines(parts: list[Part], columns: int, smooth: bool) -> list[str]:
+    """A line each; the first with as many whole values as fit, and a shorter bar rather than none."""
+    first, pad = parts[0].values, max(len(part.label) for part in parts)
+    for width in (columns // 10, 5):
+        bars = ["  " if part.share is None else f" |{_bar(part.share, width, smooth)}| " for part in parts]
+        lines = [f"{p.label:<{pad}}{bar}{'  '.join(p.facts)}" for p, bar in zip(parts, bars, strict=True)]
+        said = [lines[0], *(f"{lines[0]}  {', '.join(first[:n])}" for n in range(1, len(first) + 1))]
+        lines[0] = [line for line in said if len(line) < columns or line is said[0]][-1]
+        if not first or lines[0] is not said[0]:
+            break
+    return [line[: columns - 1] for line in lines]
+
+
+def _bar(share: float, width: int, smooth: bool) -> str:
+    if not smooth:
+        return ("#" * int(share * width)).ljust(width)
+    full, eighths = divmod(int(share * width * 8), 8)
+    return ("█" * full + " ▏▎▍▌▋▊▉"[eighths]).rstrip().ljust(width)
+
+
+def _html(part: Part) -> str:
+    bar = "" if part.share is None else f'<progress value="{part.share:.4f}" max="1"></progress>'
+    said = html.escape("  ".join([*part.facts, ", ".join(part.values)]))
+    return f'<div style="white-space: pre-wrap">{html.escape(part.label)} {bar} {said}</div>'
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+def _rate(rate: float) -> str:
+    if rate < 1:
+        return f"{1 / rate:#.3g} s/step"
+    return f"{rate:#.3g} steps/s" if rate < 99.95 else f"{rate:,.0f} steps/s"

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
-from onstep import Callback, Loop
+from onstep import Callback, Loop, processes
 from onstep.trees import get_field, leaves
 
 
@@ -45,7 +45,8 @@ class Summary(Callback):
             [{"name": name, "shape": leaf.shape, **self._row(leaf)} for name, leaf in listed.items()],
             [{"field": name, **_size(field)} for name, field in fields.items()],
         )
-        print(*map(_table, tables), sep="\n", file=self._file or sys.stderr, flush=True)
+        if processes.writes():
+            print(*map(_table, tables), sep="\n", file=self._file or sys.stderr, flush=True)
 
     def _row(self, leaf: jax.Array) -> dict[str, Any]:
         row = {"dtype": str(leaf.dtype), **_size([leaf])}

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from onstep import Callback, Loop, Record, blocks
+from onstep import Callback, Loop, Record, blocks, processes
 from onstep.compiled import Program
 from onstep.stopwatch import CALL, COMPILE, DATA, REST, WAIT, Stopwatch, follow
 
@@ -99,7 +99,7 @@ class Timing(Callback):
     def on_run_end(self, loop: Loop) -> None:
         self._undo.close()
         self.seconds = self._watch.read()
-        if self.table and CALL in self.seconds:
+        if self.table and CALL in self.seconds and processes.writes():
             print(self._lines(loop.step - self._began), file=self._file or sys.stderr, flush=True)
 
     def _first(self, program: Program, bundle: Any, batch: Any, rng: Any) -> None:

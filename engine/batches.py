@@ -10,6 +10,7 @@ import numpy as np
 
 from . import checks
 from .blocks import aligned
+from .sharding import Spread
 from .trees import Batch, leaves
 
 
@@ -68,14 +69,17 @@ class Batches:
     def _order(self, epoch: int) -> np.ndarray | None:
         return np.random.default_rng((self.seed, epoch)).permutation(self.examples) if self.shuffle else None
 
-    def _batch(self, index: int, order: np.ndarray | None) -> Batch:
-        rows: Any = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        rows = rows if order is None else order[rows]
-        return jax.tree.map(lambda array: array[rows], self._arrays)
-
 
 class Pass(Iterator[Batch]):
-    """One epoch's batches; goes to any position without gathering what lies before."""
+    """One epoch's batches; goes to any position without gathering what lies before.
+
+    Attributes:
+        spread: over several processes, each of which then gives its own part of each batch.
+        ragged: whether a batch that does not divide is given whole, on every device.
+    """
+
+    spread: Spread | None = None
+    ragged = False
 
     def __init__(self, batches: Batches, epoch: int):
         self._batches, self._index, self._order = batches, 0, batches._order(epoch)
@@ -85,7 +89,18 @@ class Pass(Iterator[Batch]):
         if self._index >= len(self._batches):
             raise StopIteration
         self._index += 1
-        return self._batches._batch(self._index - 1, self._order)
+        start, size = (self._index - 1) * self._batches.batch_size, self._batches.batch_size
+        rows = slice(start, start + size)
+        if self.spread is None:
+            return self._gathered(rows)
+        numbers = np.arange(start, min(start + size, self._batches.examples))
+        if self.ragged and len(numbers) % self.spread.shards:
+            return self.spread.replicate(self._gathered(rows))
+        return self._gathered(self.spread.part(numbers))
+
+    def _gathered(self, rows: Any) -> Batch:
+        rows = rows if self._order is None else self._order[rows]
+        return jax.tree.map(lambda array: array[rows], self._batches._arrays)
 
     @property
     def left(self) -> int:
@@ -97,7 +112,10 @@ class Pass(Iterator[Batch]):
         start, size = self._index * self._batches.batch_size, self._batches.batch_size
         size = min(size, self._batches.examples - start)
         count = max(1, min(most, (self._batches.examples - start) // size))
-        chosen = slice(start, start + count * size)
+        chosen: Any = slice(start, start + count * size)
+        if self.spread is not None:
+            parts = [self.spread.part(np.arange(start + i * size, start + (i + 1) * size)) for i in range(count)]
+            chosen, size = np.concatenate(parts), len(parts[0])
 
         def gather(array: np.ndarray) -> np.ndarray:
             out = aligned(rows, (size, *array.shape[1:]), array.dtype)

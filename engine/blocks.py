@@ -21,7 +21,12 @@ BYTES = 2**25
 
 
 def choose(jaxpr: Any, batch: Batch) -> int:
-    """The most steps a call for a step, 0 for one by one: by the program and the backend alone.
+    """The most steps a call for a step, 0 for one by one: by the program and the backend alone."""
+    return decide(jaxpr, batch)[0]
+
+
+def decide(jaxpr: Any, batch: Batch) -> tuple[int, str]:
+    """What `choose` gives, and why.
 
     On CPUs a block saves the dispatch of all steps but one; but XLA runs a convolution in a loop up to 25
     times slower. Elsewhere blocks have not been measured. What a step does besides, such as a print, stays
@@ -31,16 +36,23 @@ def choose(jaxpr: Any, batch: Batch) -> int:
         jaxpr: of one step.
         batch: one batch.
     """
-    found = list(equations(jaxpr, 1))
-    slow = any(e.primitive.name == "conv_general_dilated" for e, _ in found)
     config: Any = jax.config
-    debugged = config.jax_debug_nans or config.jax_debug_infs  # which name the operation, in a step by itself
-    if slow or debugged or jaxpr.effects or jax.default_backend() != "cpu":
-        return 0
-    work = sum(times * flops(e) for e, times in found if e.primitive.name == "dot_general")
+    if jax.default_backend() != "cpu":
+        return 0, "several steps in a call are not measured on accelerators"
+    if jaxpr.effects:
+        return 0, "what a step does besides, such as a print, stays step by step"
+    if config.jax_debug_nans or config.jax_debug_infs:
+        return 0, "jax_debug_nans and jax_debug_infs look at a step by itself"
+    if any(e.primitive.name == "conv_general_dilated" for e, _ in equations(jaxpr, 1)):
+        return 0, "a convolution is slower in a loop on CPUs"
+    work = sum(times * flops(e) for e, times in equations(jaxpr, 1) if e.primitive.name == "dot_general")
     size = sum(getattr(leaf, "nbytes", 4) for leaf in jax.tree.leaves(batch))
-    rows = int(min(MOST, FLOPS // max(work, 1), BYTES // max(size, 1)))
-    return rows if rows > 1 else 0
+    rows, why = min(
+        (MOST, "more gain nothing"),
+        (int(FLOPS // max(work, 1)), "more would be too long a call to wait for"),
+        (BYTES // max(size, 1), "more batches would take too much memory at once"),
+    )
+    return (rows, why) if rows > 1 else (0, why)
 
 
 def equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:

@@ -7,13 +7,15 @@ import inspect
 import itertools
 import numbers
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from .trees import compare, fewer_rows
+from . import processes
+from .trees import compare, fewer_rows, local_bytes
 
 if TYPE_CHECKING:
     from .callback import Callback
@@ -144,6 +146,54 @@ def epochs_known(events: Events, feed: Feed, updates: dict[str, Any], *, steps: 
             "Give run epoch_steps=, or a cadence in steps.",
             stacklevel=2,
         )
+
+
+def watched(who: str, metric: str, loop: Loop) -> None:
+    """Warns at the end of the first epoch of a metric that is not recorded, unless it may still come.
+
+    It may where a callback of its first name has recorded nothing yet, as an evaluation of every
+    second epoch, and where its training window is still open.
+    """
+    first, _, rest = metric.partition("/")
+    silent = first in loop.callbacks and not any(name.startswith(f"{first}/") for name in loop.latest)
+    opened = first == "train" and f"epoch/{rest}" in loop.latest
+    if loop.epoch == 1 and metric not in loop.latest and not (silent or opened):
+        warnings.warn(_unseen(who, metric, loop), stacklevel=3)
+
+
+def appeared(who: str, metric: str, loop: Loop) -> None:
+    """Raises ValueError if a run has reached its target and a metric was never recorded."""
+    reached = loop.step > loop._began and loop.finished and loop.stopped is None and loop.error is None
+    if reached and metric not in loop.latest:
+        raise ValueError(_unseen(who, metric, loop))
+
+
+def _unseen(who: str, metric: str, loop: Loop) -> str:
+    records = f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}."
+    return f"{records} Add Evaluate(...) or watch one of these."
+
+
+def same_everywhere(loop: Loop, log_every: int) -> None:
+    """Raises a ValueError unless all processes run the same: they stop and communicate at the same steps."""
+    if loop._peers.count == 1:
+        return
+    if loop.mesh is None:
+        raise ValueError("Several processes need a mesh: Engine(..., mesh=onstep.sharding.make_mesh()).")
+    cadences = {name: f"{type(cb).__name__} {cb.when} {cb.update_when}" for name, cb in loop.callbacks.items()}
+    processes.same(
+        {
+            "the list of callbacks": cadences,
+            "log_every": log_every,
+            "the target": f"epochs={loop.epochs}, steps={loop.steps}",
+            "the number of batches to an epoch": loop.epoch_length,
+            "the mesh": str(loop.mesh),
+            "the tree of the state": loop._signature,
+            **{
+                f"the checksum of the state at {name}": zlib.crc32(data)
+                for name, data in local_bytes(loop.state).items()
+            },
+        }
+    )
 
 
 def same_mode(saved: str | None, here: str | None) -> None:

@@ -20,7 +20,8 @@ from .events import Due
 from .means import Rows
 from .metrics import Metrics, as_metrics
 from .notice import announce
-from .trees import Batch, State, compare, difference, home, signature, strong
+from .sharding import Spread
+from .trees import Batch, State, compare, difference, home, place, signature, strong
 
 Step = Callable[..., Any]
 """`(state, batch) -> (state, metrics)`; a third argument is a random key, a third result `aux`."""
@@ -41,6 +42,7 @@ class Program:
         callbacks: by name; those with an `update` are compiled in, in this order.
         steps_per_call: the most steps in a call; "auto" leaves that to `blocks.choose`.
         jit: False runs the same uncompiled, under `jax.disable_jit()`.
+        spread: over many devices.
 
     Attributes:
         rows: the most steps in a block, 0 where steps are called one by one, None where that
@@ -48,7 +50,14 @@ class Program:
         auto: whether that is chosen here.
     """
 
-    def __init__(self, step: Step, callbacks: dict[str, Callback], steps_per_call: int | str = 1, jit: bool = True):
+    def __init__(
+        self,
+        step: Step,
+        callbacks: dict[str, Callback],
+        steps_per_call: int | str = 1,
+        jit: bool = True,
+        spread: Spread | None = None,
+    ):
         halves = {name: half for name, half in callbacks.items() if own(half, "update")}
         cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in halves.items()}
         for name, cadence in cadences.items():
@@ -59,14 +68,19 @@ class Program:
         self.counted = self.takes_rng or bool(halves)
         self._traced = Traced(step, halves, list(self.at_times), self.takes_rng)
         self._one = jax.jit(self._traced, donate_argnums=0, inline=True)
-        self._jit, self.auto = jit, jit and steps_per_call == "auto"
+        self._jit, self.auto, self.spread = jit, jit and steps_per_call == "auto", spread
         self.call: Any
-        self._calls: dict[int, Any] = {}
+        self._calls: dict[Any, Any] = {}
         self._saved: dict[str, Any] = {"mode": None, "batch": None}
         self.rows: int | None = None
         if not self.auto:
             self._decide(0 if steps_per_call == 1 or not jit else int(steps_per_call))
-        self.init = jax.jit(self._traced.init) if jit else self._traced.init
+        self._init = jax.jit(self._traced.init) if jit else self._traced.init
+
+    def init(self, state: State) -> dict[str, Carry]:
+        """The first carries, which lie where the state does."""
+        carries = self._init(state)
+        return carries if self.spread is None else place(carries, "A carry", copy=False, spread=self.spread)
 
     def _decide(self, rows: int) -> None:
         if rows not in self._calls:
@@ -74,6 +88,16 @@ class Program:
             block = functools.partial(blocks.several, self._one, rows)
             self._calls[rows] = jax.jit(block, donate_argnums=0) if rows else one
         self.rows, self.call = rows, self._calls[rows]
+
+    def _spread_out(self, spread: Spread, bundle: Bundle) -> None:
+        """Batches go where they belong; what a call gives back lies as what it took, whatever XLA would choose."""
+        layout = jax.tree.map(lambda leaf: leaf.sharding, bundle)
+        key = (self.rows, *jax.tree.leaves(layout))
+        if key not in self._calls:
+            one = functools.partial(blocks.several, self._one, self.rows) if self.rows else self._traced
+            pinned = jax.jit(one, donate_argnums=0, out_shardings=(layout, spread.whole)) if self._jit else self.call
+            self._calls[key] = spread.feeding(pinned, stacked=bool(self.rows))
+        self.call = self._calls[key]
 
     def start(self, step: int, saved: dict[str, Any]) -> None:
         """A run begins with `step` steps completed, or goes on from what `describe` once gave.
@@ -102,13 +126,21 @@ class Program:
             ValueError: a saved run's batches had other leaves, dtypes or ranks, or fewer rows.
         """
         began, traced, saved = time.perf_counter(), self._traced.times, self._saved
-        checks.same_batches(saved["batch"], signature(batch))
-        self._traced.expected = saved["batch"] or signature(batch)
+        whole = batch if self.spread is None else self.spread.put(batch)
+        checks.same_batches(saved["batch"], signature(whole))
+        self._traced.expected = saved["batch"] or signature(whole)
         never = (False,) * len(self.at_times)
         if self.rows is None:
-            like = jax.eval_shape(lambda x: x, batch)
-            rows = blocks.choose(self._one.trace(bundle, like, rng, self._due([never], 1)).jaxpr, batch)
-            self._decide({None: rows, "plain": 0, "block": max(rows, 2)}[saved["mode"]])
+            mode, rows = (
+                saved["mode"] or ("plain" if self.spread is not None else None),
+                0,
+            )  # many devices: not measured
+            if mode != "plain":
+                like = jax.eval_shape(lambda x: x, whole)
+                rows = blocks.choose(self._one.trace(bundle, like, rng, self._due([never], 1)).jaxpr, batch)
+            self._decide(max(rows, 2) if mode == "block" else rows)
+        if self.spread is not None:
+            self._spread_out(self.spread, bundle)
         if hasattr(self.call, "trace"):
             batch = blocks.Stack(batch, self.rows).batches() if self.rows else batch
             self.call.trace(bundle, batch, rng, self._due([never], 1)).lower().compile()
@@ -120,7 +152,7 @@ class Program:
         """What the first call takes, with `step` steps completed."""
         if not self.counted:
             return state, carries, None
-        count, there = jnp.asarray(step, jnp.int32), home(state)
+        count, there = jnp.asarray(step, jnp.int32), home(state) if self.spread is None else self.spread.whole
         return state, carries, count if there is None else jax.device_put(count, there)
 
     def advance(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
 from . import checks
 from .cadence import Cadence, as_cadence
@@ -19,7 +20,10 @@ from .feed import Feed
 from .loop import Loop
 from .notice import notice, standing
 from .pace import Pace
+from .plan import plan as _plan
+from .processes import Peers
 from .result import Result
+from .sharding import Spread
 from .source import Data
 from .steps import Steps
 from .trees import State, home, place
@@ -39,11 +43,14 @@ class Engine:
             Calls shorter than 0.1 ms may be sixteen more.
         prefetch: batches that a thread draws and puts on the device ahead of their use; for
             accelerators, as on CPUs it takes time from the steps.
+        mesh: of many devices: batches are cut along its axis "data" (or "fsdp", or the only one; a
+            NamedSharding says how else), the state stays as it lies, or is put whole on every
+            device. See `onstep.sharding`.
         jit: False runs the same loop uncompiled, to look inside the step.
 
     Raises:
         TypeError: the step or a callback has the wrong arguments or is none.
-        ValueError: two callbacks of one name, or a number out of range.
+        ValueError: two callbacks of one name, a number out of range, or a mesh without an axis for batches.
     """
 
     _clock: Callable[[], float] = staticmethod(time.monotonic)
@@ -57,6 +64,7 @@ class Engine:
         steps_per_call: int | Literal["auto"] = "auto",
         in_flight: int = 2,
         prefetch: int = 0,
+        mesh: Mesh | NamedSharding | None = None,
         jit: bool = True,
     ):
         self._log_every = checks.whole("Engine", "log_every", log_every, 1)
@@ -67,7 +75,7 @@ class Engine:
         self._callbacks = checks.named(callbacks, Callback)
         for callback in self._callbacks.values():
             callback._reset()
-        self._program = Program(step, self._callbacks, steps_per_call, jit)
+        self._program = Program(step, self._callbacks, steps_per_call, jit, None if mesh is None else Spread(mesh))
 
     @property
     def callbacks(self) -> dict[str, Callback]:
@@ -140,11 +148,13 @@ class Engine:
         loop = self._prepare(state, data, rng, donate, epochs=epochs, steps=steps, epoch_steps=epoch_steps)
         return Steps(loop, self._turns(loop, as_cadence(when, "engine.steps(when=...)")))
 
+    plan = _plan  # what a run would do: nothing runs
+
     def _turns(self, loop: Loop, when: Cadence | None) -> Iterator[Loop]:
         """The loop. Gives a turn at the due points of `when`; whatever begins here ends here."""
         try:
             self._begin(loop)
-            turn = Due(when or Cadence(), self._clock, loop.step)
+            turn = Due(when or Cadence(), loop._peers.clock, loop.step)
             while not loop.over:
                 self._begin_epoch(loop)
                 ended = False
@@ -156,6 +166,7 @@ class Engine:
                     completes = self._after_step(loop, ended)
                     if turn.now(loop.step, completes):
                         yield loop
+                    loop._agree()
                     self._save(loop, loop._events.due("on_save", loop.step, completes))
             self._finish(loop)
         except BaseException as error:
@@ -167,10 +178,12 @@ class Engine:
                 loop._events.end(loop)
             finally:
                 loop._feed.close()
+                loop._peers.close()
                 loop.error = None  # its traceback holds the loop, and so everything
 
     def _begin(self, loop: Loop) -> None:
         """on_load, in which a saved run may take the place of this one; then on_run_begin."""
+        checks.same_everywhere(loop, self._log_every)
         loop._events.load(loop)
         loop._loading, loop._began = False, loop.step
         checks.reachable(loop)
@@ -179,11 +192,13 @@ class Engine:
             notice(standing(loop))
         self._program.start(loop.step, loop._saved)
         loop._events.begin(loop)
+        loop._agree()
 
     def _begin_epoch(self, loop: Loop) -> None:
         """on_epoch_begin, unless an epoch goes on; then its first batch is drawn."""
         if loop.epoch_step == 0:
             loop._events.fire("on_epoch_begin", loop)
+            loop._agree()
         if not loop.over:
             loop._feed.begin_epoch(loop.epoch)
 
@@ -194,6 +209,7 @@ class Engine:
             loop.batch = loop._feed.peek()
             for answer in due:
                 answer.call(loop)
+            loop._agree()
             if not loop.over:
                 loop._feed.replace(loop.batch)
         if not (loop._prepared or loop.over):
@@ -203,7 +219,7 @@ class Engine:
     def _advance(self, loop: Loop, turn: Due) -> bool:
         """Runs steps up to the next one that is due; returns whether it ends the epoch."""
         step, bundle, metrics, batch, count = loop.step, loop._bundle, loop.metrics, *loop._batch
-        program, clock, pending = self._program, self._clock, loop._meter.pending
+        program, clock, pending = self._program, loop._peers.clock, loop._meter.pending
         feed, rng = loop._feed, loop.rng if program.counted else None
         length, log = feed.length, (step // self._log_every + 1) * self._log_every
         end = math.inf if length is None else step + length - loop.epoch_step
@@ -211,7 +227,7 @@ class Engine:
         deadline = min(loop._events.deadline(), turn.deadline)
         call, timed, steps = program.call, deadline < math.inf, int(until) - step
         plain = not (program.rows or program.at_times)
-        full, most = loop._pace.start(pending), loop._pace.steps(step) if program.auto else sys.maxsize
+        full, most = loop._pace.start(pending), loop._pace.steps(step)
         try:
             for batch, count in feed.blocks(steps, program.rows, most) if program.rows else feed.take(steps):
                 if plain:
@@ -268,10 +284,14 @@ class Engine:
         for callback in self._callbacks.values():
             callback._reset()
         before = state if isinstance(state, Result) else None
-        start = before.state if before else place(state, "The state", copy=not donate)
-        feed = Feed(data, to["epoch_steps"], self._prefetch, home(start))
+        spread = self._program.spread
+        start = place(before.state if before else state, "The state", copy=not (donate or before), spread=spread)
+        rng = rng if spread is None or rng is None else spread.settle(rng)
+        feed = Feed(data, to["epoch_steps"], self._prefetch, spread or home(start))
         loop = Loop(self._program, self._callbacks, feed, start, rng, **to)
-        loop._events, loop._pace = Events(self._callbacks, self._clock), Pace(self._in_flight, self._clock)
+        peers = loop._peers = Peers(self._clock, loop._under_way)
+        loop._events = Events(self._callbacks, peers.clock)
+        loop._pace = Pace(self._in_flight, self._clock, self._program.auto and peers.count == 1)
         if before:
             loop.restore(before.snapshot)
             loop._feed = before._feed.again(feed)

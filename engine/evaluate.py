@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from itertools import islice
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
-from . import checks
+from . import checks, processes
 from .compiled import Step
 from .means import Tally, fetch
 from .metrics import Metrics, as_metrics
-from .source import Data, open_pass
+from .sharding import Spread
+from .source import Data, length, open_pass
 from .trees import Batch, State
 
 QUEUE = 2
@@ -19,7 +22,14 @@ QUEUE = 2
 
 
 def evaluate(
-    step: Step, state: State, data: Data, *, rng: jax.Array | None = None, steps: int | None = None
+    step: Step,
+    state: State,
+    data: Data,
+    *,
+    rng: jax.Array | None = None,
+    steps: int | None = None,
+    mesh: Mesh | NamedSharding | None = None,
+    watch: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, float]:
     """The mean of a step's metrics over a set of data.
 
@@ -33,6 +43,9 @@ def evaluate(
         data: an iterable of batches; a callable is called with 0.
         rng: a random key.
         steps: batches to use, for data without an end.
+        mesh: of many devices, as an engine takes it: batches are cut along it. One that does not divide
+            is whole on every device.
+        watch: called after each batch with how many are done, and of how many, None if not known.
 
     Raises:
         ValueError: there is no batch, or no key for a step that takes one.
@@ -46,14 +59,22 @@ def evaluate(
         raise ValueError("The evaluation step takes a random key as its third argument. Pass one: rng=...")
     if left_out := getattr(data, "dropped", 0):
         warnings.warn(f"The data leaves out {left_out} examples of an evaluation. Pass drop_last=False.", stacklevel=2)
-    compiled = jax.jit(step)  # jax keeps one cache for a function, however often it is wrapped
+    spread = None if mesh is None else Spread(mesh)
+    if spread is not None and spread.processes > 1:
+        processes.same({"the number of batches to evaluate on": length(data)})
+    # jax keeps one cache for a function, however often it is wrapped
+    compiled = jax.jit(step) if spread is None else jax.jit(step, out_shardings=spread.whole)
     results: list[Metrics] = []
     weights: list[int] = []
-    for number, batch in enumerate(islice(open_pass(data, 0), steps)):
+    total = min((n for n in (length(data), steps) if n is not None), default=None)
+    for number, batch in enumerate(islice(open_pass(data, 0, spread, ragged=True), steps)):
+        batch = batch if spread is None else spread.put(batch, ragged=True)
         key = [] if rng is None else [jax.random.fold_in(rng, number)]
         results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
         weights.append(_examples(batch))
         jax.block_until_ready(results[-QUEUE - 1 : -QUEUE])
+        if watch is not None:
+            watch(number + 1, total)
     if not sum(weights):
         once = f" A {type(data).__name__} can be read only once." if hasattr(data, "__next__") else ""
         raise ValueError(f"The data to evaluate on yielded no batches: {type(data).__name__}.{once}")

@@ -8,6 +8,8 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from . import processes
+
 if TYPE_CHECKING:
     from .loop import Loop
 
@@ -19,7 +21,10 @@ def writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds: int 
 
     The file begins with a mark at which readers hide what lies beyond the step where the run
     begins. A second file with such a mark would hide points of the first, so callbacks share one.
+    Process 0 alone writes; the others get one that takes everything and writes nothing.
     """
+    if not processes.writes():
+        return _Nowhere()
     writers = _writers.setdefault(loop, {})
     path = os.path.abspath(directory)
     if writers.get(path) is None:
@@ -34,6 +39,16 @@ def writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds: int 
             filename_suffix=f".{time.time_ns()}.{uuid.uuid4().hex[:8]}",
         )
     return writers[path]
+
+
+class _Nowhere:
+    """Has every attribute, and can be called."""
+
+    def __getattr__(self, name: str) -> _Nowhere:
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> _Nowhere:
+        return self
 
 
 def close(loop: Loop, directory: str | os.PathLike[str]) -> None:

@@ -137,6 +137,7 @@ class Events:
 
     def fail(self, loop: Loop, error: BaseException) -> None:
         """on_exception for those who began; what it raises becomes a note of the error."""
+        loop._peers.fail(error, loop.step)
         for answer in self.answers["on_exception"]:
             if answer.name in self._owed:
                 try:

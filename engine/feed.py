@@ -11,6 +11,7 @@ from .batches import Pass
 from .blocks import Stack
 from .notice import notice
 from .prefetch import Prefetch
+from .sharding import Spread
 from .source import Data, check, length, open_pass
 from .trees import Batch
 
@@ -30,7 +31,8 @@ class Feed:
         self.length = epoch_steps or length(data)
         self.one_shot = not callable(data) and hasattr(data, "__next__")
         self._cut = epoch_steps is not None
-        self._prefetch, self._there = prefetch, there
+        self._prefetch, self._there = prefetch, there  # a sharding, or a Spread
+        self._spread = there if isinstance(there, Spread) else None
         self._pass = 0
         self._used = 0  # batches of this pass that were handed out
         self._sought: Any = None  # the loader's state to go on from
@@ -181,7 +183,7 @@ class Feed:
 
     def _open(self) -> Iterator[Batch]:
         """The present pass, from where it was left."""
-        iterator = open_pass(self.data, self._pass)
+        iterator = open_pass(self.data, self._pass, self._spread)
         self._loader = iterator if hasattr(iterator, "get_state") and hasattr(iterator, "set_state") else None
         if self._loader is not None and self._sought is not None:
             self._loader.set_state(self._sought)

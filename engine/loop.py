@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from .blocks import last
-from .callback import Callback, Carry, own
+from .callback import Callback, Carry
 from .events import Events
 from .feed import Feed
 from .means import to_float
 from .metrics import Meter, Metrics
 from .pace import Pace
+from .processes import Peers
 from .records import History, Record
+from .restore import put_back, take
 from .result import Result, carry_of
-from .snapshot import Snapshot, describe_key, pack, unpack
-from .trees import Batch, State, compare, difference, place, signature
+from .snapshot import Snapshot
+from .trees import Batch, State, difference, place, signature
 
 if TYPE_CHECKING:
     from .compiled import Program
@@ -38,6 +37,7 @@ class Loop:
         steps, epochs: the targets of the run, or None.
         rng: the run's random key, or None.
         callbacks: the run's callbacks by name, in order.
+        mesh: the engine's, or None.
     """
 
     def __init__(self, program: Program, callbacks: dict[str, Callback], feed: Feed, state: State, rng: Any, **to: Any):
@@ -50,8 +50,11 @@ class Loop:
         self.error: BaseException | None = None
         self.steps, self.epochs, self.rng = to["steps"], to["epochs"], rng
         self._program, self.callbacks, self._feed = program, callbacks, feed
+        self.mesh = None if program.spread is None else program.spread.batches
         self._events: Events
         self._pace: Pace
+        self._peers: Peers
+        self._asked: tuple[str, bool] | None = None  # a stop, which the processes have not agreed on yet
         self._bundle = program.bundle(state, program.init(state), 0)
         self._signature = signature({"state": self.state, "carries": self.carries})
         self._meter = Meter()
@@ -74,7 +77,8 @@ class Loop:
     def state(self, new: State) -> None:
         if changed := difference(self.state, new):
             raise ValueError(f"loop.state needs a state like the one it has: {changed}.")
-        self._bundle = (place(new, "The state"), *self._bundle[1:])
+        new = place(new, "The state", spread=self._program.spread, like=self.state)
+        self._bundle = (new, *self._bundle[1:])
 
     @property
     def batch(self) -> Batch:
@@ -124,7 +128,7 @@ class Loop:
         return by_steps or (self.epochs is not None and self.epoch >= self.epochs)
 
     def stop(self, reason: str, *, final: bool = True) -> None:
-        """Ends the run once everything due at this step is done.
+        """Ends the run once everything due at this step is done: in all processes, if one asks for it.
 
         Args:
             reason: what `result.stopped` will say; the first one given stands.
@@ -136,8 +140,21 @@ class Loop:
         """
         if self._saving and final:
             raise RuntimeError("A final loop.stop is too late in on_save. Ask for it in on_step_end or on_log.")
-        if self.stopped is None:
-            self.stopped, self._final = reason, final
+        self._asked = self._asked or (reason, final)
+        if self._peers.count == 1:
+            self._agree()
+
+    def _under_way(self) -> int:
+        """The number of the step that was begun last, where the data cannot tell how many there are; else 0."""
+        return self.step - self.epoch_step + self._feed._used if self._feed.length is None else 0
+
+    def _agree(self) -> None:
+        """Takes what somebody asked for; all processes come here at the same steps."""
+        if self._peers.count > 1:
+            self._asked = self._peers.stand(self.step, self._asked)
+        if self._asked is not None and self.stopped is None:
+            self.stopped, self._final = self._asked
+        self._asked = None
 
     def log(self, values: dict[str, Any]) -> None:
         """Records numbers under their whole names and hands them to every `on_log`, now.
@@ -156,23 +173,7 @@ class Loop:
 
         The arrays in it are the live ones: write or copy them before the event returns.
         """
-        tree = {"state": self.state, "carries": self.carries}
-        host = {
-            "rng": describe_key(self.rng),
-            "tree": self._signature,
-            "carries": list(self.carries),
-            "program": self._program.describe(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "epoch_step": self.epoch_step,
-            "data": self._feed.position(),
-            "windows": self._meter.get_state(),
-            "latest": self.latest,
-            "stopped": self.stopped,
-            "final": self._final,
-            "callbacks": {name: cb.get_state() for name, cb in self.callbacks.items() if own(cb, "get_state")},
-        }
-        return Snapshot(self.step, tree, pack(host, "A snapshot"))
+        return take(self)
 
     def restore(self, snapshot: Snapshot, *, strict: bool = True, skip: bool = True) -> None:
         """Puts a saved run in the place of this one; in `on_load` alone.
@@ -191,45 +192,8 @@ class Loop:
         """
         if not self._loading:
             raise RuntimeError("loop.restore belongs in on_load: the run has begun.")
-        host = unpack(snapshot.host)
-        key = describe_key(self.rng)
-        if host["rng"] != key:
-            raise ValueError(
-                f"The saved run has the random key (rng) {host['rng']}, this run {key}. Give the same, or start anew."
-            )
-        saved, here, carries = host["tree"], self._signature, dict(self.carries)
-        if not strict:
-            carries = {name: carry for name, carry in carries.items() if name in host["carries"]}
-            left = tuple(f"carries/{name}/" for name in {*host["carries"], *self.carries} - set(carries))
-            saved, here = ({n: k for n, k in s.items() if not f"{n}/".startswith(left)} for s in (saved, here))
-        if changed := compare(saved, here):
-            raise ValueError(f"The saved run does not fit this one (saved, then here): {changed}.")
-        like, loads = {"state": self.state, "carries": carries}, callable(snapshot.tree)
-        tree = place(snapshot.tree(like) if loads else snapshot.tree, "The saved run", copy=not loads)
-        tree = {"state": tree["state"], "carries": {name: tree["carries"][name] for name in carries}}
-        tree = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
-        fresh = {} if strict else self._program.init(tree["state"])
-        self._bundle = self._program.bundle(tree["state"], fresh | tree["carries"], host["step"])
-        self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
-        self.latest, self._restored = host["latest"], True
-        if host["final"]:
-            self.stopped = host["stopped"]
-        self._meter.set_state(host["windows"])
-        self._saved = host["program"]
-        if skip:
-            self._feed.seek(host["data"])
-        self._give_back(host["callbacks"])
+        put_back(self, snapshot, strict, skip)
 
     def _result(self) -> Result:
         now = (self.state, self.step, self.epoch, self.stopped, self.history, self.latest)
         return Result(*now, self._last, self.callbacks, self._feed)
-
-    def _give_back(self, states: dict[str, Any]) -> None:
-        keepers = {name: callback for name, callback in self.callbacks.items() if own(callback, "set_state")}
-        for name in states:
-            if name in keepers:
-                keepers[name].set_state(states[name])
-            else:
-                warnings.warn(
-                    f"The saved run holds the state of {name}, which this run has not; it is left out.", stacklevel=3
-                )

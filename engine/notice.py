@@ -6,18 +6,23 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+import jax
+
 if TYPE_CHECKING:
     from .loop import Loop
 
 log = logging.getLogger("onstep")
 
 
-def notice(text: str) -> None:
+def notice(text: str, *, everywhere: bool = False) -> None:
     """Says something worth knowing, such as that a run goes on at step 400.
 
     Through the logger `onstep` where INFO is enabled, else as a line on stderr. Silence it
-    with `logging.getLogger("onstep").disabled = True`.
+    with `logging.getLogger("onstep").disabled = True`. Of several processes process 0 says it, unless
+    `everywhere`.
     """
+    if jax.process_index() and not everywhere:
+        return
     if log.isEnabledFor(logging.INFO):
         log.info(text)
     elif not log.disabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,12 @@ class Pace:
     Args:
         most: the calls.
         clock: gives the time in seconds.
+        cut: whether that may say how many steps a call runs; where several processes run them
+            together it may not.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float]):
-        self._most, self._clock = most, clock
+    def __init__(self, most: int, clock: Callable[[], float], cut: bool):
+        self._most, self._clock, self._cut = most, clock, cut
         self._asked: tuple[int, float] | None = None  # steps completed, and when
 
     def steps(self, step: int) -> int:
@@ -34,6 +37,8 @@ class Pace:
 
         How a run is cut into calls does not change its bytes, so a clock may decide.
         """
+        if not self._cut:
+            return sys.maxsize
         before, self._asked = self._asked, (step, self._clock())
         if before is None:
             return FIRST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 
+from .sharding import Spread
 from .trees import Batch
 
 
@@ -23,11 +25,13 @@ class Prefetch(Iterator[Batch]):
         source: the batches; with `get_state` its state goes with each batch, so that `get_state`
             never depends on what was drawn ahead.
         depth: batches.
-        there: where the arrays shall lie; None leaves it to jax.
+        there: where the arrays shall lie: a sharding, a Spread over many devices, or None, which leaves
+            it to jax.
     """
 
     def __init__(self, source: Any, depth: int, there: Any = None):
-        self._source, self._depth, self._there = source, depth, there
+        self._source, self._depth = source, depth
+        self._put = there.put if isinstance(there, Spread) else functools.partial(jax.device_put, device=there)
         self._drawn: deque[tuple[Batch, Any, BaseException | None]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -68,7 +72,7 @@ class Prefetch(Iterator[Batch]):
                     return
             batch = state = None
             try:
-                batch = jax.block_until_ready(jax.device_put(next(self._source), self._there))
+                batch = jax.block_until_ready(self._put(next(self._source)))
                 state = self._source_state()
             except BaseException as raised:  # also StopIteration: the end
                 error = raised

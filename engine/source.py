@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .batches import Pass
+from .sharding import Spread
 from .trees import Batch
 
 Data = Any
@@ -20,15 +22,21 @@ def length(data: Data) -> int | None:
         return None
 
 
-def open_pass(data: Data, number: int) -> Iterator[Batch]:
+def open_pass(data: Data, number: int, spread: Spread | None = None, *, ragged: bool = False) -> Iterator[Batch]:
     """The batches of one pass over the data; passes are counted from 0.
+
+    Of several processes, over which they are `spread`, each reads its own: `Batches` gives it its part,
+    and of a batch that does not divide the whole, if `ragged`.
 
     Raises:
         TypeError: the source is neither an iterable of batches nor a callable.
     """
     source: Any = data(number) if callable(data) else data
     check(source)
-    return iter(source)
+    batches = iter(source)
+    if spread is not None and spread.processes > 1 and isinstance(batches, Pass):
+        batches.spread, batches.ragged = spread, ragged
+    return batches
 
 
 def check(source: Any) -> None:

@@ -2,6 +2,7 @@
 
 `<directory>/N` is a complete checkpoint of step N, always: it is written under `.saving`, given its
 manifest, and moved into place by one rename. Orbax is imported when something is saved or loaded.
+Of several processes all call `save`, `load`, `wait` and `close`; process 0 alone does the rest.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import processes
 from .records import improves
 
 MANIFEST, HOST = "manifest.json", "host.npz"
-_SAVING, _ASIDE, _TRASH, _LOCK = ".saving", "aside", ".trash", ".lock"
+_SAVING, _ASIDE, _TRASH = ".saving", "aside", ".trash"
 
 
 class Storage:
     """The checkpoints of one run in one directory.
 
     Args:
-        directory: made when something is written, or locked.
+        directory: made when something is written.
         keep: newest checkpoints that stay; None for all.
         best: the metric by which one more stays, the best.
         mode: `"min"` or `"max"`.
@@ -43,9 +45,8 @@ class Storage:
         self.run = uuid.uuid4().hex
         self._checkpointer: Any = None
         self._commit: threading.Thread | None = None
-        self._failure: tuple[int, BaseException] | None = None
-        self._lock: int | None = None
-        self._made: list[str] = []
+        self._failure: BaseException | None = None
+        self._saved: int | None = None  # the step whose save was begun last, until it was waited for
 
     # What is there
 
@@ -60,13 +61,21 @@ class Storage:
         return os.path.join(self.directory, *map(str, parts))
 
     def best_step(self) -> int | None:
-        """The step with the best value of the metric; of equal ones the earliest."""
-        found, value = None, None
+        """The step with the best value of the metric; of equal ones the earliest.
+
+        Without a metric here, by the one that the newest checkpoint was saved with.
+        """
+        manifests = {}
         for step in self.steps():
             with contextlib.suppress(OSError, ValueError):  # what cannot be read does not compete
-                here = self.manifest(step)["metrics"].get(self.best)
-                if here is not None and improves(here, value, mode=self.mode):
-                    found, value = step, here
+                manifests[step] = self.manifest(step)
+        used = [manifest["best"] for manifest in manifests.values() if manifest.get("best")]
+        metric, mode = (self.best, self.mode) if self.best or not used else used[-1]
+        found, value = None, None
+        for step, manifest in manifests.items():
+            here = manifest["metrics"].get(metric)
+            if here is not None and improves(here, value, mode=mode):
+                found, value = step, here
         return found
 
     def manifest(self, step: int) -> dict[str, Any]:
@@ -122,8 +131,11 @@ class Storage:
         return {name: _filled(like, found[name] if name in items else None) for name, like in likes.items()}
 
     def host(self, step: int) -> bytes:
-        """The bytes that were saved beside the trees."""
-        with open(self.path(step, HOST), "rb") as file:
+        """The bytes that were saved beside the trees: this process's own, if as many saved."""
+        names = [_host(process) for process in range(jax.process_count())]
+        there = _names(self.path(step))
+        as_many = set(names) <= there and _host(len(names)) not in there
+        with open(self.path(step, names[jax.process_index()] if as_many else HOST), "rb") as file:
             return file.read()
 
     # Saving
@@ -134,25 +146,27 @@ class Storage:
         Args:
             step: of the checkpoint.
             trees: by name; trees without arrays are left out.
-            host: bytes beside them.
+            host: bytes beside them, of this process.
             metrics: the values that the checkpoint competes with.
         """
         import orbax.checkpoint as ocp
 
         self.wait()
-        if os.path.lexists(self.path(step)):
-            raise FileExistsError(f"{self.path(step)} is there already, and no checkpoint of this run.")
         items = {name: _orbax(tree) for name, tree in trees.items()}
         args = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
+        self._saved = step
         try:
+            processes.first(self._make_room, step)
             if self._checkpointer is None:
-                self.clean()
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            os.makedirs(self.path(_SAVING, "writable"))  # Orbax would wait long for a folder that it cannot make
-            os.rmdir(self.path(_SAVING, "writable"))
+            if not processes.writes():  # before Orbax's own save, whose end all processes wait for
+                with open(self.path(_SAVING, f"{step}.{_host(jax.process_index())}"), "wb") as file:
+                    file.write(host)
             self._checkpointer.save(self.path(_SAVING, step), args=ocp.args.Composite(**args))
+        except FileExistsError:
+            raise
         except Exception as error:
-            self._failure = (step, error)
+            self._failure = error
             self.wait()
         self._commit = threading.Thread(target=self._finish, args=(step, host, metrics), name="onstep-commit")
         self._commit.start()
@@ -166,13 +180,18 @@ class Storage:
         if self._commit is not None:
             self._commit.join()
             self._commit = None
-        if self._failure is not None:
-            (step, error), self._failure = self._failure, None
-            with contextlib.suppress(OSError):
-                self.clean()
+        step, self._saved = self._saved, None
+        if step is None or processes.failed():
+            return
+        error, self._failure = self._failure, None
+        said = None if error is None else f"{type(error).__name__}: {str(error)[:2000]}"
+        said = next((text for text in processes.agree(said, f"the checkpoint of step {step}") if text), None)
+        if said is not None:
+            if processes.writes():
+                with contextlib.suppress(OSError):
+                    self.clean()
             raise RuntimeError(
-                f"The checkpoint of step {step} in {self.directory} could not be saved: "
-                f"{type(error).__name__}: {str(error)[:2000]}"
+                f"The checkpoint of step {step} in {self.directory} could not be saved: {said}"
             ) from error
 
     def close(self) -> None:
@@ -186,15 +205,28 @@ class Storage:
                 with contextlib.suppress(OSError):
                     os.rmdir(self.path(_SAVING))
 
+    def _make_room(self, step: int) -> None:
+        if os.path.lexists(self.path(step)):
+            raise FileExistsError(f"{self.path(step)} is there already, and no checkpoint of this run.")
+        if self._checkpointer is None:
+            self.clean()
+        os.makedirs(self.path(_SAVING, "writable"))  # Orbax would wait long for a folder that it cannot make
+        os.rmdir(self.path(_SAVING, "writable"))
+
     def _finish(self, step: int, host: bytes, metrics: dict[str, float]) -> None:
         """The true commit, beside the running steps: checksums, manifest, rename; then old ones go."""
         try:
             self._checkpointer.wait_until_finished()
+            if not processes.writes():
+                return
             path = self.path(_SAVING, step)
             with open(os.path.join(path, HOST), "wb") as file:
                 file.write(host)
+            for process in range(1, jax.process_count()):
+                os.rename(f"{path}.{_host(process)}", os.path.join(path, _host(process)))
             files = {name: [os.path.getsize(file), _checksum(file)] for name, file in _files(path)}
-            manifest = {"format": 1, "run": self.run, "step": step, "metrics": metrics, "files": files}
+            best = [self.best, self.mode] if self.best else None
+            manifest = {"format": 1, "run": self.run, "step": step, "best": best, "metrics": metrics, "files": files}
             with open(os.path.join(path, MANIFEST), "w") as file:
                 file.write(_sealed(manifest))
                 file.flush()
@@ -202,7 +234,7 @@ class Storage:
             os.rename(path, self.path(step))
             self.prune()
         except BaseException as error:
-            self._failure = (step, error)
+            self._failure = error
 
     def prune(self) -> None:
         """Deletes this run's checkpoints that are neither among the newest nor the best."""
@@ -232,52 +264,16 @@ class Storage:
             free = next(name for name in names if not os.path.lexists(self.path(_ASIDE, name)))
             os.rename(self.path(step), self.path(_ASIDE, free))
 
-    # One run, one directory
 
-    def lock(self) -> None:
-        """Makes the directory this process's own until `unlock`; a dead process holds no lock.
-
-        Raises:
-            RuntimeError: a run that is alive holds it.
-        """
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            return
-        parent = self.directory
-        while not os.path.isdir(parent):
-            self._made.append(parent)
-            parent = os.path.dirname(parent)
-        os.makedirs(self.directory, exist_ok=True)
-        while self._lock is None:
-            lock = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-                message = f"Another run that is alive writes {self.directory}. Give another directory."
-                raise RuntimeError(message) from None
-            if os.path.exists(self.path(_LOCK)) and os.path.samestat(os.fstat(lock), os.stat(self.path(_LOCK))):
-                self._lock = lock
-            else:  # the one who held it has just removed it
-                os.close(lock)
-
-    def unlock(self) -> None:
-        """Gives the directory back; one that was made for the lock and stayed empty is removed."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path(_LOCK))
-                for made in self._made:
-                    os.rmdir(made)
-            os.close(self._lock)
-            self._lock, self._made = None, []
+def _host(process: int) -> str:
+    return HOST if process == 0 else f"host.{process}.npz"
 
 
 def _orbax(tree: Any) -> dict[str, Any]:
     """As Orbax takes it: no bare array, and None for arrays of size 0, which it refuses."""
 
     def convert(leaf: Any) -> Any:
-        return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        return leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(leaf)
 
     return {"tree": jax.tree.map(lambda leaf: convert(leaf) if np.size(leaf) else None, tree)}
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from .sharding import Spread
 
 State = Any
 """Any pytree of arrays; the engine never opens it."""
@@ -82,14 +85,22 @@ def _array(leaf: Any) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
-def place(tree: Any, what: str, *, copy: bool = True) -> Any:
+def place(tree: Any, what: str, *, copy: bool = True, spread: Spread | None = None, like: Any = None) -> Any:
     """The tree as arrays that nobody else holds, committed to their device.
 
     Committed from the start, because restored arrays are: a resumed run then reuses the
     executable. With `copy=False` only what must be converted, or occurs twice, is copied.
 
+    Args:
+        tree: arrays and numbers.
+        what: it is, for errors.
+        copy: whether everything is copied.
+        spread: of many devices, on which the tree shall lie.
+        like: a tree that lies as this one shall there; without, what is on one device gets whole to all.
+
     Raises:
         TypeError: a leaf is no array or number; the message names it and `what` it belongs to.
+        ValueError: a leaf lies on other devices than those.
     """
     for name, leaf in leaves(tree).items():
         if not isinstance(leaf, (jax.Array, int, float, complex)) and getattr(leaf, "dtype", None) is None:
@@ -99,13 +110,17 @@ def place(tree: Any, what: str, *, copy: bool = True) -> Any:
             )
     flat, structure = jax.tree.flatten(tree)
     there = home(tree)
+    wanted = [None] * len(flat) if like is None else [leaf.sharding for leaf in jax.tree.leaves(like)]
     seen: set[int] = set()
     out = []
-    for leaf in flat:
+    for leaf, layout in zip(flat, wanted, strict=True):
         owned = not copy and isinstance(leaf, jax.Array) and id(leaf) not in seen
         seen.add(id(leaf))
         array = strong(leaf if owned else jnp.copy(_array(leaf)))
-        out.append(array if array.committed or there is None else jax.device_put(array, there))
+        if spread is not None:
+            out.append(spread.settle(array, layout))
+        else:
+            out.append(array if array.committed or there is None else jax.device_put(array, there))
     return jax.tree.unflatten(structure, out)
 
 
@@ -115,6 +130,16 @@ def home(tree: Any) -> jax.sharding.Sharding | None:
     if any(len(sharding.device_set) > 1 for sharding in committed):
         return None
     return next(iter(committed), jnp.zeros(()).sharding)
+
+
+def local_bytes(tree: Any) -> dict[str, bytes]:
+    """By name, the bytes of the leaves that every device has whole."""
+
+    def plain(leaf: jax.Array) -> jax.Array:
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    whole = {name: plain(leaf) for name, leaf in leaves(tree).items() if leaf.is_fully_replicated}
+    return {name: np.asarray(leaf.addressable_data(0)).tobytes() for name, leaf in whole.items()}
 
 
 def get_field(tree: Any, path: str, who: str) -> Any:

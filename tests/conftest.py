@@ -1,17 +1,29 @@
 """What all tests share."""
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+import jax
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):
     parser.addoption("--steps-per-call", type=int, help="of every engine whose test does not say")
+    parser.addoption("--compile-anew", action="store_true", help="every program, also one compiled before")
 
 
 def pytest_configure(config):
+    jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what uses none is on the first
     if config.option.steps_per_call is not None:
         from onstep import Engine
 
         Engine.__init__.__kwdefaults__["steps_per_call"] = config.option.steps_per_call
+    if not config.option.compile_anew:  # hundreds of tests compile the same few programs
+        compiled = tempfile.mkdtemp(prefix="onstep-tests-")  # of this process alone: jax's writes are not atomic
+        config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

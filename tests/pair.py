@@ -1,0 +1,266 @@
+"""One of several processes that train together: what tests/test_processes.py starts.
+
+python pair.py SCENARIO PROCESS PROCESSES PORT DIRECTORY
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax
+
+SCENARIO, PROCESS, PROCESSES, PORT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+DIRECTORY = Path(sys.argv[5])
+jax.config.update("jax_num_cpu_devices", 8 // PROCESSES)
+if PROCESSES > 1:
+    times = {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}
+    jax.distributed.initialize(f"127.0.0.1:{PORT}", PROCESSES, PROCESS, **times)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from onstep import Batches, Callback, Engine, at, evaluate, every  # noqa: E402
+from onstep.callbacks import EMA, Checkpoint, GracefulExit, GradNorm, Images, TensorBoard  # noqa: E402
+from onstep.callbacks.checkpoint import load, save  # noqa: E402
+from onstep.sharding import create, fsdp, make_mesh  # noqa: E402
+
+TX = optax.adam(1e-2)
+MESH = make_mesh()
+
+
+def make(key):
+    params = {"w": jax.random.normal(key, (16, 32)) / 4, "v": jnp.zeros((32, 4))}
+    return {"params": params, "opt": TX.init(params), "seen": jnp.zeros(512)}
+
+
+def cut(seed=0):
+    return create(make, fsdp(MESH, small=0), jax.random.key(seed))
+
+
+def step(state, batch, rng):
+    kept = jax.random.bernoulli(rng, 0.9, batch["x"].shape)
+
+    def loss_fn(params):
+        return ((jnp.tanh(batch["x"] * kept @ params["w"]) @ params["v"] - batch["y"]) ** 2).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state["params"])
+    updates, opt = TX.update(grads, state["opt"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    seen = state["seen"].at[batch["number"]].add(1)
+    order = (batch["number"] * jnp.arange(1, 1 + batch["number"].shape[0])).sum()
+    return {"params": params, "opt": opt, "seen": seen}, {"loss": loss, "order": order}, {"grads": grads}
+
+
+def score(state, batch):
+    return {"error": ((jnp.tanh(batch["x"] @ state["params"]["w"]) @ state["params"]["v"] - batch["y"]) ** 2).mean()}
+
+
+def arrays(examples=512):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, 16)).astype(np.float32)
+    return {"x": x, "y": (x @ rng.normal(size=(16, 4))).astype(np.float32), "number": np.arange(examples)}
+
+
+def data(size=64, **options):
+    return Batches(arrays(), size, **options)
+
+
+def run(state, *callbacks, source=None, steps=50, epochs=None, mesh=MESH, **options):
+    engine = Engine(step, callbacks, mesh=mesh, **{"log_every": 1, **options})
+    return engine.run(state, source or data(), steps=steps, epochs=epochs, rng=jax.random.key(1))
+
+
+def checksum(result):
+    """Of what this process holds of a run at its end."""
+    arrays = jax.tree.leaves(result.snapshot.tree)
+    return zlib.crc32(b"".join(np.asarray(shard.data).tobytes() for a in arrays for shard in a.addressable_shards))
+
+
+def said(function):
+    try:
+        function()
+    except (ValueError, FileExistsError) as error:
+        return str(error).removesuffix(" (raised in process 0)")
+    return "nothing"
+
+
+def tell(**values):
+    (DIRECTORY / f"{SCENARIO}-{PROCESS}.json").write_text(json.dumps(values))
+
+
+def own_part(source):
+    """Batches as a loader of this process would give them: its own rows."""
+    rows = 64 // PROCESSES
+    for batch in source:
+        yield {name: array[PROCESS * rows : (PROCESS + 1) * rows] for name, array in batch.items()}
+
+
+class At3(Callback):
+    def __init__(self, act):
+        self.act = act
+        self.when = at(3)
+
+    def on_step_end(self, loop):
+        self.act(loop)
+
+
+class Times(Callback):
+    """Due by the clock: when it was."""
+
+    def __init__(self):
+        self.when, self.steps = every(seconds=0.05), []
+
+    def on_step_end(self, loop):
+        self.steps.append(loop.step)
+
+
+def losses():
+    """The same numbers as on one device, whatever feeds them; and the same examples."""
+    runs = {
+        "batches": run(cut(), GradNorm()),
+        "blocks": run(cut(), GradNorm(), steps_per_call=8),
+        "whole state": run(make(jax.random.key(0)), GradNorm(), source=data()),
+        "a loader": run(cut(), GradNorm(), source=lambda epoch: own_part(data()(epoch))),
+        "prefetch": run(cut(), GradNorm(), prefetch=2),
+    }
+    ends = {name: [result.history[k] for k in ("train/loss", "train/order")] for name, result in runs.items()}
+    uneven = data(100, drop_last=False)  # 12 at the end, which do not divide
+    seen = np.asarray(jax.jit(lambda x: x, out_shardings=None)(runs["whole state"].state["seen"]))
+    tell(ends=ends, error=evaluate(score, cut(), uneven, mesh=MESH)["error"], seen=seen.tolist())
+
+
+def agree():
+    """Stops, clocks and files are the same for all; a mistake speaks on all."""
+    times, ema = Times(), EMA(0.9)
+    timed = run(cut(), times, ema, steps=200)
+    stopped = run(cut(), At3(lambda loop: loop.stop("enough") if PROCESS == 1 else None))
+    early = run(cut(), At3(lambda loop: loop.stop("never begun")), steps=0)
+    saves = Checkpoint(DIRECTORY / "run", when=4)
+    events = TensorBoard(DIRECTORY / "events")
+    drawn = Images(lambda state: {"w": state["params"]["w"][..., None]}, png=DIRECTORY / "png", when=25)
+    whole = run(cut(), EMA(0.9), saves, events, drawn, steps=30)
+    for steps in (9, 10, 30):
+        again = run(cut(), EMA(0.9), Checkpoint(DIRECTORY / "again", when=4), steps=steps)
+    tree = {"w": cut()["params"]["w"]}
+    save(DIRECTORY / "tree", tree)
+    loaded = load(DIRECTORY / "tree", like=tree)["w"]
+    same = all(
+        np.array_equal(np.asarray(a.data), np.asarray(b.data))
+        for a, b in zip(tree["w"].addressable_shards, loaded.addressable_shards, strict=True)
+    )
+    few = list(data())[: 8 - PROCESS]
+    tell(
+        times=times.steps,
+        timed=timed.step,
+        stopped=[stopped.step, stopped.stopped],
+        early=early.step,
+        checkpoints=sorted(int(path.name) for path in (DIRECTORY / "run").iterdir() if path.name.isdigit()),
+        bytes=[checksum(whole), checksum(again)],
+        loaded=same,
+        lengths=said(lambda: run(cut(), source=few)),
+        seeds=said(lambda: run(make(jax.random.key(PROCESS)))),
+        lists=said(lambda: run(cut(), *[GradNorm()] * PROCESS)),
+        meshes=said(lambda: run(make(jax.random.key(0)), mesh=None)),
+        used=said(lambda: save(DIRECTORY / "tree", tree)),
+        indivisible=said(lambda: run(cut(), source=data(60))),
+    )
+
+
+def begin():
+    """Half a run, to be gone on with by others."""
+    tell(losses=run(cut(), EMA(0.9), Checkpoint(DIRECTORY / "moves", when=10), steps=20).history["train/loss"])
+
+
+def go_on():
+    result = run(cut(), EMA(0.9), Checkpoint(DIRECTORY / "moves", when=10), steps=40)
+    tell(losses=result.history["train/loss"], steps=result.history.steps("train/loss"))
+
+
+def loader_moves():
+    class Loader:
+        """Knows its position by itself."""
+
+        def __iter__(self):
+            return Reader()
+
+    class Reader:
+        def __init__(self):
+            self.batches = list(own_part(data()))
+            self.at = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if self.at == len(self.batches):
+                raise StopIteration
+            self.at += 1
+            return self.batches[self.at - 1]
+
+        def get_state(self):
+            return {"at": self.at, "process": PROCESS}
+
+        def set_state(self, state):
+            assert state["process"] == PROCESS
+            self.at = state["at"]
+
+    steps = int(os.environ.get("STEPS", "5"))
+    saves = Checkpoint(DIRECTORY / "loader", when=5)
+    message = said(lambda: tell(order=run(cut(), saves, source=Loader(), steps=steps).history["train/order"]))
+    if message != "nothing":
+        tell(message=message)
+
+
+def raises():
+    def act(loop):
+        if PROCESS == 0:
+            raise RuntimeError("boom")
+
+    run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(act))
+
+
+def loader_raises():
+    def source(epoch):
+        for number, batch in enumerate(own_part(data()(epoch))):
+            if number == 5 and PROCESS == 1:
+                raise OSError("disk gone")
+            yield batch
+
+    run(cut(), Checkpoint(DIRECTORY / "run", when=2), source=source, log_every=50)
+
+
+def runs_out():
+    def source(epoch):
+        yield from list(own_part(data()(epoch)))[: 7 - PROCESS]
+
+    run(cut(), Checkpoint(DIRECTORY / "run", when=2), source=source, steps=None, epochs=2, log_every=50)
+
+
+def is_killed():
+    def act(loop):
+        if PROCESS == 1:
+            while not (DIRECTORY / "run" / "2").exists():  # a save is committed beside the steps
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(act))
+
+
+def go_on_killed():
+    tell(step=run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(lambda loop: None), steps=8).step)
+
+
+def is_terminated():
+    def act(loop):
+        if PROCESS == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = run(cut(), GracefulExit(), Checkpoint(DIRECTORY / "run", when=2), At3(act))
+    tell(step=result.step, stopped=result.stopped)
+
+
+globals()[SCENARIO]()

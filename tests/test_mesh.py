@@ -1,0 +1,380 @@
+"""Many devices in one process: eight virtual ones, made in conftest.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from onstep import Batches, Callback, Engine, evaluate
+from onstep.callbacks import EMA, SWA, Checkpoint, Evaluate, GradNorm, Histograms, NaNGuard, Target
+from onstep.callbacks.checkpoint import load, save
+from onstep.sharding import by_path, create, fsdp, make_mesh, replicated
+
+TX = optax.adam(1e-2)
+
+
+def make(key):
+    first, second = jax.random.split(key)
+    params = {
+        "w1": jax.random.normal(first, (16, 64)) / 4,
+        "bias": jnp.zeros(64),
+        "w2": jax.random.normal(second, (64, 4)) / 8,
+    }
+    return {"params": params, "opt": TX.init(params)}
+
+
+def predict(params, x):
+    return jnp.tanh(x @ params["w1"] + params["bias"]) @ params["w2"]
+
+
+def step(state, batch, rng):
+    kept = jax.random.bernoulli(rng, 0.9, batch["x"].shape)
+
+    def loss_fn(params):
+        return ((predict(params, batch["x"] * kept) - batch["y"]) ** 2).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state["params"])
+    updates, opt = TX.update(grads, state["opt"], state["params"])
+    return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, {"loss": loss}, {"grads": grads}
+
+
+def score(state, batch):
+    return {"error": ((predict(state["params"], batch["x"]) - batch["y"]) ** 2).mean()}
+
+
+def arrays(examples=512):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, 16)).astype(np.float32)
+    return {"x": x, "y": (x @ rng.normal(size=(16, 4))).astype(np.float32)}
+
+
+def data():
+    return Batches(arrays(), 64)
+
+
+def count(state, batch):
+    return state + batch.sum(), {"rows": jnp.float32(batch.shape[0])}
+
+
+def run(state, mesh, *callbacks, steps=50, **options):
+    engine = Engine(step, callbacks, mesh=mesh, log_every=1, **options)
+    return engine.run(state, data(), steps=steps, rng=jax.random.key(1))
+
+
+def states(kind):
+    """A mesh, and a state that lies on it in one of the usual ways."""
+    mesh = make_mesh(data=4, model=2) if kind == "tensor parallel" else make_mesh()
+    rules = {"w1": PartitionSpec(None, "model"), "w2": PartitionSpec("model")}
+    if kind == "plain":
+        return mesh, make(jax.random.key(0))
+    layouts = {
+        "replicated": replicated,
+        "fsdp": lambda m: fsdp(m, small=0),
+        "tensor parallel": lambda m: by_path(m, rules),
+    }
+    return mesh, create(make, layouts[kind](mesh), jax.random.key(0))
+
+
+KINDS = ["plain", "replicated", "fsdp", "tensor parallel"]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(make(jax.random.key(0)), None, GradNorm(), steps_per_call=1)
+
+
+def layout(tree):
+    return {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": 8}, {"prefetch": 2}], ids=["plain", "blocks", "prefetch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_losses_are_those_of_one_device(kind, options, alone):
+    mesh, state = states(kind)
+    result = run(state, mesh, GradNorm(), **options)
+    for name in ("train/loss", "train/grad_norm"):
+        np.testing.assert_allclose(result.history[name], alone.history[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_and_the_carries_stay_where_they_lay(kind):
+    mesh, state = states(kind)
+    ema, average = EMA(0.9), SWA(start=1)
+    result = run(state, mesh, ema, average, GradNorm(), steps=3)
+    if kind != "plain":
+        assert layout(result.state) == layout(state)
+    assert layout(ema.params(result)) == layout(result.state["params"])
+    assert layout(average.params(result)) == layout(result.state["params"])
+    assert len(jax.tree.leaves(result.state)[0].sharding.device_set) == 8
+
+
+def test_the_step_is_compiled_once():
+    mesh, state = states("fsdp")
+    engine = Engine(step, [EMA(0.9), GradNorm(), NaNGuard()], mesh=mesh)
+    engine.run(state, data(), steps=20, rng=jax.random.key(1))
+    assert engine._program._traced.times == 1
+
+
+def test_every_device_gets_its_part_of_a_batch():
+    seen = []
+
+    class Look(Callback):
+        def on_step_end(self, loop):
+            seen.append(loop.metrics["rows"])
+
+    mesh = make_mesh()
+    Engine(count, [Look()], mesh=mesh, steps_per_call=1).run(jnp.float32(0), [np.ones(16, np.float32)], epochs=1)
+    assert float(seen[0]) == 16
+    text = jax.jit(lambda b: b.sum()).lower(
+        jax.device_put(np.ones(16, np.float32), NamedSharding(mesh, PartitionSpec("data")))
+    )
+    assert "all-reduce" in text.compile().as_text()
+
+
+def test_the_one_collective_is_the_steps_own():
+    """The mean of the gradients and of the loss: what a loop written by hand has, and no more."""
+    mesh, state = states("replicated")
+    engine = Engine(step, [EMA(0.9)], mesh=mesh)
+    engine.run(state, data(), steps=1, rng=jax.random.key(1))
+    bundle = engine._program.bundle(state, engine._program.init(state), 0)
+    batch = next(iter(data()))
+    compiled = engine._program.call.trace(bundle, batch, jax.random.key(1), None).lower().compile().as_text()
+    by_hand = jax.jit(lambda s, b: step(s, b, jax.random.key(1))[:2], donate_argnums=0)
+    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    plain = by_hand.lower(state, sharded).compile().as_text()
+    for collective in ("all-reduce(", "all-gather(", "reduce-scatter(", "collective-permute(", "all-to-all("):
+        assert compiled.count(collective) <= plain.count(collective)
+    assert "all-reduce(" in compiled
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_batch_that_does_not_divide_names_the_leaf_the_axis_and_the_devices(many):
+    engine = Engine(lambda s, b: (s, {}), mesh=make_mesh(data=8 if many else 4, model=1 if many else 2))
+    batch = {"a": np.zeros((8, 2)), "b": np.zeros(60 if many else 62)}
+    parts = 8 if many else 4
+    with pytest.raises(
+        ValueError, match=rf"{parts} parts along the mesh's axes \('data',\) \(8 devices\), got 'b'.* with 6"
+    ):
+        engine.run(jnp.float32(0), [batch], epochs=1)
+
+
+def test_a_short_last_batch_of_an_evaluation_is_whole_on_every_device():
+    mesh, state = states("fsdp")
+    held_out = Batches(arrays(100), 64, shuffle=False, drop_last=False)
+    there = evaluate(score, state, held_out, mesh=mesh)
+    here = evaluate(score, make(jax.random.key(0)), held_out)
+    assert there["error"] == pytest.approx(here["error"], rel=1e-5)
+
+
+def test_an_evaluation_in_a_run_is_cut_along_the_mesh():
+    mesh, state = states("fsdp")
+    shapes = []
+
+    def look(state, batch):
+        jax.debug.inspect_array_sharding(
+            batch["x"], callback=lambda sharding: shapes.append(sharding.shard_shape((64, 16)))
+        )
+        return score(state, batch)
+
+    run(state, mesh, Evaluate(look, Batches(arrays(64), 64)), steps=8)
+    assert shapes == [(8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("plain", "fsdp"), ("fsdp", "replicated"), ("fsdp", "tensor parallel"), ("tensor parallel", "plain")],
+)
+def test_a_checkpoint_moves_to_another_layout(before, after, tmp_path, alone):
+    mesh, state = states(before)
+    ema = EMA(0.9)
+    run(state, mesh, ema, Checkpoint(tmp_path, when=10), steps=20)
+    mesh, state = states(after)
+    result = run(state, mesh, ema, Checkpoint(tmp_path, when=10), steps=50)
+    np.testing.assert_allclose(result.history["train/loss"], alone.history["train/loss"][20:], rtol=1e-5)
+    fresh = run(states(after)[1], mesh, steps=1)
+    assert layout(result.state) == layout(fresh.state)
+    assert layout(ema.params(result)) == layout(fresh.state["params"])
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "plain"])
+def test_a_run_on_one_device_goes_on_on_many_and_back(kind, tmp_path, alone):
+    run(make(jax.random.key(0)), None, GradNorm(), Checkpoint(tmp_path, when=10), steps=20)
+    mesh, state = states(kind)
+    run(state, mesh, GradNorm(), Checkpoint(tmp_path, when=10), steps=30)
+    result = run(make(jax.random.key(0)), None, GradNorm(), Checkpoint(tmp_path, when=10), steps=50)
+    np.testing.assert_allclose(result.history["train/loss"], alone.history["train/loss"][30:], rtol=1e-5)
+    assert len(jax.tree.leaves(result.state)[0].sharding.device_set) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": 8}], ids=["plain", "blocks"])
+def test_a_run_that_is_cut_ends_in_the_same_bytes_on_the_same_mesh(options, tmp_path):
+    def once(directory, *cuts):
+        for steps in cuts:
+            mesh, state = states("fsdp")
+            result = run(state, mesh, EMA(0.9), GradNorm(), Checkpoint(directory, when=7), steps=steps, **options)
+        return result
+
+    whole, cut = once(tmp_path / "a", 40), once(tmp_path / "b", 13, 14, 40)
+    for a, b in zip(jax.tree.leaves(whole.snapshot.tree), jax.tree.leaves(cut.snapshot.tree), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_result_goes_on_in_the_layout_of_its_run():
+    mesh, state = states("fsdp")
+    engine = Engine(step, [EMA(0.9)], mesh=mesh, log_every=1)
+    rng = jax.random.key(1)
+    cut = engine.run(engine.run(state, data(), steps=20, rng=rng), data(), steps=40, rng=rng)
+    whole = engine.run(state, data(), steps=40, rng=rng)
+    for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(cut.state), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert a.sharding == b.sharding
+
+
+def test_a_state_that_is_assigned_lies_as_the_one_before():
+    class Double(Callback):
+        when = 2
+
+        def on_step_end(self, loop):
+            loop.state = jax.tree.map(lambda leaf: 2 * np.asarray(leaf), loop.state)
+
+    mesh = make_mesh()
+    state = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("data")))
+    engine = Engine(lambda s, b: (s + b.mean(), {}), [Double()], mesh=mesh)
+    result = engine.run(state, [np.ones(8, np.float32)] * 3, epochs=1)
+    assert result.state.sharding == state.sharding
+    np.testing.assert_allclose(result.state, 2 * (np.arange(8) + 2) + 1)
+
+
+def test_uncompiled_steps_run_on_a_mesh_too():
+    engine = Engine(count, mesh=make_mesh(), jit=False)
+    assert float(engine.run(jnp.float32(0), [np.ones(16, np.float32)] * 2, epochs=1).state) == 32
+
+
+def test_batches_that_are_on_the_devices_stay_there():
+    mesh = make_mesh()
+    batch = jax.device_put(np.ones(16, np.float32), NamedSharding(mesh, PartitionSpec()))
+    assert float(Engine(count, mesh=mesh).run(jnp.float32(0), [batch] * 2, epochs=1).state) == 32
+
+
+def test_scalars_and_numbers_in_a_batch_are_for_every_device():
+    engine = Engine(lambda s, b: (s + (b["x"] * b["scale"] * b["two"]).sum(), {}), mesh=make_mesh())
+    batch = {"x": np.ones(8, np.float32), "scale": np.float32(3), "two": 2}
+    assert float(engine.run(jnp.float32(0), [batch], epochs=1).state) == 48
+
+
+def test_a_sharding_of_the_batches_cuts_further_axes():
+    mesh = make_mesh(rows=4, sequence=2)
+    seen = []
+
+    def look(state, batch):
+        jax.debug.inspect_array_sharding(batch, callback=lambda sharding: seen.append(sharding.shard_shape((8, 6))))
+        return state + batch.sum(), {}
+
+    engine = Engine(look, mesh=NamedSharding(mesh, PartitionSpec("rows", "sequence")))
+    assert float(engine.run(jnp.float32(0), [np.ones((8, 6), np.float32)], epochs=1).state) == 48
+    assert seen == [(2, 3)]
+
+
+def test_target_networks_and_histograms_work_on_cut_parameters(tmp_path):
+    mesh = make_mesh()
+    start = create(lambda: {"params": jnp.ones((16, 4)), "target": jnp.zeros((16, 4))}, fsdp(mesh, small=0))
+
+    def move(state, batch):
+        return {**state, "params": state["params"] + batch.mean()}, {}
+
+    engine = Engine(move, [Target(rate=0.5), Histograms(tmp_path)], mesh=mesh)
+    result = engine.run(start, [np.ones(8, np.float32)] * 2, epochs=1)
+    np.testing.assert_allclose(result.state["target"], 0.5 * (0.5 * 2) + 0.5 * 3)
+    assert result.state["target"].sharding == start["target"].sharding
+
+
+def test_saved_trees_load_into_another_layout(tmp_path):
+    mesh = make_mesh()
+    tree = create(lambda: {"w": jnp.arange(32.0).reshape(8, 4)}, fsdp(mesh, small=0))
+    save(tmp_path, tree)
+    here = load(tmp_path, like={"w": jnp.zeros((8, 4))})
+    there = load(tmp_path, like=create(lambda: {"w": jnp.zeros((8, 4))}, replicated(mesh)))
+    assert len(here["w"].sharding.device_set) == 1
+    assert there["w"].sharding.is_fully_replicated
+    np.testing.assert_array_equal(here["w"], np.arange(32.0).reshape(8, 4))
+    np.testing.assert_array_equal(there["w"], here["w"])
+
+
+def test_a_state_on_other_devices_is_refused():
+    half = Mesh(np.array(jax.devices()[:4]), ("data",))
+    state = jax.device_put(jnp.zeros(8), NamedSharding(half, PartitionSpec("data")))
+    with pytest.raises(ValueError, match="mesh's 8 devices, got a leaf of shape .* on 4 others"):
+        Engine(lambda s, b: (s, {}), mesh=make_mesh()).run(state, [np.ones(8)], epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "error", "match"),
+    [
+        (lambda: 8, TypeError, "jax.sharding.Mesh or a NamedSharding, got int"),
+        (lambda: make_mesh(a=4, b=2), ValueError, "an axis 'data' along which batches are cut"),
+        (lambda: jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)), ValueError, "axes of the type Auto"),
+    ],
+    ids=["a number", "unknown axes", "explicit axes"],
+)
+def test_a_mesh_that_cannot_serve_is_refused_when_the_engine_is_made(mesh, error, match):
+    with pytest.raises(error, match=match):
+        Engine(step, mesh=mesh())
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "model": 3}, {"a": -1, "b": -1}, {"data": 4}])
+def test_axes_that_do_not_make_up_the_devices_are_refused(sizes):
+    with pytest.raises(ValueError, match="make up 8 devices"):
+        make_mesh(**sizes)
+
+
+def test_a_mesh_has_auto_axes_of_the_sizes_asked_for():
+    mesh = make_mesh(data=-1, model=2)
+    assert dict(mesh.shape) == {"data": 4, "model": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert dict(make_mesh().shape) == {"data": 8}
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((16, 64), PartitionSpec(None, "data")),
+        ((64, 16), PartitionSpec("data")),
+        ((7, 24), PartitionSpec(None, "data")),
+        ((7, 9), PartitionSpec()),
+        ((), PartitionSpec()),
+    ],
+)
+def test_fsdp_cuts_the_largest_axis_that_divides(shape, spec):
+    assert fsdp(make_mesh(), small=0)(jax.ShapeDtypeStruct(shape, jnp.float32)).spec == spec
+
+
+def test_fsdp_leaves_small_leaves_whole():
+    layout = fsdp(make_mesh(), small=100)
+    assert layout(jax.ShapeDtypeStruct((96,), jnp.float32)).spec == PartitionSpec()
+    assert layout(jax.ShapeDtypeStruct((104,), jnp.float32)).spec == PartitionSpec("data")
+
+
+def test_fsdp_holds_an_eighth_of_the_state_on_each_device():
+    state = create(make, fsdp(make_mesh(), small=0), jax.random.key(0))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    here = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert here < whole / 8 + 8
+
+
+def test_rules_by_path_reach_the_optimizer_state_too():
+    mesh = make_mesh(data=4, model=2)
+    rules = {"w1": PartitionSpec(None, "model"), "w2": PartitionSpec("model")}
+    specs = layout(create(make, by_path(mesh, rules, otherwise=fsdp(mesh, small=0)), jax.random.key(0)))
+    assert specs["['params']['w1']"] == specs["['opt'][0].mu['w1']"] == PartitionSpec(None, "model")
+    assert specs["['params']['bias']"] == PartitionSpec("data")
+
+
+def test_a_rule_that_fits_nothing_or_does_not_divide_is_refused():
+    mesh = make_mesh(data=4, model=2)
+    with pytest.raises(ValueError, match=r"no leaf fits \['kernel'\]"):
+        create(make, by_path(mesh, {"kernel": PartitionSpec("model")}), jax.random.key(0))
+    with pytest.raises(ValueError, match="by_path: w has an axis of 7, which does not divide among 2 devices"):
+        by_path(mesh, {"w": PartitionSpec("model")})({"w": jax.ShapeDtypeStruct((7,), jnp.float32)})
+    with pytest.raises(ValueError, match="fsdp needs an axis of the mesh, got 'rows'"):
+        fsdp(mesh, "rows")

@@ -1,0 +1,337 @@
+"""What an engine will do, on a page: who answers what, what is compiled, how many steps a call runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onstep import Batches, Cadence, Callback, Engine, at, every
+from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, Progress
+from onstep.plan import words
+
+KEY = jax.random.key(0)
+DATA = Batches({"x": np.ones((24, 4), np.float32)}, 2)
+
+
+def linear(state, batch):
+    return {"w": state["w"] - 0.1}, {"loss": (batch["x"] @ state["w"]).mean()}
+
+
+def noisy(state, batch, rng):
+    return {"w": state["w"] + jax.random.normal(rng, (4,))}, {}
+
+
+def conv(state, batch):
+    image = batch["x"][None, None, :, :]
+    return state, {"loss": jax.lax.conv(image, jnp.ones((1, 1, 2, 2)), (1, 1), "SAME").mean()}
+
+
+def printing(state, batch):
+    jax.debug.print("here")
+    return state, {}
+
+
+def fresh():
+    return {"w": jnp.ones(4)}
+
+
+class Host(Callback):
+    """Answers what it is told to, and must not be called."""
+
+    def __init__(self, *events, name=None, when=1):
+        self.name, self.when = name, when
+        for event in events:
+            setattr(self, event, self._called)
+
+    def _called(self, *args):
+        raise AssertionError("a plan calls nobody")
+
+
+class Counts(Callback):
+    """A pure half that keeps a number."""
+
+    update_when = every(steps=10)
+
+    def init(self, state):
+        return jnp.int32(0)
+
+    def update(self, carry, ctx):
+        return carry + 1, ctx
+
+
+@pytest.mark.parametrize(
+    ("cadence", "said"),
+    [
+        (every(1), "every step"),
+        (every(100), "every 100 steps"),
+        (every(epochs=1), "every epoch"),
+        (every(epochs=5), "every 5 epochs"),
+        (every(seconds=0.2), "every 0.2 s"),
+        (at(7), "at step 7"),
+        (at(10, 1) | every(epochs=1), "every epoch and at steps 1, 10"),
+        (Cadence(), "never"),
+    ],
+    ids=str,
+)
+def test_a_cadence_is_said_in_words(cadence, said):
+    assert words(cadence) == said
+
+
+def test_the_page_as_a_person_reads_it(tmp_path):
+    ema = EMA(of=None)
+    evaluate = Evaluate(linear, DATA, using=ema, when=every(epochs=2))
+    engine = Engine(linear, [ema, Counts(), evaluate, Checkpoint(tmp_path, when=9), Progress(interval=5)])
+
+    @engine.on("step_begin", when=at(4))
+    def peek(loop): ...
+
+    assert (
+        str(engine.plan(fresh(), DATA, epochs=5))
+        == """\
+Events, in order, and the callbacks that answer
+  on_load        before anything else                         Checkpoint
+  on_run_begin   when the run begins                          val (Evaluate), Checkpoint, Progress
+  on_step_begin  at step 4                      step 4        peek
+  on_step_end    every 2 epochs                 step 24       val (Evaluate)
+                 every 5 s                      by the clock  Progress
+  on_log         at each record                               Checkpoint, Progress
+  on_epoch_end   when an epoch is complete                    Checkpoint
+  on_save        every 9 steps, and at the end  step 9        Checkpoint
+  on_run_end     when the run ends, in reverse                Progress, Checkpoint
+
+Compiled into the step, in order
+  1  linear(state, batch)  every step      state: 16 bytes in 1 array
+  2  EMA                   every step      carry: 16 bytes in 1 array
+  3  Counts                every 10 steps  carry: 4 bytes in 1 array
+
+Steps in a call: at most 9
+  at most 128 by the step: more gain nothing
+  the first call has at most 8, then as many as take about 0.1 s
+  Checkpoint.on_save ends a call every 9 steps
+  an epoch ends a call every 12 steps
+  log_every=50 ends a call every 50 steps
+
+The loop
+  it stops next at step 3, for peek.on_step_begin
+  it stops by the clock for Progress.on_step_end every 5 s
+  it records train/ means every 50 steps (log_every) and epoch/ means every epoch
+  it ends at step 60
+  at most 2 compiled calls are queued"""
+    )
+
+
+def test_a_plan_needs_no_argument_and_says_what_it_does_not_know():
+    plan = Engine(linear, [GradNorm(when=10), Evaluate(linear, DATA)], log_every=20).plan()
+    assert plan.events[-1] == ("on_step_end", "every epoch", "", "val (Evaluate)")
+    assert plan.compiled == [("linear(state, batch)", "every step", ""), ("GradNorm", "every 10 steps", "")]
+    assert plan.steps_per_call is None
+    assert plan.why == ['"auto" decides from the step and a batch: give plan the state and the data']
+    assert plan.loop[0] == "it stops next at step 20, for log_every=20"
+
+
+def test_an_engine_without_callbacks_has_a_page_too():
+    assert str(Engine(linear).plan()).startswith("Events, in order, and the callbacks that answer\n  none\n\nCompiled")
+
+
+def test_nothing_runs_is_called_donated_or_written(tmp_path, capsys):
+    events = ("on_load", "on_run_begin", "on_step_begin", "on_step_end", "on_log", "on_save", "on_run_end")
+    state, drawn = fresh(), []
+    engine = Engine(linear, [Host(*events), Counts(), Checkpoint(tmp_path / "run")])
+
+    def data(epoch):
+        drawn.append(epoch)
+        yield from DATA(epoch)
+
+    engine.plan(state, data, epochs=2)
+    assert state["w"].tolist() == [1] * 4
+    assert (drawn, list(tmp_path.iterdir()), capsys.readouterr()) == ([0], [], ("", ""))
+
+
+def test_a_plan_leaves_the_state_of_callbacks_as_it_is():
+    class Remembers(Callback):
+        steps = 0
+
+        def on_step_end(self, loop):
+            self.steps = loop.step
+
+        def get_state(self):
+            return {"steps": self.steps}
+
+        def set_state(self, state):
+            self.steps = state["steps"]
+
+    remembers = Remembers()
+    engine = Engine(linear, [remembers])
+    engine.run(fresh(), DATA, steps=7)
+    engine.plan(fresh(), DATA, steps=9)
+    assert remembers.steps == 7
+
+
+def test_a_run_after_a_plan_is_the_run_without_one():
+    engine = Engine(noisy, [Counts()])
+    engine.plan(fresh(), DATA, steps=5, rng=KEY)
+    runs = [one.run(fresh(), DATA, steps=5, rng=KEY) for one in (engine, Engine(noisy, [Counts()]))]
+    assert runs[0].state["w"].tolist() == runs[1].state["w"].tolist()
+
+
+def test_data_that_can_be_read_only_once_is_left_alone():
+    data = iter(DATA)
+    plan = Engine(linear).plan(fresh(), data, steps=5)
+    assert plan.why == ["a Pass can be read only once, so plan drew no batch to decide from"]
+    assert len(list(data)) == 12
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "steps", "why"),
+    [
+        (conv, {}, 1, "one by one: a convolution is slower in a loop on CPUs"),
+        (printing, {}, 1, "one by one: what a step does besides, such as a print, stays step by step"),
+        (linear, {}, 12, "at most 128 by the step: more gain nothing"),
+        (
+            linear,
+            {"mesh": jax.sharding.Mesh(jax.devices()[:1], ("data",))},
+            1,
+            "one by one: several steps in a call are not measured on many devices",
+        ),
+        (linear, {"steps_per_call": 1}, 1, "steps_per_call=1"),
+        (linear, {"steps_per_call": 8}, 8, "steps_per_call=8"),
+        (linear, {"jit": False}, 1, "jit=False: nothing is compiled"),
+    ],
+    ids=["convolution", "print", "auto", "mesh", "one", "eight", "uncompiled"],
+)
+def test_the_number_of_steps_in_a_call_has_a_reason(step, options, steps, why):
+    plan = Engine(step, **options).plan(fresh(), DATA, epochs=2)
+    assert (plan.steps_per_call, plan.why[0]) == (steps, why)
+
+
+def test_large_batches_and_long_steps_make_short_calls():
+    def products(state, batch):
+        return state, {"sum": (batch["x"] @ batch["x"].T).sum()}
+
+    batch = {"x": np.ones((1000, 1000), np.float32)}
+    plan = Engine(products).plan(fresh(), [batch] * 50, epochs=1)
+    assert (plan.steps_per_call, plan.why[0]) == (2, "at most 2 by the step: more would be too long a call to wait for")
+    plan = Engine(linear).plan(fresh(), [{"x": np.ones((10**6, 4), np.float32)}] * 50, epochs=1)
+    assert plan.why[0] == "at most 2 by the step: more batches would take too much memory at once"
+
+
+def test_what_cuts_calls_is_named_the_shortest_first():
+    callbacks = [Host("on_step_end", name="rare", when=100), Host("on_step_end", "on_save", name="often", when=5)]
+    plan = Engine(linear, [*callbacks, Host("on_log", name="never", when=2)]).plan(fresh(), DATA)
+    assert plan.steps_per_call == 5
+    assert plan.why[2:] == [
+        "often.on_step_end ends a call every 5 steps",
+        "often.on_save ends a call every 5 steps",
+        "an epoch ends a call every 12 steps",
+        "log_every=50 ends a call every 50 steps",
+        "rare.on_step_end ends a call every 100 steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("callback", "stop"),
+    [
+        (Host("on_step_end", name="a", when=7), "step 7, for a.on_step_end"),
+        (Host("on_step_begin", name="a", when=7), "step 6, for a.on_step_begin"),
+        (Host("on_step_begin", name="a"), "step 1, for a.on_step_begin"),
+        (Host("on_step_begin", name="a", when=at(1)), "step 12, for the end of epoch 1"),
+        (Host("on_save", name="a", when=at(3)), "step 3, for a.on_save"),
+        (Host("on_step_end", name="a", when=every(epochs=1)), "step 12, for the end of epoch 1, a.on_step_end"),
+        (Host("on_log", name="a"), "step 12, for the end of epoch 1"),
+    ],
+    ids=["after", "before", "before each", "before the first", "save", "epoch", "none"],
+)
+def test_where_the_loop_stops_next_is_where_a_run_stops(callback, stop):
+    assert Engine(linear, [callback]).plan(fresh(), DATA, epochs=2).loop[0] == f"it stops next at {stop}"
+    for event in ("on_step_end", "on_step_begin", "on_save", "on_log"):
+        if event in vars(callback):
+            setattr(callback, event, lambda loop, record=None: None)
+    engine, ends = Engine(linear, [callback], steps_per_call=100), []
+    before = engine._program.advance
+    engine._program.advance = lambda *args: ends.append(args[3] + args[4]) or before(*args)
+    engine.run(fresh(), DATA, epochs=2)
+    assert f"step {ends[0]}," in stop
+
+
+@pytest.mark.parametrize(
+    ("arguments", "end"),
+    [
+        ({"epochs": 5}, "it ends at step 60"),
+        ({"epochs": 5, "steps": 20}, "it ends at step 20"),
+        ({"epochs": 5, "epoch_steps": 4}, "it ends at step 20"),
+    ],
+    ids=["epochs", "both", "epoch_steps"],
+)
+def test_where_a_run_ends(arguments, end):
+    assert end in Engine(linear).plan(fresh(), DATA, **arguments).loop
+
+
+def test_where_a_run_ends_is_not_known_without_the_length_of_an_epoch():
+    assert "it ends with epoch 3, whose step is not known before" in Engine(linear).plan(epochs=3).loop
+
+
+def test_what_is_due_only_later_than_the_end_is_not_in_the_run():
+    callbacks = [Host("on_step_end", "on_save", when=100), Host("on_step_end", when=every(epochs=2))]
+    plan = Engine(linear, callbacks).plan(fresh(), DATA, steps=20)
+    assert [(event, later) for event, _, later, _ in plan.events] == [
+        ("on_step_end", "not in this run"),
+        ("on_step_end", "not in this run"),
+        ("on_save", "step 20"),
+    ]
+
+
+def test_the_plan_of_a_run_that_goes_on_begins_where_that_ended():
+    def engine():
+        return Engine(linear, [Evaluate(linear, DATA, when=every(epochs=2)), Counts()])
+
+    first = engine().run(fresh(), DATA, steps=15)
+    plan = engine().plan(first, DATA, epochs=4)
+    assert ("on_step_end", "every 2 epochs", "step 24", "val (Evaluate)") in plan.events
+    assert plan.loop[0] == "it stops next at step 24, for the end of epoch 2, val.on_step_end"
+    assert "it ends at step 48" in plan.loop
+
+
+def test_a_run_that_goes_on_keeps_its_mode():
+    first = Engine(linear, steps_per_call=1).run(fresh(), DATA, steps=5)
+    plan = Engine(linear).plan(first, DATA, epochs=4)
+    assert (plan.steps_per_call, plan.why) == (1, ["one by one, as in the run that goes on"])
+    first = Engine(conv, steps_per_call=4).run(fresh(), DATA, steps=5)
+    assert Engine(conv).plan(first, DATA, epochs=4).steps_per_call == 2
+
+
+def test_queued_calls_and_prefetched_batches_are_named():
+    plan = Engine(linear, in_flight=3, prefetch=2).plan()
+    assert plan.loop[-1] == "at most 3 compiled calls are queued, and 2 batches are put on the device ahead"
+
+
+def test_mistakes_are_those_of_a_run():
+    with pytest.raises(ValueError, match="takes a random key"):
+        Engine(noisy).plan(fresh(), DATA, epochs=1)
+    with pytest.raises(ValueError, match="yielded no batches"):
+        Engine(linear).plan(fresh(), [], epochs=1)
+    with pytest.raises(TypeError, match="data needs to be an iterable"):
+        Engine(linear).plan(fresh(), 3, epochs=1)
+    with pytest.raises(ValueError, match="needs epochs >= 0"):
+        Engine(linear).plan(epochs=-1)
+
+
+def test_a_notebook_shows_tables():
+    shown = Engine(linear, [Host("on_step_end", "on_save", name="a|b", when=5)]).plan()._repr_markdown_()
+    assert "| event | when | next | callback |\n| --- | --- | --- | --- |\n" in shown
+    assert "| on_step_end | every 5 steps | step 5 | a\\|b (Host) |" in shown
+    assert "**Steps in a call: not decided**\n\n- " in shown
+
+
+def test_a_graph_has_the_events_that_are_answered_and_the_way_between_them():
+    callbacks = [Counts(), Host("on_step_end", "on_run_end", "on_exception", name='"<x>"', when=5)]
+    lines = Engine(linear, callbacks).plan().mermaid().splitlines()
+    assert lines == [
+        "flowchart TD",
+        '    compiled_call["compiled call<br/>linear(state, batch): every step<br/>Counts: every 10 steps"]',
+        '    on_step_end["on_step_end<br/>#quot;#lt;x#gt;#quot; (Host): every 5 steps"]',
+        '    on_exception["on_exception<br/>#quot;#lt;x#gt;#quot; (Host)"]',
+        '    on_run_end["on_run_end<br/>#quot;#lt;x#gt;#quot; (Host)"]',
+        "    compiled_call --> on_step_end",
+        "    on_step_end --> on_run_end",
+        "    on_step_end -->|again, until the target or a stop| compiled_call",
+        "    compiled_call -.->|an error, wherever it is raised| on_exception",
+    ]

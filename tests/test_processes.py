@@ -1,0 +1,172 @@
+"""Several processes that train together, on the loopback address."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onstep import processes
+
+PAIR = Path(__file__).parent / "pair.py"
+LIMIT = 200
+"""Seconds for one pair on a machine that is busy; alone it takes about ten."""
+
+
+def start(scenario, directory, count=2, **environment):
+    """Exit statuses, standard errors, and seconds from the first end to the last."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    errors = [directory / f"{scenario}-{process}.err" for process in range(count)]
+    started = []
+    for process, path in enumerate(errors):
+        command = [sys.executable, str(PAIR), scenario, str(process), str(count), str(port), str(directory)]
+        with path.open("w") as file:
+            started.append(subprocess.Popen(command, stderr=file, env={**os.environ, **environment}))
+    ended, begun = {}, time.monotonic()
+    try:
+        while len(ended) < count and time.monotonic() - begun < LIMIT:
+            for process, running in enumerate(started):
+                if process not in ended and running.poll() is not None:
+                    ended[process] = time.monotonic()
+            time.sleep(0.05)
+    finally:
+        for running in started:
+            running.kill()
+    texts = [path.read_text() for path in errors]
+    assert len(ended) == count, f"a process waits for ever:\n{texts}"
+    return [running.wait() for running in started], texts, max(ended.values()) - min(ended.values())
+
+
+def told(scenario, directory, count=2, **environment):
+    """What each process told, all having ended well."""
+    statuses, errors, _ = start(scenario, directory, count, **environment)
+    assert statuses == [0] * count, "\n".join(errors)
+    return [json.loads((directory / f"{scenario}-{process}.json").read_text()) for process in range(count)]
+
+
+def last_error(text):
+    """The last line of the last traceback, without what JAX and we say after it."""
+    lines = text[text.rindex("Traceback") :].splitlines()
+    return next(line for line in lines[1:] if line and not line.startswith(" "))
+
+
+def checkpoints(directory):
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def test_alone_every_question_has_its_answer_at_once():
+    assert processes.writes()
+    assert processes.agree({"a": 1}) == [{"a": 1}]
+    assert processes.first(lambda a, b: a + b, 1, 2) == 3
+    assert processes.failed() is None
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_train_as_one_device_does(tmp_path):
+    (alone,) = told("losses", tmp_path, 1)
+    pair = told("losses", tmp_path)
+    for process in pair:
+        for name, (loss, order) in process["ends"].items():
+            np.testing.assert_allclose(loss, alone["ends"]["batches"][0], rtol=1e-5, err_msg=name)
+            assert order == alone["ends"]["batches"][1], name  # the same examples at the same places of each step
+        assert process["error"] == pytest.approx(alone["error"], rel=1e-5)
+        assert process["seen"] == alone["seen"]
+
+
+@pytest.mark.slow
+def test_what_a_clock_a_stop_or_a_file_decides_is_the_same_for_all(tmp_path):
+    first, second = told("agree", tmp_path)
+    bytes_of = [process.pop("bytes") for process in (first, second)]
+    assert first == second
+    assert all(whole == again for whole, again in bytes_of)
+    assert first["timed"] == 200
+    assert 0 < len(first["times"]) < 200
+    assert first["stopped"] == [3, "enough (asked for by process 1)"]
+    assert first["early"] == 0
+    assert first["checkpoints"] == [24, 28, 30]
+    assert first["loaded"]
+    assert "the number of batches to an epoch is 8 in process 0, 7 in process 1" in first["lengths"]
+    assert "the checksum of the state at params/w" in first["seeds"]
+    assert "the list of callbacks is {} in process 0, {'GradNorm'" in first["lists"]
+    assert "Several processes need a mesh" in first["meshes"]
+    assert "holds step 0" in first["used"]
+    assert "divide among 8 parts along the mesh's axes ('data',) (8 devices), got one with 60" in first["indivisible"]
+    assert len(list((tmp_path / "events").iterdir())) == 1
+    assert len(list((tmp_path / "png").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_on_another_number_of_processes_and_back(tmp_path):
+    (alone,) = told("losses", tmp_path, 1)
+    begun, _ = told("begin", tmp_path)
+    (tmp_path / "one").mkdir()
+    subprocess.run(["cp", "-r", tmp_path / "moves", tmp_path / "one" / "moves"], check=True)
+    (one,) = told("go_on", tmp_path / "one", 1)
+    subprocess.run(["rm", "-r", tmp_path / "one" / "moves" / "40"], check=True)
+    back, _ = told("go_on", tmp_path / "one")
+    pair, _ = told("go_on", tmp_path)
+    whole = alone["ends"]["batches"][0]
+    np.testing.assert_allclose(begun["losses"] + one["losses"], whole[:40], rtol=1e-5)
+    np.testing.assert_allclose(begun["losses"] + pair["losses"], whole[:40], rtol=1e-5)
+    assert back["steps"][0] == 31
+    np.testing.assert_allclose(back["losses"], whole[30:40], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_each_process_gets_its_own_loaders_position_back(tmp_path):
+    told("loader_moves", tmp_path, STEPS="5")
+    cut = [*told("loader_moves", tmp_path, STEPS="7")[0]["order"]]
+    (alone,) = told("loader_moves", tmp_path, 1, STEPS="9")
+    assert "position in the data is of 2 processes, here are 1" in alone["message"]
+    (tmp_path / "whole").mkdir()
+    assert cut == told("loader_moves", tmp_path / "whole", STEPS="7")[0]["order"][5:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "failing", "error", "saved"),
+    [
+        ("raises", 0, "RuntimeError: boom", [2]),
+        ("loader_raises", 1, "OSError: disk gone", [2, 4]),
+        ("runs_out", 1, "ProcessError: Process 1 ran out of data at step 7", [2, 4, 6]),
+    ],
+)
+def test_one_that_fails_ends_all_and_the_others_say_which(scenario, failing, error, saved, tmp_path):
+    statuses, errors, seconds = start(scenario, tmp_path)
+    assert 0 not in statuses
+    assert error in last_error(errors[failing])
+    assert f"Process {failing} " in errors[1 - failing]
+    assert error.split(": ", 1)[1] in errors[1 - failing]
+    assert seconds < 30
+    assert checkpoints(tmp_path / "run") == saved
+
+
+@pytest.mark.slow
+def test_one_that_is_killed_ends_all_and_the_next_start_goes_on(tmp_path):
+    statuses, errors, seconds = start("is_killed", tmp_path)
+    assert statuses[1] == -9
+    assert statuses[0] not in (0, None)
+    assert (
+        "task:1" in errors[0] or "Process 1" in errors[0] or "unhealthy (stopped sending heartbeats):\n1" in errors[0]
+    )
+    assert seconds < 60
+    assert checkpoints(tmp_path / "run") == [2]
+    told("go_on_killed", tmp_path)
+    assert checkpoints(tmp_path / "run")[-1] == 8
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_ends_all_at_the_same_step_to_be_resumed(tmp_path):
+    statuses, errors, _ = start("is_terminated", tmp_path)
+    assert statuses == [0, 143], errors
+    assert json.loads((tmp_path / "is_terminated-0.json").read_text()) == {
+        "step": 3,
+        "stopped": "SIGTERM (asked for by process 1)",
+    }
+    assert checkpoints(tmp_path / "run") == [2, 3]
