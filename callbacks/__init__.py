@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpoint
 from .clip_weights import ClipWeights
+from .csv_file import CSV
 from .early_stopping import EarlyStopping
 from .ema import EMA
 from .evaluate import Evaluate
@@ -9,18 +10,25 @@ from .graceful_exit import GracefulExit
 from .grad_norm import GradNorm
 from .histograms import Histograms
 from .images import Images
+from .json_lines import JSONLines
 from .learning_rate import LearningRate
+from .mlflow_run import MLflow
 from .nan_guard import NaNGuard
 from .profiler import Profiler
 from .progress import Progress
+from .report import Report
 from .scalars import Scalars
 from .summary import Summary
 from .swa import SWA
+from .table import Table
 from .target import Target
 from .tensorboard import TensorBoard
 from .timing import Timing
+from .wandb_run import WandB
+from .writer import Writer
 
 __all__ = [
+    "CSV",
     "EMA",
     "SWA",
     "Checkpoint",
@@ -31,13 +39,19 @@ __all__ = [
     "GradNorm",
     "Histograms",
     "Images",
+    "JSONLines",
     "LearningRate",
+    "MLflow",
     "NaNGuard",
     "Profiler",
     "Progress",
+    "Report",
     "Scalars",
     "Summary",
+    "Table",
     "Target",
     "TensorBoard",
     "Timing",
+    "WandB",
+    "Writer",
 ]

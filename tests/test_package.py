@@ -56,7 +56,8 @@ import threading, signal, logging, sys, atexit
 before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), list(logging.root.handlers)
 import jax
 import {module}
-heavy = {{"orbax", "tensorboardX", "flax", "clu", "optax", "tqdm", "tensorflow", "pydantic", "yaml", "matplotlib"}}
+heavy = {{"orbax", "tensorboardX", "flax", "clu", "optax", "tqdm", "tensorflow", "pydantic", "yaml", "matplotlib",
+         "wandb", "mlflow"}}
 heavy &= set(sys.modules)
 after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), list(logging.root.handlers)
 assert not heavy, heavy

@@ -10,6 +10,7 @@ import pytest
 from onstep import Callback, Engine, Snapshot
 from onstep.callbacks import TensorBoard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 
 def add(state, batch):
@@ -158,6 +159,27 @@ def test_the_writers_thread_ends_with_the_run(tmp_path):
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
     assert not set(threading.enumerate()) - before
+
+
+def test_the_configuration_is_hyper_parameters_with_its_secrets_in_no_file(tmp_path):
+    config = {"optimizer": {"rate": 0.1, "kind": "adam", "clip": None}, "api_key": "sk-123", "url": "https://u:p@host"}
+    engine = Engine(add, [TensorBoard(tmp_path, config=config)])
+    first = engine.run(jnp.float32(0), [1, 1], epochs=1)
+    engine.run(first, [1, 1], epochs=2)
+    reader = EventAccumulator(str(tmp_path))
+    reader.Reload()
+    content = reader.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    hparams = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in hparams.items()} == {
+        "optimizer.rate": 0.1,
+        "optimizer.kind": "adam",
+        "optimizer.clip": "None",
+        "api_key": "***",
+        "url": "https://***@host",
+    }
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"sk-123" not in written
+    assert b"u:p@" not in written
 
 
 def test_two_boards_of_one_run_write_the_same(tmp_path):
