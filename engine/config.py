@@ -32,7 +32,20 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which `1e-3` would be a string; here it is the number that its writer means."""
+    """YAML 1.1, in which `1e-3` would be a string; here it is the number that its writer means.
+
+    A key that is given twice is an error, as YAML has it; PyYAML itself would keep the last.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"{name} is given twice, in lines {lines[name]} and {line}. Keep one of them.")
+            lines[name] = line
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -81,7 +94,7 @@ class Config(BaseModel):
 
         Raises:
             ValueError: fields are unknown, missing, of a wrong type or out of range (pydantic's
-                ValidationError), each named by its path.
+                ValidationError), each named by its path; a key is given twice.
         """
         values = _Loader(_text(source)).get_single_data()
         return cls.model_validate_json(json.dumps(values, default=str))  # str: of what YAML takes for a date
@@ -89,7 +102,9 @@ class Config(BaseModel):
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Self:
         """From JSON, as text or the path of a file; otherwise as `from_yaml`."""
-        return cls.model_validate_json(_text(source))
+        text = _text(source)
+        json.loads(text, object_pairs_hook=_once)  # pydantic would keep the last
+        return cls.model_validate_json(text)
 
     def _needs(self, name: str, needed: str) -> None:
         """Raises ValueError where a field has another value than its default without one that it needs."""
@@ -334,6 +349,13 @@ def plot(schedule: SchedulerConfig | optax.Schedule, steps: int, path: str | os.
     axes.set(xlabel="step", ylabel="learning rate", xlim=(0, steps), ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Raises ValueError where an object of JSON has two values for a name."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given twice. Keep one of them.")
 
 
 def _text(source: str | os.PathLike[str]) -> str:

@@ -5,7 +5,8 @@
 
 The step is pure; everything around it is a callback, from averaged weights to the progress bar.
 Interrupt it (Ctrl-C) and start it again: it goes on where it stopped and ends where
-it would have ended. A run that is complete is only reported.
+it would have ended. A run that is complete is only reported. `runs/digits/digits.png` shows the images
+that the network is least sure of.
 
 The data are the 1,797 images that come with scikit-learn. A fifth is held out: no step trains on
 it. Early stopping does look at it, so the accuracy reported is a validation accuracy; it is that
@@ -26,6 +27,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
+from matplotlib.figure import Figure
 from onstep import Batches, Engine
 from onstep.callbacks import (
     EMA,
@@ -79,9 +81,12 @@ def train_step(state, batch, rng):
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics, {"grads": grads}
 
 
+def predict(state, images):
+    return state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
+
+
 def eval_step(state, batch):
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return measure(state.apply_fn(variables, batch["image"], train=False), batch["label"])
+    return measure(predict(state, batch["image"]), batch["label"])
 
 
 def measure(logits, labels):
@@ -145,15 +150,35 @@ def new_state(key, images, optimizer, schedule):
     return State.create(apply_fn=model.apply, tx=optimizer(schedule), **variables)
 
 
+def draw(path, history, seen, logits):
+    """The curves; and the images that the network is least sure of, each with what it reads."""
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    axes = left.subplots()
+    for name, label in ("epoch", "training, shifted, with dropout"), ("val", "held out, averaged weights"):
+        axes.plot(history.steps(f"{name}/accuracy"), history[f"{name}/accuracy"], ".-", label=label)
+    axes.set(title="accuracy, epoch by epoch", xlabel="step", ylabel="accuracy", ylim=(0.8, 1.01))
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    right.suptitle("the held-out images that it is least sure of: what it reads, red if wrong")
+    least_sure = np.asarray(jax.nn.softmax(logits).max(-1)).argsort()
+    for axes, number in zip(right.subplots(4, 8).flat, least_sure, strict=False):
+        axes.imshow(seen["image"][number, ..., 0], cmap="gray_r")
+        read, label = int(logits[number].argmax()), seen["label"][number]
+        axes.set_title(read, color="0.3" if read == label else "red")
+        axes.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=120)
+
+
 def report(result, directory, epoch_steps, seconds):
-    if epochs := len(result.history.get("val/accuracy", [])):  # since this start
+    if epochs := len(result.history.get("val/accuracy", [])):
         speed = epochs * epoch_steps / seconds
         print(f"trained    {epochs} epochs in {seconds:.1f} s ({speed:.0f} steps/s, compilation included)")
     else:
         print("trained    nothing: the run was complete")
     if result.stopped:
         print(f"stopped    after epoch {result.epoch}: {result.stopped}")
-    print(f"written    checkpoints and TensorBoard files, in {directory}")
+    print(f"written    checkpoints, TensorBoard files and digits.png, in {directory}")
     print(f"curves     tensorboard --logdir {directory}")
 
 
@@ -194,6 +219,9 @@ def main():
     began = time.perf_counter()
     result = Engine(train_step, callbacks, log_every=20).run(state, batches, epochs=epochs, rng=run_key)
     report(result, directory, len(batches), time.perf_counter() - began)
+    if result.history:  # since this start
+        some = {name: values[:1000] for name, values in held_out.items()}
+        draw(directory / "digits.png", result.history, some, predict(ema.apply(result), some["image"]))
 
     accuracy = result.latest["val/accuracy"]
     print(f"held-out accuracy  {accuracy:.4f}" + (f", short of {least}" if accuracy < least else ""))

@@ -94,8 +94,8 @@ def epochs_of(labelled, images, seed):
 
 
 def show(axes, title, images):
-    """The first 40 images, dark on light."""
-    images = np.concatenate([images, np.zeros((40, 64))])[:40].reshape(4, 10, 8, 8)
+    """The first 40 images, dark on light; as grey as their frames where there are fewer."""
+    images = np.concatenate([images, np.full((40, 64), 0.2)])[:40].reshape(4, 10, 8, 8)
     framed = np.pad(1 - images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.8)
     axes.imshow(framed.swapaxes(1, 2).reshape(40, 100), cmap="gray", vmin=0, vmax=1)
     axes.set(title=title, xticks=[], yticks=[])

@@ -165,9 +165,10 @@ def draw(path, best, learned, history):
         axes.quiver(*CELLS[:GOAL, ::-1].T, across, -down, color="white", pivot="mid", scale=18, width=0.006)
         axes.plot(*CELLS[GOAL, ::-1], "k*", markersize=12)
         axes.set(title=f"values and moves {name}", xticks=[], yticks=[], facecolor="0.2")
-    figure.colorbar(shown, ax=left, shrink=0.8, label="value of a cell")
+    figure.colorbar(shown, ax=left, label="value of a cell")
+    figure.get_layout_engine().set(wspace=0.04)
     right.semilogy(history.steps("val/error"), history["val/error"], ".-")
-    right.set(title="largest error of the values of all cells", xlabel="step", ylabel="largest error")
+    right.set(title="how far off the values are", xlabel="step", ylabel="largest error of all cells")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -28,7 +28,6 @@ from onstep.callbacks.images import Images
 from onstep.callbacks.learning_rate import LearningRate
 from onstep.config import Name, TrainingConfig, Whole, plot
 from onstep.state import TrainState
-from onstep.storage import Storage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -104,17 +103,19 @@ def tiles(images):
 def draw(path, best, history, pictures):
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     *left, right = figure.subplots(1, 3)
-    for axes, (name, drawn) in zip(left, pictures.items(), strict=True):
+    titles = "samples", "held-out digits, each above its reconstruction"
+    for axes, title, drawn in zip(left, titles, pictures.values(), strict=True):
         side = 10 * drawn.shape[1]
         grid = drawn.reshape(10, 10, *drawn.shape[1:3]).swapaxes(1, 2).reshape(side, side)
         axes.imshow(grid, cmap="gray", vmin=0, vmax=1)
-        axes.set(title=name, xticks=[], yticks=[])
+        axes.set(title=title, xticks=[], yticks=[])
     for number, name in enumerate(("loss", "reconstruction", "kl")):
         right.plot(history.steps(f"val/{name}"), history[f"val/{name}"], f"C{number}", label=f"{name}, held out")
-        right.plot(history.steps(f"epoch/{name}"), history[f"epoch/{name}"], f"C{number}:", label="training")
-    right.axvline(best, color="0.6", linewidth=1)
-    right.set(title=f"negative ELBO; the best is of step {best}", xlabel="step", ylabel="nats an image", ylim=(0, 200))
-    right.legend(ncols=3, fontsize="small")
+        right.plot(history.steps(f"epoch/{name}"), history[f"epoch/{name}"], f"C{number}:")
+    right.plot([], "k:", label="each of them, training")
+    right.axvline(best, color="0.6", linewidth=1, label=f"the best, step {best:,}")
+    right.set(title="negative ELBO and its two parts", xlabel="step", ylabel="nats an image", ylim=(0, 200))
+    right.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -127,7 +128,11 @@ def configuration():
     args = parser.parse_args()
     fast = {"epochs": 40, "directory": "runs/vae-fast"} if args.fast else {}
     given = {name: value for name in ("seed", "directory") if (value := getattr(args, name)) is not None}
-    return Config(**{**dict(Config.from_yaml(args.config)), **fast, **given}), 102 if args.fast else 93
+    try:
+        config = Config(**{**dict(Config.from_yaml(args.config)), **fast, **given})
+    except ValueError as error:
+        parser.error(f"in {args.config}, or in an argument: {error}")
+    return config, 102 if args.fast else 93
 
 
 def main():
@@ -156,9 +161,8 @@ def main():
     data = Batches(train, config.batch_size, seed=config.seed)
     result = engine.run(state, data, epochs=config.epochs, steps=config.steps, rng=run_key)
 
-    step = Storage(directory, **best).best_step()
-    kept = load(directory, like=result.state, step=step)
-    loss = evaluate(eval_step, kept, [held_out])["loss"]
+    kept = load(directory, like=result.state, step="best")
+    step, loss = int(kept.step), evaluate(eval_step, kept, [held_out])["loss"]
     if result.history:  # since this start
         config.to_yaml(directory / "config.yaml")
         plot(schedule, result.step, directory / "schedule.png")

@@ -459,6 +459,37 @@ def test_yaml_that_runs_code_is_refused(text):
         TrainingConfig.from_yaml(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_size: 2\nepochs: 3\nbatch_size: 4\n", "batch_size is given twice, in lines 1 and 3"),
+        ("epochs: 3\noptimizer:\n  b1: 0.8\n  name: adam\n  b1: 0.9\n", "b1 is given twice, in lines 3 and 5"),
+        ("{epochs: 3, 'epochs': 3}", "epochs is given twice, in lines 1 and 1"),
+    ],
+    ids=["outermost", "in a part", "in one line"],
+)
+def test_a_key_that_is_given_twice_is_refused_with_its_lines(text, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig.from_yaml(text)
+
+
+def test_a_name_that_is_given_twice_in_json_is_refused():
+    with pytest.raises(ValueError, match="b1 is given twice"):
+        TrainingConfig.from_json('{"optimizer": {"b1": 0.8, "name": "adam", "b1": 0.9}}')
+
+
+class Optimizers(Config):
+    a: OptimizerConfig
+    b: OptimizerConfig
+    c: OptimizerConfig
+
+
+def test_parts_of_yaml_may_have_the_same_keys_and_be_merged_into_others():
+    text = "a: &a {name: sgd, momentum: 0.1}\nb: &b {<<: *a, momentum: 0.2}\nc: {<<: *b, momentum: 0.3}\n"
+    kept = Optimizers.from_yaml(text)
+    assert [part.momentum for part in (kept.a, kept.b, kept.c)] == [0.1, 0.2, 0.3]
+
+
 @pytest.mark.parametrize("missing", ["pydantic", "yaml"])
 def test_without_its_packages_the_import_says_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; import onstep.config"

@@ -18,7 +18,7 @@ EACH = pytest.mark.parametrize(
 
 def run(script, flags, directory):
     command = [sys.executable, str(EXAMPLES / script), *flags, "--directory", str(directory)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def files(directory):
@@ -33,7 +33,7 @@ def test_an_example_reaches_its_accuracy_and_started_again_does_nothing(script, 
     reached = re.search(r"^held-out accuracy  (\d\.\d+)$", first.stdout, re.MULTILINE)
     assert float(reached[1]) >= accuracy
     before = files(tmp_path / "run")
-    assert before
+    assert tmp_path / "run" / script.replace(".py", ".png") in before
 
     second = run(script, flags, tmp_path / "run")
     assert second.returncode == 0, second.stderr

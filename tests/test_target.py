@@ -76,7 +76,11 @@ def test_a_hard_copy_forgets_a_target_that_is_not_finite():
     assert run(Target(rate=1), [3.0], start=np.inf).state["target"] == 3
 
 
-@pytest.mark.parametrize("target", [Target(rate=0.3), Target(rate=0.3, when=2), Target(rate=1, when=3)], ids=repr)
+@pytest.mark.parametrize(
+    "target",
+    [Target(rate=0.3), Target(rate=0.3, when=2), Target(rate=1, when=3)],
+    ids=["softly", "every second step", "hard"],
+)
 def test_a_run_that_goes_on_ends_in_the_same_bytes(target):
     sources = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
     state = {"params": np.zeros(9, np.float32), "target": np.ones(9, np.float32)}

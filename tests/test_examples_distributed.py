@@ -1,0 +1,114 @@
+"""The example of many devices and processes, started as a user starts it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "distributed.py"
+LIMIT = 400
+"""Seconds for one start on a machine that is busy; alone it takes less than thirty."""
+
+
+def start(directory, *flags):
+    command = [sys.executable, SCRIPT, "--fast", "--directory", directory, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONWARNINGS": "default"})
+
+
+def end(started):
+    """Exit status, standard output and standard error."""
+    try:
+        out, err = started.communicate(timeout=LIMIT)
+    finally:
+        started.kill()
+    return started.returncode, out, err
+
+
+def run(directory, *flags):
+    return end(start(directory, *flags))
+
+
+def saved(directory):
+    """The newest step saved, 0 without any."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return max([0, *(int(name) for name in names if name.isdigit())])
+
+
+def once_saved(started, directory):
+    began = time.monotonic()
+    while not saved(directory) and started.poll() is None and time.monotonic() - began < LIMIT:
+        time.sleep(0.05)
+    assert started.poll() is None
+
+
+def children(started):
+    return [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(started.pid)]).split()]
+
+
+def test_two_processes_reach_the_accuracy_and_one_process_finds_nothing_left_to_do(tmp_path):
+    status, out, err = run(tmp_path / "run")
+    assert status == 0, err
+    assert not re.search("Warning|Error|Traceback", err), err
+    (accuracy,) = re.findall(r"^held-out accuracy  (\d\.\d+)$", out, re.MULTILINE)  # of both processes one says it
+    assert float(accuracy) >= 0.93
+    whole, cut = (float(size) for size in re.findall(r"(\d+\.\d+) MB of state", out))
+    assert cut < whole / 7
+    assert "params/Dense_1/kernel: of (512, 512) a device has (64, 512)" in out
+    status, out, err = run(tmp_path / "run", "--processes", "1", "--layout", "replicated")
+    assert status == 0, err
+    assert "nothing to do" in err
+    assert f"held-out accuracy  {accuracy}" in out
+
+
+def test_a_signal_to_the_launcher_saves_and_another_number_of_processes_goes_on(tmp_path):
+    started = start(tmp_path / "run")
+    once_saved(started, tmp_path / "run")
+    started.send_signal(signal.SIGTERM)
+    status, out, err = end(started)
+    assert status == 128 + signal.SIGTERM, err
+    assert "held-out" not in out
+    status, out, err = run(tmp_path / "run", "--processes", "1", "--devices", "2", "--layout", "replicated")
+    assert status == 0, err
+    assert re.search(r"going on after step \d+, epoch \d of 6", err), err
+    assert "held-out accuracy" in out
+
+
+@pytest.mark.parametrize("whom", ["one of the processes", "the launcher"])
+def test_a_kill_ends_all_and_the_next_start_goes_on(whom, tmp_path):
+    started = start(tmp_path / "run")
+    once_saved(started, tmp_path / "run")
+    all_of_them = children(started)
+    assert len(all_of_them) == 2
+    os.kill(started.pid if whom == "the launcher" else all_of_them[1], signal.SIGKILL)
+    status, _, err = end(started)
+    assert status not in (0, None), err
+    began = time.monotonic()
+    while any(map(alive, all_of_them)) and time.monotonic() - began < 10:
+        time.sleep(0.05)
+    assert not any(map(alive, all_of_them))
+    status, out, err = run(tmp_path / "run", "--processes", "1")
+    assert status == 0, err
+    assert "going on after step" in err
+    assert "held-out accuracy" in out
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_run_that_falls_short_says_so_with_its_exit_status(tmp_path):
+    status, out, err = run(tmp_path / "run", "--processes", "1", "--batch-size", "1400")
+    assert status == 1, err
+    assert "short of 0.93" in out
