@@ -1,43 +1,107 @@
-"""Every Python block of the documents runs, in order, as a reader would type it."""
+"""Every Python block of the documents runs, in order, as a reader would type it, and prints what is shown below it."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import onstep
+import onstep.callbacks
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
-]
+DOCS = ROOT / "docs"
+EVERY_PAGE = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [page for page in EVERY_PAGE if "```python" in page.read_text()]
+MARK = "=== the end of a block"
+
+
+def names(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page):
+    """The Python blocks of a page, each with the text block right below it, or None."""
+    below = r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?"
+    return [(code, shown or None) for code, shown in re.findall(below, page.read_text(), flags=re.DOTALL)]
+
+
+def masked(text):
+    """The lines with their numbers masked and their columns closed up, without those of a slow machine alone."""
+    lines = [line for line in text.strip().splitlines() if not re.search(r"onstep: compiled|\d:\d\d left", line)]
+    return [re.sub(r"\s+|-+", " ", re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "#", line)) for line in lines]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run(page, tmp_path):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_the_blocks_of_a_page_run_and_print_what_is_shown(page, tmp_path):
+    found = blocks(page)
+    program = "".join(f"{code}\nprint({MARK!r}, flush=True)\n" for code, _ in found)
+    program += "[test() for name, test in list(globals().items()) if name.startswith('test_')]\n"
+    command = [sys.executable, "-u", "-W", "error", "-c", program]
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout
+    printed = done.stdout.split(f"{MARK}\n")
+    for (code, shown), text in zip(found, printed, strict=False):
+        assert shown is None or masked(text) == masked(shown), code
+
+
+@pytest.mark.slow
+def test_the_first_run_is_broken_off_and_goes_on_as_its_page_shows(tmp_path):
+    code, shown = blocks(DOCS / "index.md")[0]
+    (tmp_path / "train.py").write_text(code)
+    command = [sys.executable, "-u", "train.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    printed = []
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as first:
+        for line in first.stdout:
+            printed.append(line)
+            if line.startswith("step 440"):
+                first.send_signal(signal.SIGINT)
+    assert first.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in "".join(printed)
+    second = subprocess.run(command, cwd=tmp_path, timeout=300, check=True, **pipes).stdout
+    assert "onstep: going on after step" in second
+    both = [line for line in "".join([*printed, second]).splitlines() if line.startswith(("step", "done"))]
+    assert masked("\n".join(both)) == masked(shown)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_the_readmes_output_is_what_its_first_block_prints(tmp_path):
-    page = (ROOT / "README.md").read_text()
-    code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, flags=re.DOTALL).groups()
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    printed = (done.stderr + done.stdout).strip().splitlines()
-    printed = [line for line in printed if "onstep: compiled" not in line]  # a slow machine says how slow
-    assert [re.sub(r"[\d.]+", "#", line) for line in printed] == [
-        re.sub(r"[\d.]+", "#", line) for line in shown.strip().splitlines()
-    ]
+    for page in DOCS.rglob("*.md"):
+        html = (tmp_path / page.relative_to(DOCS).with_suffix(".html")).read_text()
+        assert not re.findall(r"<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=.?https?:", html), page
 
 
 def test_links_inside_the_documents_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+    for page in EVERY_PAGE:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize(("package", "prefix"), [(onstep, "onstep."), (onstep.callbacks, "onstep.callbacks.")])
+def test_the_reference_has_every_public_name(package, prefix):
+    listed = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), flags=re.MULTILINE))
+    listed.add("onstep.evaluate")  # as onstep.evaluate.evaluate: a module has its name
+    assert not {prefix + name for name in package.__all__} - listed
+
+
+def test_the_catalogue_has_a_row_and_an_example_for_each_of_its_callbacks():
+    page = (DOCS / "callbacks/catalogue.md").read_text()
+    rows = re.findall(r"^\| \[(\w+)\]\(#(\w+)\)", page, flags=re.MULTILINE)
+    sections = re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", page, flags=re.MULTILINE | re.DOTALL)
+    assert {anchor for _, anchor in rows} == {name.lower() for name, _ in sections}
+    for name, text in sections:
+        assert hasattr(onstep.callbacks, name)
+        assert "```python" in text, name
+        assert "```text" in text or "![" in text, name
 
 
 def test_the_readme_is_short_and_begins_with_code():
