@@ -183,6 +183,7 @@ class Engine:
 
     def _begin(self, loop: Loop) -> None:
         """on_load, in which a saved run may take the place of this one; then on_run_begin."""
+        loop._peers.begin(loop._under_way)
         checks.same_everywhere(loop, self._log_every)
         loop._events.load(loop)
         loop._loading, loop._began = False, loop.step
@@ -289,7 +290,7 @@ class Engine:
         rng = rng if spread is None or rng is None else spread.settle(rng)
         feed = Feed(data, to["epoch_steps"], self._prefetch, spread or home(start))
         loop = Loop(self._program, self._callbacks, feed, start, rng, **to)
-        peers = loop._peers = Peers(self._clock, loop._under_way)
+        peers = loop._peers = Peers(self._clock)
         loop._events = Events(self._callbacks, peers.clock)
         loop._pace = Pace(self._in_flight, self._clock, self._program.auto and peers.count == 1)
         if before:

@@ -116,14 +116,20 @@ class Peers:
 
     Args:
         clock: gives the time in seconds.
-        step: gives the number of the step that was begun last, where the data cannot tell how many
-            there are; else 0.
     """
 
-    def __init__(self, clock: Callable[[], float], step: Callable[[], int]):
-        global _run, _number
+    def __init__(self, clock: Callable[[], float]):
         self.count, self._own, self._now = jax.process_count(), clock, clock()
         self._thread: threading.Thread | None = None
+
+    def begin(self, step: Callable[[], int]) -> None:
+        """The run begins: from here on somebody watches, until `fail` or `close`.
+
+        Args:
+            step: gives the number of the step that was begun last, where the data cannot tell how
+                many there are; else 0.
+        """
+        global _run, _number
         if self.count > 1:
             _run, _number = _run + 1, 0
             self._over = threading.Event()
@@ -173,24 +179,26 @@ class Peers:
     def _watch(self, step: Callable[[], int]) -> None:
         """Gives signs of life; ends the process where it waits for one that failed."""
         since, before, said = None, None, None
-        for beat in itertools.count():
-            _store().key_value_set(f"onstep/alive/{jax.process_index()}", str(beat), allow_overwrite=True)
-            late = self._late(step())
-            if late is not None and late == before:  # twice: this thread sees the loop amid its changes
-                _post(_ran_out(*late))
-            before = late
-            if since is None and (said := failed()):
-                since = time.monotonic()
-            if since is not None and time.monotonic() - since > GRACE:
-                # The main thread waits for a device, for ever; nothing in Python can end that.
-                print(f"onstep: process {jax.process_index()} is ended: {said}", file=sys.stderr, flush=True)
-                os._exit(1)
-            if self._over.wait(1.0):
-                return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone, and JAX ends the process
+            for beat in itertools.count():
+                _store().key_value_set(f"onstep/alive/{jax.process_index()}", str(beat), allow_overwrite=True)
+                late = self._late(step())
+                if late is not None and late == before:  # twice: this thread sees the loop amid its changes
+                    _post(_ran_out(*late))
+                before = late
+                if since is None and (said := failed()):
+                    since = time.monotonic()
+                if since is not None and time.monotonic() - since > GRACE:
+                    # The main thread waits for a device, for ever; nothing in Python can end that.
+                    print(f"onstep: process {jax.process_index()} is ended: {said}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                if self._over.wait(1.0):
+                    return
 
     def _late(self, here: int) -> tuple[int, int] | None:
         """The step and the number of a process that waits at an earlier step than `here`, in which this one is."""
-        for process in range(self.count) if jax.process_index() == 0 else [0]:
+        others = range(1, self.count) if jax.process_index() == 0 else [0]
+        for process in others if here else []:
             stands = _read(f"onstep/{_run}/{_number}/{process}")
             step = json.loads(stands).get("step") if stands and stands.startswith("{") else None
             if step is not None and step < here:
