@@ -131,10 +131,8 @@ class Program:
         self._traced.expected = saved["batch"] or signature(whole)
         never = (False,) * len(self.at_times)
         if self.rows is None:
-            mode, rows = (
-                saved["mode"] or ("plain" if self.spread is not None else None),
-                0,
-            )  # many devices: not measured
+            mode = saved["mode"] or ("plain" if self.spread is not None else None)  # blocks there: not measured
+            rows = 0
             if mode != "plain":
                 like = jax.eval_shape(lambda x: x, whole)
                 rows = blocks.choose(self._one.trace(bundle, like, rng, self._due([never], 1)).jaxpr, batch)

@@ -138,10 +138,10 @@ class Spread:
 
     def __init__(self, mesh: Mesh | NamedSharding):
         if isinstance(mesh, Mesh):
-            axes = [a for a in mesh.axis_names if a in DATA_AXES] or list(mesh.axis_names)
-            if len(mesh.axis_names) > 1 and axes == list(mesh.axis_names) and not set(axes) & set(DATA_AXES):
+            axes = [axis for axis in mesh.axis_names if axis in DATA_AXES or len(mesh.axis_names) == 1]
+            if not axes:
                 raise ValueError(
-                    f"mesh needs an axis 'data' along which batches are cut, got {axes}. "
+                    f"mesh needs an axis 'data' along which batches are cut, got {mesh.axis_names}. "
                     "Or give the batches' sharding: mesh=NamedSharding(mesh, PartitionSpec('your axis'))."
                 )
             mesh = NamedSharding(mesh, PartitionSpec(tuple(axes)))

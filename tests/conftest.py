@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 sys.path.insert(0, str(Path(__file__).parent))
+collect_ignore = ["pair.py"]  # a program, which test_processes.py starts
 
 
 def pytest_addoption(parser):
