@@ -34,7 +34,8 @@ class Loop:
         history: every value recorded by this run.
         stopped: the reason of the stop that was asked for, or None.
         error: what is ending the run, or None.
-        steps, epochs: the targets of the run, or None.
+        steps: the target in steps, or None.
+        epochs: the target in epochs, or None.
         rng: the run's random key, or None.
         callbacks: the run's callbacks by name, in order.
         mesh: the engine's, or None.
