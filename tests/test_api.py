@@ -1,0 +1,104 @@
+"""What is public, and by which names its arguments are given: `api.txt` lists it and is changed on purpose.
+
+`python tests/test_api.py > tests/api.txt` writes the list anew; `docs/api_stability.md` says what a change means.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import onstep
+import onstep.callbacks
+from onstep.callback import EVENTS
+from onstep.plan import Plan
+
+ROOT = Path(__file__).parent.parent
+LISTS = ["onstep", "onstep.callbacks"]
+NAMES = {
+    "onstep.callbacks.checkpoint": ["load", "save"],
+    "onstep.callbacks.json_lines": ["read_json_lines"],
+    "onstep.config": ["Config", "OptimizerConfig", "SchedulerConfig", "TrainingConfig", "plot"],
+    "onstep.plots": ["plot"],
+    "onstep.plan": ["Plan"],
+    "onstep.processes": ["ProcessError", "agree", "first", "writes"],
+    "onstep.redact": ["redacted"],
+    "onstep.sharding": ["by_path", "create", "fsdp", "make_mesh", "replicated"],
+    "onstep.state": ["TrainState"],
+}
+"""Modules that are imported by name, and what is public of each."""
+GIVEN = (onstep.Loop, onstep.Result, onstep.Steps, Plan)
+"""Classes that the engine alone makes."""
+
+
+def public():
+    """Every public object by its public name."""
+    for module in LISTS:
+        for name in importlib.import_module(module).__all__:
+            yield f"{module}.{name}", getattr(importlib.import_module(module), name)
+    for module, names in NAMES.items():
+        for name in names:
+            yield f"{module}.{name}", getattr(importlib.import_module(module), name)
+
+
+def arguments(function):
+    """`(step, callbacks, *, log_every)`: names and kinds; defaults and types may change."""
+    shown = [
+        p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else ...)
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "self" and not p.name.startswith("_")
+    ]
+    return str(inspect.Signature(shown)).replace("=Ellipsis", "=...")
+
+
+def members(kind):
+    """A class's own public names: attributes that its docstring lists, methods, properties."""
+    listed = re.search(r"Attributes:\n(.*?)(\n\n|\Z)", inspect.getdoc(kind) or "", flags=re.DOTALL)
+    for name in re.findall(r"^ {4}(\w+):", listed[1], flags=re.MULTILINE) if listed else ():
+        yield name, None
+    inherited = () if kind is onstep.Callback else (*EVENTS, "init", "update", "get_state", "set_state")
+    for name, found in vars(kind).items():
+        if name.startswith("_") or name in inherited:
+            continue
+        if isinstance(found, property):
+            yield name, None
+        elif inspect.isfunction(found) or isinstance(found, classmethod | staticmethod):
+            yield name, getattr(kind, name)
+
+
+def listing():
+    lines = set()
+    for name, found in public():
+        made = found not in GIVEN and not (inspect.isclass(found) and issubclass(found, Exception))
+        lines.add(name + (arguments(found) if made else ""))
+        if inspect.isclass(found):
+            lines |= {f"{name}.{member}{arguments(it) if it else ''}" for member, it in members(found)}
+    return sorted(lines)
+
+
+def test_nothing_public_changes_unless_the_list_does():
+    was = (ROOT / "tests" / "api.txt").read_text().splitlines()
+    changes = list(difflib.unified_diff(was, listing(), "api.txt", "onstep", n=0, lineterm=""))
+    assert not changes, "\n".join(["On purpose? python tests/test_api.py > tests/api.txt", *changes])
+
+
+def test_what_is_public_is_documented():
+    for name, found in public():
+        members_of = members(found) if inspect.isclass(found) else ()
+        for member, it in [("", found), *((member, it) for member, it in members_of if it)]:
+            assert inspect.getdoc(it), f"{name}.{member}"
+
+
+def test_every_way_to_what_is_public_is_documented():
+    page = (ROOT / "docs" / "api_stability.md").read_text()
+    for module in [*LISTS, *NAMES]:
+        assert f"`{module}`" in page
+
+
+def test_the_version_is_semantic():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", onstep.__version__)
+
+
+if __name__ == "__main__":
+    print(*listing(), sep="\n")
