@@ -1,6 +1,6 @@
 """Many devices, many processes: handwritten digits, with the state whole on every device or cut among all.
 
-    python examples/distributed.py                             two processes of four virtual CPU devices, on this machine
+    python examples/distributed.py                             two processes of four virtual CPU devices, started here
     python examples/distributed.py --layout replicated         every device has the whole state
     python examples/distributed.py --processes 1 --devices 8   one process; of accelerators it takes all it finds
     srun python examples/distributed.py --cluster              started by a scheduler, once for each process
@@ -161,7 +161,7 @@ def join(address, process, args):
     threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
-    jax.distributed.initialize(address, args.processes, int(process))
+    jax.distributed.initialize(address, args.processes, int(process), coordinator_bind_address=address)
 
 
 def arguments():

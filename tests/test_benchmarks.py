@@ -37,3 +37,14 @@ def test_nothing_is_compiled_but_what_is_said_and_no_array_is_left_behind():
     assert "compilations: 1 before step 100, 0 afterwards; said: ['compiled the step, up to 128 to a call" in printed
     (live,) = (line for line in printed.splitlines() if line.startswith("live arrays"))
     assert live.count(",") == 0  # the same number every time
+
+
+def test_many_devices_are_timed_and_the_engine_adds_no_collective(tmp_path):
+    printed = run("mesh.py", "--quick", "--out", str(tmp_path))
+    (found,) = (json.loads(path.read_text()) for path in tmp_path.glob("mesh-*.json"))
+    for name, cases in found["collectives"].items():
+        assert cases["onstep"] == cases["by hand"], name
+        assert cases["by hand"]["all-reduce"] > 0
+        assert [row["ratio"] for row in found["steps"][name] if "by hand: device_put" in row["case"]] == [1.0]
+    assert found["agreement us"] > 0
+    assert "to agree once, 2 processes" in printed

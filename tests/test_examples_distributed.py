@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,15 +13,30 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+SCHEDULERS = {  # what they tell each process in its environment
+    "slurm": lambda n: {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(n),
+        "SLURM_LOCALID": str(n),
+    },
+    "ompi": lambda n: {
+        "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(n),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(n),
+    },
+}
 SCRIPT = Path(__file__).parent.parent / "examples" / "distributed.py"
 LIMIT = 400
 """Seconds for one start on a machine that is busy; alone it takes less than thirty."""
 
 
-def start(directory, *flags):
+def start(directory, *flags, **environment):
     command = [sys.executable, SCRIPT, "--fast", "--directory", directory, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONWARNINGS": "default"})
+    return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONWARNINGS": "default", **environment})
 
 
 def end(started):
@@ -112,3 +128,18 @@ def test_a_run_that_falls_short_says_so_with_its_exit_status(tmp_path):
     status, out, err = run(tmp_path / "run", "--processes", "1", "--batch-size", "1400")
     assert status == 1, err
     assert "short of 0.93" in out
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_processes_that_a_scheduler_started_find_each_other_by_its_variables(scheduler, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_PORT": port}
+    flags = ["--cluster", "--batch-size", "1400"]
+    both = [start(tmp_path / "run", *flags, **common, **SCHEDULERS[scheduler](n)) for n in range(2)]
+    (first, said, err), (second, silent, _) = map(end, both)
+    assert (first, second) == (1, 1), err
+    assert "devices    4, cpu, of 2 process(es)" in said
+    assert "short of 0.93" in said
+    assert "held-out" not in silent
