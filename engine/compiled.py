@@ -20,7 +20,7 @@ from .events import Due
 from .means import Rows
 from .metrics import Metrics, as_metrics
 from .notice import announce
-from .sharding import Spread
+from .sharding import Spread, Spreading
 from .trees import Batch, State, compare, difference, home, place, signature, strong
 
 Step = Callable[..., Any]
@@ -95,8 +95,7 @@ class Program:
         key = (self.rows, *jax.tree.leaves(layout))
         if key not in self._calls:
             one = functools.partial(blocks.several, self._one, self.rows) if self.rows else self._traced
-            pinned = jax.jit(one, donate_argnums=0, out_shardings=(layout, spread.whole)) if self._jit else self.call
-            self._calls[key] = spread.feeding(pinned, stacked=bool(self.rows))
+            self._calls[key] = Spreading(one if self._jit else self.call, spread, layout, bool(self.rows), self._jit)
         self.call = self._calls[key]
 
     def start(self, step: int, saved: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from . import checks, processes
+from .batches import Pass
 from .compiled import Step
 from .means import Tally, fetch
 from .metrics import Metrics, as_metrics
 from .sharding import Spread
 from .source import Data, length, open_pass
-from .trees import Batch, State
+from .trees import Batch, State, copied
 
 QUEUE = 2
 """Batches whose computation may be queued, as in training."""
@@ -67,7 +68,9 @@ def evaluate(
     results: list[Metrics] = []
     weights: list[int] = []
     total = min((n for n in (length(data), steps) if n is not None), default=None)
-    for number, batch in enumerate(islice(open_pass(data, 0, spread, ragged=True), steps)):
+    batches = open_pass(data, 0, spread, ragged=True)
+    for number, batch in enumerate(islice(batches, steps)):
+        batch = batch if isinstance(batches, Pass) else copied(batch)
         batch = batch if spread is None else spread.put(batch, ragged=True)
         key = [] if rng is None else [jax.random.fold_in(rng, number)]
         results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))

@@ -13,7 +13,7 @@ from .notice import notice
 from .prefetch import Prefetch
 from .sharding import Spread
 from .source import Data, check, length, open_pass
-from .trees import Batch
+from .trees import Batch, copied
 
 
 class Feed:
@@ -62,12 +62,13 @@ class Feed:
     def take(self, count: int) -> Iterator[tuple[Batch, int]]:
         """The next `count` batches, each with a 1; fewer only where the epoch ends."""
         while count > 0 and self._more():
-            batch = self.peek()
+            batch, own = self.peek(), isinstance(self._iterator, (Pass, Prefetch))  # who give new arrays each time
             self._ahead.clear()
             self._used, count = self._used + 1, count - 1
-            yield batch, 1
+            yield batch if own else copied(batch), 1
             try:
-                for batch in islice(self._iterator or (), count):
+                batches = islice(self._iterator or (), count)
+                for batch in batches if own else map(copied, batches):
                     self._used, count = self._used + 1, count - 1
                     yield batch, 1
             except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 
 from .sharding import Spread
-from .trees import Batch
+from .trees import Batch, copied
 
 
 class Prefetch(Iterator[Batch]):
@@ -31,7 +30,7 @@ class Prefetch(Iterator[Batch]):
 
     def __init__(self, source: Any, depth: int, there: Any = None):
         self._source, self._depth = source, depth
-        self._put = there.put if isinstance(there, Spread) else functools.partial(jax.device_put, device=there)
+        self._put = there.put if isinstance(there, Spread) else lambda batch: jax.device_put(batch, there)
         self._drawn: deque[tuple[Batch, Any, BaseException | None]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -72,7 +71,7 @@ class Prefetch(Iterator[Batch]):
                     return
             batch = state = None
             try:
-                batch = jax.block_until_ready(self._put(next(self._source)))
+                batch = jax.block_until_ready(self._put(copied(next(self._source))))
                 state = self._source_state()
             except BaseException as raised:  # also StopIteration: the end
                 error = raised

@@ -180,18 +180,16 @@ class Spread:
             flat = [self._moved(x) if isinstance(x, jax.Array) and n not in moved else x for n, x in enumerate(flat)]
         if not moved:
             return jax.tree.unflatten(structure, flat)
-        where = [self._sharding(flat[n].ndim, stacked) for n in moved]
+        where = [self.sharding(flat[n].ndim, stacked) for n in moved]
         for i, n in enumerate(moved):
-            rows = flat[n].shape[int(stacked)] if flat[n].ndim > int(stacked) else 0
-            if rows % len(self.mine):
-                if ragged and self.processes == 1:
-                    where[i] = self.whole
-                    continue
-                raise self._indivisible(len(self.mine), repr(list(leaves(batch))[n]), rows)
+            if rows := self.uneven(flat[n].shape, stacked):
+                if not ragged or self.processes > 1:
+                    raise self._indivisible(len(self.mine), repr(list(leaves(batch))[n]), rows)
+                where[i] = self.whole
         if self.processes == 1:
-            new = jax.device_put([flat[n] for n in moved], where, may_alias=False)
+            new = jax.device_put([flat[n] for n in moved], where)
         else:
-            new = [self._assemble(np.array(flat[n]), place, stacked) for n, place in zip(moved, where, strict=True)]
+            new = [self._assemble(np.asarray(flat[n]), there, stacked) for n, there in zip(moved, where, strict=True)]
         for n, leaf in zip(moved, new, strict=True):
             flat[n] = leaf
         return jax.tree.unflatten(structure, flat)
@@ -212,23 +210,18 @@ class Spread:
             f"devices), got {name} with {rows} examples. Change the batch size, drop the last short batch, or pad it."
         )
 
-    def feeding(self, call: Callable[..., Any], *, stacked: bool) -> Callable[..., Any]:
-        """A compiled call `(bundle, batch, rng, due)` whose batches are put where they belong."""
+    def uneven(self, shape: tuple[int, ...], stacked: bool) -> int:
+        """The examples of a leaf whose number does not divide among this process's parts, else 0."""
+        rows = shape[int(stacked)] if len(shape) > int(stacked) else 0
+        return rows if rows % len(self.mine) else 0
 
-        def fed(bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
-            return call(bundle, self.put(batch, stacked=stacked), rng, due)
-
-        if trace := getattr(call, "trace", None):
-            tracing: Any = fed
-            tracing.trace = lambda bundle, batch, *rest: trace(bundle, self.put(batch, stacked=stacked), *rest)
-        return fed
-
-    def _sharding(self, ndim: int, stacked: bool) -> NamedSharding:
+    def sharding(self, ndim: int, stacked: bool) -> NamedSharding:
+        """Where a leaf of a batch lies, or of several that are stacked."""
         spec = (None,) * stacked + tuple(self.batches.spec)
         return NamedSharding(self.mesh, PartitionSpec(*spec[:ndim]))
 
     def _moved(self, array: jax.Array) -> jax.Array:
-        there = self._sharding(array.ndim, True)
+        there = self.sharding(array.ndim, True)
         return array if array.sharding == there else jax.jit(_same, out_shardings=there)(array)
 
     def _assemble(self, part: np.ndarray, where: NamedSharding, stacked: bool) -> jax.Array:
@@ -256,6 +249,52 @@ class Spread:
                 )
             return array if there in (None, array.sharding) else jax.jit(_same, out_shardings=there)(array)
         return everywhere(array, there or self.whole)
+
+
+class Spreading:
+    """A compiled call `(bundle, batch, rng, due) -> (bundle, metrics)` on many devices.
+
+    What it gives back lies as what it took, whatever XLA would choose, and metrics are whole. Batches of
+    numpy arrays go into the call as they are, which is quicker than to put them on the devices first.
+
+    Args:
+        function: the call, not compiled yet unless `jit` is False.
+        spread: over the devices.
+        layout: of the bundle.
+        stacked: whether a batch is several that are stacked.
+        jit: whether to compile it.
+    """
+
+    def __init__(self, function: Callable[..., Any], spread: Spread, layout: Any, stacked: bool, jit: bool):
+        self._function, self._spread, self._layout, self._stacked, self._jit = function, spread, layout, stacked, jit
+        self._calls: dict[Any, Any] = {}
+        if jit:
+            self.trace = lambda bundle, batch, *rest: self._ready(batch)[0].trace(bundle, self._ready(batch)[1], *rest)
+
+    def __call__(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
+        """Calls it with a batch that lies anywhere."""
+        call, batch = self._ready(batch)
+        return call(bundle, batch, rng, due)
+
+    def _ready(self, batch: Batch) -> tuple[Callable[..., Any], Batch]:
+        """The call for a batch, and the batch as that takes it."""
+        flat, structure = jax.tree.flatten(batch)
+        spread, kinds = self._spread, None
+        as_it_is = self._jit and spread.processes == 1 and all(type(leaf) is np.ndarray for leaf in flat)
+        if as_it_is and not any(spread.uneven(leaf.shape, self._stacked) for leaf in flat):
+            kinds = (structure, *(leaf.ndim for leaf in flat))
+        else:
+            batch = spread.put(batch, stacked=self._stacked)
+        if kinds not in self._calls:
+            where = None
+            if kinds is not None:
+                where = jax.tree.unflatten(structure, [spread.sharding(leaf.ndim, self._stacked) for leaf in flat])
+            self._calls[kinds] = self._function if not self._jit else self._compiled(where)
+        return self._calls[kinds], batch
+
+    def _compiled(self, where: Any) -> Any:
+        there = {} if where is None else {"in_shardings": (self._layout, where, None, None)}
+        return jax.jit(self._function, donate_argnums=0, out_shardings=(self._layout, self._spread.whole), **there)
 
 
 def everywhere(array: jax.Array, there: NamedSharding) -> jax.Array:

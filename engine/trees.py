@@ -132,6 +132,11 @@ def home(tree: Any) -> jax.sharding.Sharding | None:
     return next(iter(committed), jnp.zeros(()).sharding)
 
 
+def copied(batch: Batch) -> Batch:
+    """The batch with its numpy arrays copied: jax may read them where they lie, and their source fill them again."""
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
+
+
 def local_bytes(tree: Any) -> dict[str, bytes]:
     """By name, the bytes of the leaves that every device has whole."""
 

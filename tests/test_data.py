@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from onstep import Batches, Callback, Engine, every
+from models import refilled
+from onstep import Batches, Callback, Engine, evaluate, every
 from onstep.snapshot import unpack
 
 
@@ -592,3 +593,14 @@ def test_a_leaf_that_is_new_in_a_batch_is_named():
 
     with pytest.warns(UserWarning, match=r"y: int32\[\] is new"):
         Engine(step).run(jnp.int32(0), [{"x": 1}, {"x": 1, "y": 2}], epochs=1)
+
+
+def test_a_source_may_fill_its_arrays_again():
+    engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), log_every=1, steps_per_call=1)
+    result = engine.run(jnp.int32(0), lambda epoch: refilled(200), epochs=1)
+    assert result.history["train/mean"] == list(range(200))
+
+
+def test_so_may_that_of_an_evaluation():
+    means = evaluate(lambda state, batch: {"mean": batch.mean()}, jnp.int32(0), refilled(200))
+    assert means["mean"] == 99.5

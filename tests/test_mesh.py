@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from models import refilled
 from onstep import Batches, Callback, Engine, evaluate
 from onstep.callbacks import EMA, SWA, Checkpoint, Evaluate, GradNorm, Histograms, NaNGuard, Target
 from onstep.callbacks.checkpoint import load, save
@@ -378,3 +379,16 @@ def test_a_rule_that_fits_nothing_or_does_not_divide_is_refused():
         by_path(mesh, {"w": PartitionSpec("model")})({"w": jax.ShapeDtypeStruct((7,), jnp.float32)})
     with pytest.raises(ValueError, match="fsdp needs an axis of the mesh, got 'rows'"):
         fsdp(mesh, "rows")
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": 4}, {"prefetch": 2}], ids=["plain", "blocks", "prefetch"])
+def test_a_source_may_fill_its_arrays_again(options):
+    engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), mesh=make_mesh(), log_every=1, **options)
+    result = engine.run(jnp.int32(0), lambda epoch: refilled(), epochs=1)
+    assert result.history["train/mean"] == list(range(40))
+
+
+def test_arrays_of_the_host_and_of_the_devices_mix_in_a_batch():
+    engine = Engine(lambda s, b: (s + (b["host"] * b["device"] * b["number"]).sum(), {}), mesh=make_mesh())
+    batch = {"host": np.ones(8, np.float32), "device": jnp.ones(8), "number": 2}
+    assert float(engine.run(jnp.float32(0), [batch, {**batch, "device": np.ones(8, np.float32)}], epochs=1).state) == 32

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import refilled
 from onstep import Batches, Engine
 from onstep.prefetch import Prefetch
 
@@ -137,3 +138,9 @@ def test_a_source_longer_than_its_len_leaves_no_thread():
 def test_a_depth_that_is_no_whole_number_is_refused(prefetch):
     with pytest.raises((ValueError, TypeError), match="prefetch"):
         Engine(add, prefetch=prefetch)
+
+
+def test_a_source_may_fill_its_arrays_again():
+    engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), prefetch=2, log_every=1)
+    result = engine.run(jnp.int32(0), lambda epoch: refilled(), epochs=1)
+    assert result.history["train/mean"] == list(range(40))
