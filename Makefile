@@ -47,6 +47,7 @@ bench: $(VENV)/ready  ## the numbers of docs/performance.md; about half an hour
 	$(RUN) benchmarks/overhead.py
 	$(RUN) benchmarks/limits.py
 	$(RUN) benchmarks/run.py --out benchmarks/results
+	$(RUN) benchmarks/mesh.py --out benchmarks/results
 	$(RUN) benchmarks/peers/run.py --json benchmarks/results/peers.json
 
 lowest: .venv-lowest/ready  ## what leans on other packages, with the lowest versions that pyproject.toml allows

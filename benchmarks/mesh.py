@@ -72,7 +72,7 @@ class Cut:
     def by_hand(self, call, put, state):
         """A case: queues as many calls as the engine, and reads the losses once a round.
 
-        A loop that never waits hangs on virtual devices, where XLA's threads wait for each other.
+        A loop that never waits may hang on virtual devices, where XLA's threads wait for each other.
         """
         state, data = jax.tree.map(jnp.copy, state), self.data()
 

@@ -269,14 +269,18 @@ class Spreading:
         self._function, self._spread, self._layout, self._stacked, self._jit = function, spread, layout, stacked, jit
         self._calls: dict[Any, Any] = {}
         if jit:
-            self.trace = lambda bundle, batch, *rest: self._ready(batch)[0].trace(bundle, self._ready(batch)[1], *rest)
+            self.trace: Any = self._traced
 
     def __call__(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
         """Calls it with a batch that lies anywhere."""
         call, batch = self._ready(batch)
         return call(bundle, batch, rng, due)
 
-    def _ready(self, batch: Batch) -> tuple[Callable[..., Any], Batch]:
+    def _traced(self, bundle: Any, batch: Batch, *rest: Any) -> Any:
+        call, batch = self._ready(batch)
+        return call.trace(bundle, batch, *rest)
+
+    def _ready(self, batch: Batch) -> tuple[Any, Batch]:
         """The call for a batch, and the batch as that takes it."""
         flat, structure = jax.tree.flatten(batch)
         spread, kinds = self._spread, None
@@ -293,7 +297,7 @@ class Spreading:
         return self._calls[kinds], batch
 
     def _compiled(self, where: Any) -> Any:
-        there = {} if where is None else {"in_shardings": (self._layout, where, None, None)}
+        there: dict[str, Any] = {} if where is None else {"in_shardings": (self._layout, where, None, None)}
         return jax.jit(self._function, donate_argnums=0, out_shardings=(self._layout, self._spread.whole), **there)
 
 

@@ -180,6 +180,13 @@ def go_on():
     tell(losses=result.history["train/loss"], steps=result.history.steps("train/loss"))
 
 
+def go_on_alone():
+    """On one device, without a mesh."""
+    saves = Checkpoint(DIRECTORY / "moves", when=10)
+    result = run(make(jax.random.key(0)), EMA(0.9), saves, steps=40, mesh=None)
+    tell(losses=result.history["train/loss"], devices=len(jax.tree.leaves(result.state)[0].sharding.device_set))
+
+
 def loader_moves():
     class Loader:
         """Knows its position by itself."""

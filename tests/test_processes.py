@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -105,10 +106,13 @@ def test_what_a_clock_a_stop_or_a_file_decides_is_the_same_for_all(tmp_path):
 def test_a_checkpoint_goes_on_on_another_number_of_processes_and_back(tmp_path):
     (alone,) = told("losses", tmp_path, 1)
     begun, _ = told("begin", tmp_path)
-    (tmp_path / "one").mkdir()
-    subprocess.run(["cp", "-r", tmp_path / "moves", tmp_path / "one" / "moves"], check=True)
+    for name in ("one", "single"):
+        shutil.copytree(tmp_path / "moves", tmp_path / name / "moves")
+    (single,) = told("go_on_alone", tmp_path / "single", 1)
+    assert single["devices"] == 1
+    np.testing.assert_allclose(begun["losses"] + single["losses"], alone["ends"]["batches"][0][:40], rtol=1e-5)
     (one,) = told("go_on", tmp_path / "one", 1)
-    subprocess.run(["rm", "-r", tmp_path / "one" / "moves" / "40"], check=True)
+    shutil.rmtree(tmp_path / "one" / "moves" / "40")
     back, _ = told("go_on", tmp_path / "one")
     pair, _ = told("go_on", tmp_path)
     whole = alone["ends"]["batches"][0]
