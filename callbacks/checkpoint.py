@@ -71,10 +71,16 @@ class Checkpoint(Callback):
             raise ValueError(f"Checkpoint needs mode 'min' or 'max', got {mode!r}.")
         if not isinstance(resume, (bool, int)) and not (resume == "best" and best):
             raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {resume!r}.")
-        self.directory = os.path.abspath(directory)
-        self.keep, self.best, self.mode = keep, best, mode
-        self.resume, self.overwrite, self.strict, self.skip = resume, overwrite, strict, skip
-        self.when, self.name = when, name
+        self.directory: str = os.path.abspath(directory)
+        self.keep: int = keep
+        self.best: str | None = best
+        self.mode = mode
+        self.overwrite: bool = overwrite
+        self.strict: bool = strict
+        self.skip: bool = skip
+        self.resume = resume
+        self.when: Cadence | int = when
+        self.name: str | None = name
         self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
     def on_load(self, loop: Loop) -> None:

@@ -31,7 +31,11 @@ class ClipWeights(Callback):
     ):
         if not low < high:
             raise ValueError(f"ClipWeights needs low < high, got {low} and {high}.")
-        self.low, self.high, self.of, self.update_when, self.name = low, high, of, when, name
+        self.low: float = low
+        self.high: float = high
+        self.of: str = of
+        self.update_when: Cadence | int = when
+        self.name: str | None = name
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         def clip(leaf: jax.Array) -> jax.Array:

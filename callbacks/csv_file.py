@@ -27,7 +27,8 @@ class CSV(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None):
-        self.path, self.name = os.path.abspath(path), name
+        self.path: str = os.path.abspath(path)
+        self.name: str | None = name
         self._file: TextIO | None = None
 
     def on_log(self, loop: Loop, record: Record) -> None:

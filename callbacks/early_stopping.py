@@ -38,9 +38,13 @@ class EarlyStopping(Callback):
             raise ValueError(f"EarlyStopping needs mode 'min' or 'max', got {mode!r}.")
         if not 0 <= min_delta < math.inf:
             raise ValueError(f"EarlyStopping needs min_delta >= 0, got {min_delta}.")
-        self.metric, self.patience, self.mode, self.min_delta, self.name = metric, patience, mode, min_delta, name
+        self.metric: str = metric
+        self.patience: int = patience
+        self.min_delta: float = min_delta
+        self.name: str | None = name
+        self.mode = mode
         self.best: float | None = None
-        self.misses = 0
+        self.misses: int = 0
 
     def on_log(self, loop: Loop, record: Record) -> None:
         if self.metric in record.values and self.stalled(record.values[self.metric]):

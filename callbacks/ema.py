@@ -46,7 +46,10 @@ class EMA(Callback):
             raise ValueError(f"EMA needs 0 <= decay < 1, got {decay!r}.")
         whole("EMA", "warmup", warmup, 0)
         whole("EMA", "start", start, 0)
-        self.decay, self.of, self.warmup, self.start = decay, of, warmup, start
+        self.decay: float = decay
+        self.of: str | tuple[str, ...] | None = of
+        self.warmup: int = warmup
+        self.start: int = start
         self.update_when = when
         self.name = name
 

@@ -49,7 +49,12 @@ class Evaluate(Callback):
         if steps is not None:
             whole(f"Evaluate {name!r}", "steps", steps, 1)
         self._random = takes_rng(step, f"The step of Evaluate {name!r}")
-        self.step, self.data, self.name, self.when, self.using, self.steps = step, data, name, when, using, steps
+        self.step: Any = step
+        self.data: Any = data
+        self.name: str | None = name
+        self.when: Cadence | int = when
+        self.using: Averaged | None = using
+        self.steps: int | None = steps
 
     def on_run_begin(self, loop: Loop) -> None:
         if isinstance(self.using, Callback):

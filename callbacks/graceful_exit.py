@@ -50,11 +50,13 @@ class GracefulExit(Callback):
         name: str | None = None,
     ):
         never = {getattr(signal, known, None) for known in ("SIGKILL", "SIGSTOP")}
-        self.deadline, self.signals, self.name = deadline, tuple(dict.fromkeys(signals)), name
+        self.deadline: float | datetime | None = deadline
+        self.signals: tuple[int, ...] = tuple(dict.fromkeys(signals))
+        self.name: str | None = name
         for number in self.signals:
             if number in never or number not in set(signal.Signals):
                 raise ValueError(f"GracefulExit needs signals that can be caught, such as SIGTERM, got {number!r}.")
-        self.when = Cadence()  # never
+        self.when: Cadence | int = Cadence()  # never
         if isinstance(deadline, datetime):
             if deadline.utcoffset() is None:
                 raise ValueError(f"GracefulExit needs a deadline with a time zone, got {deadline}. Say tzinfo=UTC.")

@@ -39,7 +39,10 @@ class GradNorm(Callback):
         when: Cadence | int = 1,
         name: str | None = None,
     ):
-        self.by_module, self.updates, self.params, self.of = by_module, updates, params, of
+        self.by_module: bool = by_module
+        self.updates: bool = updates
+        self.params: bool = params
+        self.of: str = of
         self.update_when = when
         self.name = name
 

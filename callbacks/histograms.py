@@ -44,7 +44,11 @@ class Histograms(Callback):
         when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
         name: str | None = None,
     ):
-        self.directory, self.of, self.grads, self.when, self.name = os.fspath(directory), of, grads, when, name
+        self.directory: str = os.fspath(directory)
+        self.of: str = of
+        self.grads: bool = grads
+        self.when: Cadence | int = when
+        self.name: str | None = name
         if grads:
             self.update_when = when
 

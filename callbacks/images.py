@@ -46,7 +46,12 @@ class Images(Callback):
     ):
         if png is None and events is None:
             raise ValueError("Images needs a directory: png= for files, events= for TensorBoard, or both.")
-        self.draw, self.png, self.events, self.when, self.using, self.name = draw, png, events, when, using, name
+        self.draw: Callable[[Any], dict[str, Any]] = draw
+        self.png: str | os.PathLike[str] | None = png
+        self.events: str | os.PathLike[str] | None = events
+        self.when: Cadence | int = when
+        self.using: Any = using
+        self.name: str | None = name
 
     def on_run_begin(self, loop: Loop) -> None:
         if isinstance(self.using, Callback):

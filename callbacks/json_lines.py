@@ -33,8 +33,9 @@ class JSONLines(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, config: Any = None, name: str | None = None):
-        self.path, self.name = os.path.abspath(path), name
-        self.config = None if config is None else redacted(config)
+        self.path: str = os.path.abspath(path)
+        self.name: str | None = name
+        self.config: dict[str, Any] | None = None if config is None else redacted(config)
         self._file: TextIO | None = None
 
     def on_log(self, loop: Loop, record: Record) -> None:

@@ -34,7 +34,8 @@ class LearningRate(Callback):
     def __init__(self, schedule: Callable[[Any], Any] | None = None, *, of: str | None = "opt_state", name: str = "lr"):
         if schedule is not None and not callable(schedule):
             raise TypeError(f"LearningRate needs a schedule, a function of the count, got {schedule!r}.")
-        self.of, self.name = of, name
+        self.of: str | None = of
+        self.name: str | None = name
         self._wanted = "count" if schedule else "learning_rate"
         self._rate = jax.jit(lambda count: schedule(jnp.maximum(count - 1, 0))) if schedule else None
 

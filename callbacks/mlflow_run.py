@@ -44,9 +44,12 @@ class MLflow(Callback):
         name: str | None = None,
     ):
         sinks.needs("MLflow", "mlflow")
-        self.experiment, self.run_name, self.tags = experiment, run_name, dict(tags or {})
-        self.config = {} if config is None else redacted(config)
-        self.tracking_uri, self.name = tracking_uri, name
+        self.experiment: str = experiment
+        self.run_name: str | None = run_name
+        self.tags: dict[str, str] = dict(tags or {})
+        self.config: dict[str, Any] = {} if config is None else redacted(config)
+        self.tracking_uri: str | None = tracking_uri
+        self.name: str | None = name
         self._id: str | None = None
         self._client: Any = None
 

@@ -58,8 +58,12 @@ class NaNGuard(Callback):
             whole("NaNGuard", "max_skips", max_skips, 1)
             if not skip:
                 raise ValueError(f"NaNGuard needs skip=True for max_skips={max_skips}: without it nothing is skipped.")
-        self.state, self.skip, self.max_skips, self.when, self.name = state or skip, skip, max_skips, when, name
-        self.ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+        self.state: bool = state or skip
+        self.skip: bool = skip
+        self.max_skips: int | None = max_skips
+        self.when: Cadence | int = when
+        self.name: str | None = name
+        self.ignore: tuple[str, ...] = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         self._most = 0 if not skip else FINE if max_skips is None else max_skips  # steps in a row without an error
         self._numbers: dict[str, int] = {}  # of every leaf that was traced: on the device it goes by its number
         self._loop: Loop | None = None

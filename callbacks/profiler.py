@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import jax
-from onstep import Callback, Loop, at
+from onstep import Cadence, Callback, Loop, at
 from onstep.checks import whole
 
 
@@ -31,8 +31,11 @@ class Profiler(Callback):
     def __init__(self, directory: str | os.PathLike[str], *, start: int = 10, steps: int = 5, name: str | None = None):
         whole("Profiler", "start", start, 0)
         whole("Profiler", "steps", steps, 1)
-        self.directory, self.start, self.steps, self.name = os.fspath(directory), start, steps, name
-        self.when = at(start + 1, start + steps)
+        self.directory: str = os.fspath(directory)
+        self.start: int = start
+        self.steps: int = steps
+        self.name: str | None = name
+        self.when: Cadence | int = at(start + 1, start + steps)
         self._tracing = False
 
     def on_step_begin(self, loop: Loop) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from onstep import Callback, Loop, Record, every, processes
+from onstep import Cadence, Callback, Loop, Record, every, processes
 
 
 class Progress(Callback):
@@ -45,10 +45,13 @@ class Progress(Callback):
         file: TextIO | None = None,
         name: str | None = None,
     ):
-        self.metrics, self.name, self._file = metrics, name, file
+        self.metrics: Sequence[str] | None = metrics
+        self.name: str | None = name
+        self._file = file
         if interval is None:
             interval = 0.2 if self._screen().moves else 10.0
-        self.when, self._interval = every(seconds=interval), interval
+        self.when: Cadence | int = every(seconds=interval)
+        self._interval = interval
         self._loop: Loop | None = None
         self._to: _Lines | None = None
         self.set_state({"steps": 0, "seconds": 0.0, "elapsed": 0.0, "evaluating": 0.0, "until": 0, "since": None})

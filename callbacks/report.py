@@ -53,9 +53,10 @@ class Report(Callback):
         when: Cadence | int | None = None,
         name: str | None = None,
     ):
-        self.path, self.name = os.path.abspath(path), name
-        self.config = {} if config is None else redacted(config)
-        self.when = Cadence() if when is None else when
+        self.path: str = os.path.abspath(path)
+        self.name: str | None = name
+        self.config: dict[str, Any] = {} if config is None else redacted(config)
+        self.when: Cadence | int = Cadence() if when is None else when
         self._begun: float | None = None  # the time at which this sitting began
         self.set_state({"curves": {}, "seconds": 0.0, "sittings": 0, "spent": [0.0, 0.0, 0.0]})
 

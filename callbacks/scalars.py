@@ -24,7 +24,8 @@ class Scalars(Callback):
     """
 
     def __init__(self, *names: str, name: str | None = None):
-        self.names, self.name = names, name
+        self.names: tuple[str, ...] = names
+        self.name: str | None = name
 
     def on_run_begin(self, loop: Loop) -> None:
         kinds = signature(loop.state)

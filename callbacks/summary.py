@@ -32,7 +32,10 @@ class Summary(Callback):
     def __init__(
         self, of: str | None = "params", *, stats: bool = False, file: TextIO | None = None, name: str | None = None
     ):
-        self.of, self.stats, self.name, self._file = of, stats, name, file
+        self.of: str | None = of
+        self.stats: bool = stats
+        self.name: str | None = name
+        self._file = file
 
     def on_run_begin(self, loop: Loop) -> None:
         listed = leaves(loop.state if self.of is None else get_field(loop.state, self.of, "Summary"))

@@ -38,8 +38,10 @@ class SWA(Callback):
         when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
         name: str | None = None,
     ):
-        self.start = whole("SWA", "start", start, 0)
-        self.of, self.update_when, self.name = of, when, name
+        self.start: int = whole("SWA", "start", start, 0)
+        self.of: str | None = of
+        self.update_when: Cadence | int = when
+        self.name: str | None = name
 
     def init(self, state: Any) -> dict[str, Any]:
         return {"average": jax.tree.map(_wide, self._select(state)), "count": jnp.int32(0)}

@@ -43,7 +43,11 @@ class Table(Callback):
         file: TextIO | None = None,
         name: str | None = None,
     ):
-        self.columns, self.best, self.when, self.name, self._file = columns, dict(best or {}), when, name, file
+        self.columns: Sequence[str] | None = columns
+        self.best: dict[str, str] = dict(best or {})
+        self.when: Cadence | int = when
+        self.name: str | None = name
+        self._file = file
         for metric, mode in self.best.items():
             if mode not in ("min", "max"):
                 raise ValueError(f"Table needs mode 'min' or 'max' for {metric!r}, got {mode!r}.")

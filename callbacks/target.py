@@ -41,7 +41,11 @@ class Target(Callback):
     ):
         if not (isinstance(rate, (int, float)) and 0 < rate <= 1):
             raise ValueError(f"Target needs 0 < rate <= 1, got {rate!r}.")
-        self.source, self.target, self.rate, self.update_when, self.name = source, target, rate, when, name
+        self.source: str = source
+        self.target: str = target
+        self.rate: float = rate
+        self.update_when: Cadence | int = when
+        self.name: str | None = name
 
     def init(self, state: Any) -> tuple[()]:
         source, target = self._fields(state)

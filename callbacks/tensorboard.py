@@ -30,8 +30,10 @@ class TensorBoard(Callback):
         flush_seconds: int = 10,
         name: str | None = None,
     ):
-        self.directory, self.flush_seconds, self.name = os.fspath(directory), flush_seconds, name
-        self.config = None if config is None else redacted(config)
+        self.directory: str = os.fspath(directory)
+        self.flush_seconds: int = flush_seconds
+        self.name: str | None = name
+        self.config: dict[str, Any] | None = None if config is None else redacted(config)
         self._configured = False
 
     def on_run_begin(self, loop: Loop) -> None:

@@ -68,7 +68,9 @@ class Timing(Callback):
     """
 
     def __init__(self, *, table: bool = True, file: TextIO | None = None, name: str | None = None):
-        self.table, self.name, self._file = table, name, file
+        self.table: bool = table
+        self.name: str | None = name
+        self._file = file
         self.seconds: dict[str, float] = {}
 
     def on_load(self, loop: Loop) -> None:

@@ -46,7 +46,8 @@ class WandB(Callback):
         **init: Any,
     ):
         sinks.needs("WandB", "wandb")
-        self.name, self._given = name, init.pop("id", None)
+        self.name: str | None = name
+        self._given = init.pop("id", None)
         self._options: dict[str, Any] = {"settings": {"x_disable_meta": True}, **init}
         self._options |= {"project": project, "name": run_name, "tags": list(tags), "resume": "allow"}
         self._options["config"] = None if config is None else redacted(config)

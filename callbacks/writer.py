@@ -29,8 +29,9 @@ class Writer(Callback):
         for method in ["write_scalars"] + ["write_hparams"] * (config is not None):
             if not callable(getattr(writer, method, None)):
                 raise TypeError(f"Writer needs an object with {method}, got {type(writer).__name__}.")
-        self.writer, self.name = writer, name
-        self.config = None if config is None else redacted(config)
+        self.writer: Any = writer
+        self.name: str | None = name
+        self.config: dict[str, Any] | None = None if config is None else redacted(config)
         self._begun = False
 
     def on_run_begin(self, loop: Loop) -> None:

@@ -48,7 +48,10 @@ class Batches:
                 f"Batches needs batch_size <= {self.examples}, the examples there are, got {batch_size}; "
                 "or drop_last=False."
             )
-        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
+        self.batch_size: int = batch_size
+        self.seed: int = seed
+        self.shuffle: bool = shuffle
+        self.drop_last: bool = drop_last
 
     @property
     def dropped(self) -> int:

@@ -116,7 +116,8 @@ class Stack:
 
     def __init__(self, first: Batch, rows: int):
         flat, self._structure = jax.tree.flatten(first)
-        self._kinds, self._rows, self.count = [_kind(leaf) for leaf in flat], rows, 0
+        self.count: int = 0
+        self._kinds, self._rows = [_kind(leaf) for leaf in flat], rows
         self._columns = [aligned(rows, *kind[1:3]) if kind[0] is np.ndarray else [] for kind in self._kinds]
         self.add(first)
 

@@ -139,7 +139,7 @@ class Function(Callback):
             raise ValueError(f"{event!r} is not an event.{checks.nearest(method.removeprefix('on_'), names)}")
         checks.arguments(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
         self._plain = getattr(function, "__name__", "function")
-        self.when = as_cadence(when, f"{self._plain}.when")
+        self.when: Cadence | int = as_cadence(when, f"{self._plain}.when")
         setattr(self, method, function)
 
 

@@ -50,25 +50,20 @@ class Program:
         auto: whether that is chosen here.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        callbacks: dict[str, Callback],
-        steps_per_call: int | str = 1,
-        jit: bool = True,
-        spread: Spread | None = None,
-    ):
+    def __init__(self, step: Step, callbacks: dict[str, Callback], steps_per_call: int | str, jit: bool, spread: Any):
         halves = {name: half for name, half in callbacks.items() if own(half, "update")}
         cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in halves.items()}
         for name, cadence in cadences.items():
             if cadence.seconds:
                 raise ValueError(f"{name}.update_when needs steps or epochs, got {cadence}: it is compiled in.")
-        self.at_times = {n: Due(cadence, time.monotonic) for n, cadence in cadences.items() if cadence != ALWAYS}
-        self.takes_rng = checks.takes_rng(step)
-        self.counted = self.takes_rng or bool(halves)
+        self.at_times: dict[str, Due] = {n: Due(c, time.monotonic) for n, c in cadences.items() if c != ALWAYS}
+        self.takes_rng: bool = checks.takes_rng(step)
+        self.counted: bool = self.takes_rng or bool(halves)
         self._traced = Traced(step, halves, list(self.at_times), self.takes_rng)
         self._one = jax.jit(self._traced, donate_argnums=0, inline=True)
-        self._jit, self.auto, self.spread = jit, jit and steps_per_call == "auto", spread
+        self.auto: bool = jit and steps_per_call == "auto"
+        self.spread: Spread | None = spread
+        self._jit = jit
         self.call: Any
         self._calls: dict[Any, Any] = {}
         self._saved: dict[str, Any] = {"mode": None, "batch": None}
@@ -200,10 +195,13 @@ class Traced:
     """
 
     def __init__(self, step: Step, halves: dict[str, Callback], at_times: list[str], takes_rng: bool):
-        self.step, self.halves, self.at_times, self.takes_rng = step, halves, at_times, takes_rng
+        self.step: Step = step
+        self.halves: dict[str, Callback] = halves
+        self.at_times: list[str] = at_times
+        self.takes_rng: bool = takes_rng
         self.logged: dict[str, list[str]] = {}
         self.expected: dict[str, str] | None = None
-        self.times = 0
+        self.times: int = 0
 
     def init(self, state: State) -> dict[str, Carry]:
         """The first carries."""

@@ -21,8 +21,8 @@ from . import checks
 try:
     import yaml
     from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
-except ImportError as error:
-    raise ImportError(f"onstep.config needs pydantic and PyYAML: pip install 'onstep[config]' ({error}).") from error
+except ImportError as _error:
+    raise ImportError(f"onstep.config needs pydantic and PyYAML: pip install 'onstep[config]' ({_error}).") from _error
 
 Whole = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0)]
@@ -64,7 +64,7 @@ class Config(BaseModel):
     Types are strict: `"3"` is no number, nor is True. An unknown field is an error.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

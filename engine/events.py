@@ -25,15 +25,16 @@ class Due:
     """
 
     def __init__(self, cadence: Cadence, clock: Callable[[], float], step: int = 0):
-        self.cadence, self._clock = cadence, clock
+        self.cadence: Cadence = cadence
+        self._clock = clock
         self._interval = min(cadence.seconds, default=math.inf)
         self._by_step_alone = not (cadence.epochs or cadence.seconds)
         self.start(step)
 
     def start(self, step: int) -> None:
         """Begins with `step` steps completed."""
-        self.next = self.cadence.next(step)
-        self.deadline = self._clock() + self._interval if self.cadence.seconds else math.inf
+        self.next: float = self.cadence.next(step)
+        self.deadline: float = self._clock() + self._interval if self.cadence.seconds else math.inf
 
     def now(self, step: int, epoch: int = 0) -> bool:
         """Whether it is due at `step`, which completes `epoch` (0 if it completes none)."""
@@ -53,8 +54,11 @@ class Answer:
     """One callback's method for one event, with the time at which it is due."""
 
     def __init__(self, event: str, name: str, method: Callable[..., None], due: Due):
-        self.event, self.name, self.method, self.due = event, name, method, due
-        self.called_at = -1  # the step at which it was last called
+        self.event: str = event
+        self.name: str = name
+        self.method: Callable[..., None] = method
+        self.due: Due = due
+        self.called_at: int = -1  # the step at which it was last called
 
     def call(self, loop: Loop, *args: Any) -> None:
         """Calls the method; an error carries a note that says where it came from."""

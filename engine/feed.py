@@ -28,8 +28,8 @@ class Feed:
         if not callable(data):
             check(data)
         self.data = data
-        self.length = epoch_steps or length(data)
-        self.one_shot = not callable(data) and hasattr(data, "__next__")
+        self.length: int | None = epoch_steps or length(data)
+        self.one_shot: bool = not callable(data) and hasattr(data, "__next__")
         self._cut = epoch_steps is not None
         self._prefetch, self._there = prefetch, there  # a sharding, or a Spread
         self._spread = there if isinstance(there, Spread) else None

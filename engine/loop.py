@@ -19,6 +19,8 @@ from .snapshot import Snapshot
 from .trees import Batch, State, difference, place, signature
 
 if TYPE_CHECKING:
+    from jax.sharding import NamedSharding
+
     from .compiled import Program
 
 
@@ -46,12 +48,15 @@ class Loop:
         self.metrics: Metrics = {}
         self._batch: tuple[Batch, int] = (None, 0)  # the last call's, and how many of it ran where it is a block
         self.latest: dict[str, float] = {}
-        self.history = History()
+        self.history: History = History()
         self.stopped: str | None = None
         self.error: BaseException | None = None
-        self.steps, self.epochs, self.rng = to["steps"], to["epochs"], rng
-        self._program, self.callbacks, self._feed = program, callbacks, feed
-        self.mesh = None if program.spread is None else program.spread.batches
+        self.steps: int | None = to["steps"]
+        self.epochs: int | None = to["epochs"]
+        self.rng: Any = rng
+        self.callbacks: dict[str, Callback] = callbacks
+        self._program, self._feed = program, feed
+        self.mesh: NamedSharding | None = None if program.spread is None else program.spread.batches
         self._events: Events
         self._pace: Pace
         self._peers: Peers
@@ -78,8 +83,7 @@ class Loop:
     def state(self, new: State) -> None:
         if changed := difference(self.state, new):
             raise ValueError(f"loop.state needs a state like the one it has: {changed}.")
-        new = place(new, "The state", spread=self._program.spread, like=self.state)
-        self._bundle = (new, *self._bundle[1:])
+        self._bundle = (place(new, "The state", spread=self._program.spread, like=self.state), *self._bundle[1:])
 
     @property
     def batch(self) -> Batch:

@@ -40,7 +40,9 @@ class Rows(dict[str, Any]):
         self, last: dict[str, Any], columns: dict[str, Any], count: int, present: Mapping[str, Sequence[bool]]
     ):
         super().__init__(last)
-        self.columns, self.count, self.present = columns, count, present
+        self.columns: dict[str, Any] = columns
+        self.count: int = count
+        self.present: Mapping[str, Sequence[bool]] = present
 
     def read(self) -> dict[str, list[Any]]:
         """By name, the values of the steps that had one; waits for the device."""

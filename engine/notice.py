@@ -11,7 +11,7 @@ import jax
 if TYPE_CHECKING:
     from .loop import Loop
 
-log = logging.getLogger("onstep")
+log: logging.Logger = logging.getLogger("onstep")
 
 
 def notice(text: str, *, everywhere: bool = False) -> None:

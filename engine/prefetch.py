@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,7 +36,8 @@ class Prefetch(Iterator[Batch]):
         self._thread: threading.Thread | None = None
         if hasattr(source, "get_state") and hasattr(source, "set_state"):
             self._state = self._source_state()
-            self.get_state, self.set_state = lambda: self._state, source.set_state
+            self.get_state: Callable[[], Any] = lambda: self._state
+            self.set_state: Callable[[Any], None] = source.set_state
 
     def __next__(self) -> Batch:
         if self._thread is None and not self._drawn:

@@ -119,7 +119,8 @@ class Peers:
     """
 
     def __init__(self, clock: Callable[[], float]):
-        self.count, self._own, self._now = jax.process_count(), clock, clock()
+        self.count: int = jax.process_count()
+        self._own, self._now = clock, clock()
         self._thread: threading.Thread | None = None
 
     def begin(self, step: Callable[[], int]) -> None:

@@ -155,10 +155,10 @@ class Spread:
         self.batches: NamedSharding = mesh
         self.mesh: Any = mesh.mesh
         self.whole: NamedSharding = NamedSharding(self.mesh, PartitionSpec())
-        self.processes = len({device.process_index for device in self.mesh.devices.flat})
+        self.processes: int = len({device.process_index for device in self.mesh.devices.flat})
         first = mesh.spec[0] if mesh.spec else None
         self.axes: tuple[str, ...] = (first,) if isinstance(first, str) else tuple(first or ())
-        self.shards = math.prod(self.mesh.shape[axis] for axis in self.axes)
+        self.shards: int = math.prod(self.mesh.shape[axis] for axis in self.axes)
         along = NamedSharding(self.mesh, PartitionSpec(self.axes or None))
         parts = along.addressable_devices_indices_map((self.shards,))
         self.mine: list[int] = sorted({index[0].start or 0 for index in parts.values() if index})

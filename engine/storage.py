@@ -40,9 +40,12 @@ class Storage:
     """
 
     def __init__(self, directory: str, keep: int | None = None, best: str | None = None, mode: str = "min"):
-        self.directory, self.keep, self.best, self.mode = os.path.abspath(directory), keep, best, mode
+        self.directory: str = os.path.abspath(directory)
+        self.keep: int | None = keep
+        self.best: str | None = best
+        self.mode: str = mode
         self.spared: int | None = None  # a step that is not deleted: the one that the run goes on from
-        self.run = uuid.uuid4().hex
+        self.run: str = uuid.uuid4().hex
         self._checkpointer: Any = None
         self._commit: threading.Thread | None = None
         self._failure: BaseException | None = None
