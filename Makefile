@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 # As many tests at a time as there are processors; those that start, kill or time processes run one by one.
-QUICK = -m pytest -q -m "not slow" -n logical --maxprocesses 8 --dist worksteal $(ANEW)
+BESIDE = -n logical --maxprocesses 8 --dist worksteal
+QUICK = -m pytest -q -m "not slow" $(BESIDE) $(ANEW)
+SCRIPTS = $(addprefix tests/test_,docs.py examples.py examples_generative.py examples_loops.py)
 # What other packages have a say in.
 LEANING = checkpoint config events histograms images learning_rate metrics state summary swa tensorboard
 
@@ -20,7 +22,8 @@ coverage: $(VENV)/ready  ## the same, and how much of the code it runs; pyprojec
 	$(RUN) -m coverage report --skip-covered
 
 test-slow: $(VENV)/ready  ## the examples and the documents, run as a user would
-	$(RUN) -m pytest -q -m slow $(ANEW)
+	$(RUN) -m pytest -q -m slow $(BESIDE) $(ANEW) $(SCRIPTS)
+	$(RUN) -m pytest -q -m slow $(ANEW) $(addprefix --ignore=,$(SCRIPTS))
 
 test-all: lint types coverage test-slow dist lowest newest  ## everything that must hold before a change lands
 
