@@ -38,19 +38,6 @@ class Acts(EveryStep):
     when = every(100)
 
 
-class Same:
-    """An epoch of one batch, again and again: data that cost nothing."""
-
-    def __init__(self, batch, steps):
-        self.batches = [batch] * steps
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 def bare(call, state, data):
     """A case: the loop that does nothing else."""
 
@@ -88,7 +75,7 @@ def noops():
         call = lambda bundle, batch, rng, due: (bundle, metrics)  # noqa: E731
         return engine(lambda state, batch: (state, {}), jnp.float32(0), data, callbacks, call)
 
-    data, ten = Same(np.zeros(3), STEPS), [*(Idle() for _ in range(8)), Acts(), Acts()]
+    data, ten = [np.zeros(3)] * STEPS, [*(Idle() for _ in range(8)), Acts(), Acts()]
     return {
         BARE: bare(lambda state, batch: (state, {}), jnp.float32(0), data),
         "no callbacks": noop({}),
@@ -102,7 +89,7 @@ def short_steps():
     """By name, with the step of one layer."""
     work = one_layer()
     batch = {name: array[: work.batch_size] for name, array in work.arrays.items()}
-    data = Same(batch, STEPS // 4)
+    data = [batch] * (STEPS // 4)
     return {
         BARE: bare(jax.jit(lambda s, b: work.step(s, b)[:2], donate_argnums=0), work.state, data),
         "no callbacks": engine(work.step, work.state, data),

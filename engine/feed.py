@@ -62,8 +62,9 @@ class Feed:
     def take(self, count: int) -> Iterator[tuple[Batch, int]]:
         """The next `count` batches, each with a 1; fewer only where the epoch ends."""
         while count > 0 and self._more():
-            batch, own = self.peek(), isinstance(self._iterator, (Pass, Prefetch))  # who give new arrays each time
-            self._ahead.clear()
+            # Whose batches stay as they are, whatever is drawn after them; those of others are copied.
+            own = isinstance(self._iterator, (Pass, Prefetch)) or isinstance(self.data, (list, tuple))
+            batch, self._ahead = self.peek(), []
             self._used, count = self._used + 1, count - 1
             yield batch if own else copied(batch), 1
             try:
