@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from . import checks
 from .cadence import ALWAYS, Cadence, as_cadence
+from .representation import call_text
 from .snapshot import pack, unpack
 from .trees import Batch, State
 
@@ -67,6 +69,9 @@ class Callback:
     def on_save(self, loop: Loop) -> None:
         """All that is due at this step has run and agrees: the one place to save, once a step."""
 
+    def on_snapshot(self, loop: Loop) -> None:
+        """A snapshot of the run is about to be made; an error raised here prevents it."""
+
     def on_exception(self, loop: Loop, error: BaseException) -> None:
         """The run is ending because of `error`, which goes on to the caller afterwards."""
 
@@ -97,6 +102,10 @@ class Callback:
             if self._fresh is None:
                 self._fresh = pack(self.get_state(), who)
             self.set_state(unpack(self._fresh))
+
+    def __repr__(self) -> str:
+        named = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return call_text(type(self), {name: getattr(self, name) for name in named})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -70,6 +70,7 @@ class Program:
         self.rows: int | None = None
         if not self.auto:
             self._decide(0 if steps_per_call == 1 or not jit else int(steps_per_call))
+        self._example: Any = None  # the shapes of the run's first batch
         self._init = jax.jit(self._traced.init) if jit else self._traced.init
 
     def init(self, state: State) -> dict[str, Carry]:
@@ -123,6 +124,7 @@ class Program:
         whole = batch if self.spread is None else self.spread.put(batch)
         checks.same_batches(saved["batch"], signature(whole))
         self._traced.expected = saved["batch"] or signature(whole)
+        self._example = jax.eval_shape(lambda x: x, whole)
         never = (False,) * len(self.at_times)
         if self.rows is None:
             mode = saved["mode"] or ("plain" if self.spread is not None else None)  # blocks there: not measured
@@ -139,6 +141,13 @@ class Program:
             if self._traced.times > traced:
                 several = f", up to {self.rows} to a call," if self.rows else ""
                 announce(f"compiled the step{several}", time.perf_counter() - began)
+
+    def traced(self, bundle: Bundle, rng: Any) -> Any:
+        """One step as it was traced for the run's first batch, None before that or if nothing is compiled."""
+        if self._example is None or not self._jit:
+            return None
+        never = np.zeros(len(self.at_times), bool) if self.at_times else None
+        return self._one.trace(bundle, self._example, rng if self.counted else None, never)
 
     def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
         """What the first call takes, with `step` steps completed."""

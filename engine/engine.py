@@ -25,6 +25,7 @@ from .processes import Peers
 from .result import Result
 from .sharding import Spread
 from .source import Data
+from .spans import CALL, COMPILE, DATA, WAIT
 from .steps import Steps
 from .trees import State, home, place
 
@@ -47,13 +48,12 @@ class Engine:
             NamedSharding says how else), the state stays as it lies, or is put whole on every
             device. See `onstep.sharding`.
         jit: False runs the same loop uncompiled, to look inside the step.
+        clock: the time in seconds, for cadences in seconds; tests pass `onstep.testing.FakeClock()`.
 
     Raises:
         TypeError: the step or a callback has the wrong arguments or is none.
         ValueError: two callbacks of one name, a number out of range, or a mesh without an axis for batches.
     """
-
-    _clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(
         self,
@@ -66,7 +66,9 @@ class Engine:
         prefetch: int = 0,
         mesh: Mesh | NamedSharding | None = None,
         jit: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        self._clock = clock
         self._log_every = checks.whole("Engine", "log_every", log_every, 1)
         self._in_flight = checks.whole("Engine", "in_flight", in_flight, 1)
         self._prefetch = checks.whole("Engine", "prefetch", prefetch, 0)
@@ -214,7 +216,8 @@ class Engine:
             if not loop.over:
                 loop._feed.replace(loop.batch)
         if not (loop._prepared or loop.over):
-            self._program.prepare(loop._bundle, loop._feed.peek(), loop.rng if self._program.counted else None)
+            with loop._spans.span(COMPILE):
+                self._program.prepare(loop._bundle, loop._feed.peek(), loop.rng if self._program.counted else None)
             loop._prepared = True
 
     def _advance(self, loop: Loop, turn: Due) -> bool:
@@ -226,20 +229,25 @@ class Engine:
         end = math.inf if length is None else step + length - loop.epoch_step
         until = min(loop._events.next(step, end), turn.next, log, end, loop.steps or sys.maxsize)
         deadline = min(loop._events.deadline(), turn.deadline)
-        call, timed, steps = program.call, deadline < math.inf, int(until) - step
+        call, wait, timed, steps = program.call, loop._pace.wait, deadline < math.inf, int(until) - step
+        advance = program.advance
         plain = not (program.rows or program.at_times)
         full, most = loop._pace.start(pending), loop._pace.steps(step)
+        batches = feed.blocks(steps, program.rows, most) if program.rows else feed.take(steps)
+        if spans := loop._spans:
+            batches, wait = spans.iterate(DATA, batches), spans.wrap(WAIT, wait)
+            call, advance = spans.wrap(CALL, call), spans.wrap(CALL, advance)
         try:
-            for batch, count in feed.blocks(steps, program.rows, most) if program.rows else feed.take(steps):
+            for batch, count in batches:
                 if plain:
                     bundle, metrics = call(bundle, batch, rng, None)
                 else:
                     completes = loop.epoch + 1 if step + count == end else 0
-                    bundle, metrics = program.advance(bundle, batch, rng, step, count, completes)
+                    bundle, metrics = advance(bundle, batch, rng, step, count, completes)
                 step += count
                 pending.append(metrics)
                 if len(pending) >= full:
-                    full = loop._pace.wait(pending)
+                    full = wait(pending)
                 if loop.stopped is not None or (timed and clock() >= deadline):  # a signal may stop it
                     break
         finally:

@@ -34,7 +34,7 @@ def writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds: int 
         # take files in the order of their names.
         writers[path] = SummaryWriter(
             path,
-            purge_step=None if path in writers else loop._began + 1,
+            purge_step=None if path in writers else loop.first_step + 1,
             flush_secs=flush_seconds,
             filename_suffix=f".{time.time_ns()}.{uuid.uuid4().hex[:8]}",
         )

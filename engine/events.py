@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cadence import ALWAYS, Cadence, as_cadence
 from .callback import EVENTS, Callback, own
+from .spans import Span, Spans
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -96,6 +97,13 @@ class Events:
         self._before = [answer.due for answer in self.answers["on_step_begin"]]
         self._after = [answer.due for event in ("on_step_end", "on_save") for answer in self.answers[event]]
         self._timed = [due for due in self._before + self._after if due.cadence.seconds]
+
+    def observe(self, spans: Spans) -> None:
+        """Report every handler as a span from now on."""
+        for event, answers in self.answers.items():
+            for answer in answers:
+                span = Span("save" if event == "on_save" else "callback", answer.name, event)
+                answer.method = spans.wrap(span, answer.method)
 
     def fire(self, event: str, loop: Loop, *args: Any) -> None:
         """Calls everybody who answers the event."""

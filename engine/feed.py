@@ -13,6 +13,7 @@ from .notice import notice
 from .prefetch import Prefetch
 from .sharding import Spread
 from .source import Data, check, length, open_pass
+from .spans import DATA, Spans
 from .trees import Batch, copied
 
 
@@ -42,6 +43,11 @@ class Feed:
         self._replaced = False  # whether it is another than the source gave
         self._before: Any = None  # the loader's state before that draw
         self._failure: Exception | None = None  # of that draw, raised when its batch is due
+
+    def observe(self, spans: Spans) -> None:
+        """Report the waits for a batch as spans from now on; those of `take` and `blocks` are the loop's to report."""
+        for name in ("begin_epoch", "peek", "ended"):
+            setattr(self, name, spans.wrap(DATA, getattr(self, name)))
 
     def begin_epoch(self, epoch: int) -> None:
         """Draws the first batch of an epoch, counted from 0.

@@ -16,6 +16,7 @@ from .records import History, Record
 from .restore import put_back, take
 from .result import Result, carry_of
 from .snapshot import Snapshot
+from .spans import Observer, Spans
 from .trees import Batch, State, difference, place, signature
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Loop:
         self._prepared = False  # whether the step is compiled for the run's batches
         self._began = 0  # the step at which this call of run began
         self._last: Snapshot  # the run at its end
+        self._spans = Spans()
+        self.checkpoints: list[Any] = []  # onstep.storage: where this run's checkpoints are
 
     @property
     def state(self) -> State:
@@ -103,6 +106,28 @@ class Loop:
     def carry(self, callback: Callback) -> Carry:
         """The carry of a callback of this run."""
         return carry_of(self.carries, self.callbacks, callback)
+
+    @property
+    def first_step(self) -> int:
+        """The step at which this call of `run` began: 0, or that of the checkpoint it resumed from."""
+        return self._began
+
+    @property
+    def traced(self) -> Any:
+        """One step with the compiled halves, traced for the run's first batch (`jax.stages.Traced`), or None."""
+        return self._program.traced(self._bundle, self.rng)
+
+    def observe(self, observer: Observer) -> None:
+        """Tell `observer` what the run does from now on, until it ends."""
+        if not self._spans:
+            self._events.observe(self._spans)
+            self._feed.observe(self._spans)
+            self._meter.observe(self._spans)
+        self._spans.add(observer)
+
+    def progress(self, name: str, done: int, total: int | None = None) -> None:
+        """Report how far a long task of a callback is; `done=0` marks its beginning."""
+        self._spans.progress(name, done, total)
 
     @property
     def epoch_length(self) -> int | None:
@@ -178,6 +203,7 @@ class Loop:
 
         The arrays in it are the live ones: write or copy them before the event returns.
         """
+        self._events.fire("on_snapshot", self)
         return take(self)
 
     def restore(self, snapshot: Snapshot, *, strict: bool = True, skip: bool = True) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .means import Tally, fetch, merges
+from .spans import WAIT, Spans
 
 Metrics = dict[str, Any]
 """Scalars on the device by name; a value may be a clu metric, which merges exactly."""
@@ -45,6 +46,10 @@ class Meter:
     def __init__(self) -> None:
         self.pending: list[Metrics] = []
         self.windows: dict[str, dict[str, Tally]] = {"train": {}, "epoch": {}}
+
+    def observe(self, spans: Spans) -> None:
+        """Report every read as a span from now on."""
+        self.read = spans.wrap(WAIT, self.read)  # type: ignore[method-assign]
 
     def read(self) -> None:
         """Fetches what is pending into the open means: the one place that waits for metrics."""

@@ -30,7 +30,7 @@ def kept(loop: Loop, path: str, step: Callable[[str], int]) -> list[str]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not os.path.exists(path):
         return []
-    if not loop._began:
+    if not loop.first_step:
         stem, ending = os.path.splitext(path)
         aside = next(free for n in itertools.count(1) if not os.path.lexists(free := f"{stem}.{n}{ending}"))
         os.rename(path, aside)
@@ -45,7 +45,7 @@ def kept(loop: Loop, path: str, step: Callable[[str], int]) -> list[str]:
             raise ValueError(
                 f"{path}, line {number}, is no record: {line.strip()!r:.80}. Give another path."
             ) from error
-    return [line for line in lines if step(line) <= loop._began]
+    return [line for line in lines if step(line) <= loop.first_step]
 
 
 def rewrite(path: str, lines: Iterable[str]) -> TextIO:

@@ -1,0 +1,42 @@
+"""How an object shows itself: as the call that made it."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def call_text(kind: type, values: Mapping[str, Any]) -> str:
+    """Return a constructor call as text, without the arguments that have their default values.
+
+    Args:
+        kind: the class.
+        values: its arguments by name; those that are missing are left out.
+    """
+    shown = []
+    for parameter in inspect.signature(kind).parameters.values():
+        if parameter.name not in values or parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        value = values[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            shown += map(_text, value)
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
+            shown.append(_text(value))
+        elif not _same(value, parameter.default):
+            shown.append(f"{parameter.name}={_text(value)}")
+    return f"{kind.__name__}({', '.join(shown)})"
+
+
+def _text(value: Any) -> str:
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return value.__name__
+    return _SHORT.repr(value) if isinstance(value, (str, list, tuple, dict)) else f"{value!r:.200}"
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))
