@@ -123,7 +123,7 @@ class Cut:
     def lowered(self, *callbacks):
         engine = self.engine(*callbacks)
         result = engine.run(self.state, self.batches, steps=1)
-        program = engine._program
+        program = engine._compiled
         bundle = program.bundle(result.state, program.init(result.state), 0)
         return program.call.trace(bundle, self.batches[0], None, None).lower()
 

@@ -55,7 +55,7 @@ def bare(call, state, data):
 def engine(step, state, data, callbacks=(), call=None):
     """A case: the engine's loop, without the copy of the state that comes before it."""
     made = Engine(step, callbacks, log_every=100, steps_per_call=1)
-    made._program.call = call or made._program.call
+    made._compiled.call = call or made._compiled.call
 
     def measure():
         loop = made._prepare(state, data, None, False, epochs=1, steps=None, epoch_steps=None)

@@ -1,8 +1,8 @@
 """onstep: a callback-and-hooks engine for JAX training."""
 
-from .batches import Batches
 from .cadence import Cadence, at, every
 from .callback import Callback, Context
+from .data.batches import Batches
 from .engine import Engine
 from .evaluate import evaluate
 from .loop import Loop

@@ -1,119 +1,133 @@
-"""Callback: the events it can answer, and the half that is compiled into the step."""
+"""Callback: the events that it can handle, and the half that is compiled into the step."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import zlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from . import checks
 from .cadence import ALWAYS, Cadence, as_cadence
+from .checks import check_signature, did_you_mean
+from .records import Record
 from .representation import call_text
 from .snapshot import pack, unpack
 from .trees import Batch, State
 
 if TYPE_CHECKING:
-    from .loop import Loop
-    from .records import Record
+    # The one import that points upwards: every event is given the loop, and its signature says so.
+    from .loop import Loop as Loop
 
 Carry = Any
-"""What a callback's pure half keeps on the device: any pytree of arrays."""
+"""What the compiled half of a callback keeps on the device: any pytree of arrays."""
 
 
 class Callback:
     """Something done around, or inside, the steps of a run. Override what you need.
 
-    The host half answers events between steps; the pure half (`init`, `update`) is compiled
-    into the step. At an event, order of effects is order in the engine's list.
+    A callback has two halves. The host half handles events between steps. The compiled half (`init` and `update`)
+    runs inside the compiled step. At an event, callbacks take effect in the order of the engine's list.
 
     Attributes:
-        name: unique among an engine's callbacks; by default the class name, numbered if repeated.
+        name: unique among an engine's callbacks; by default the class name, numbered if it is repeated.
         when: when `on_step_begin`, `on_step_end` and `on_save` are due; a plain int means steps.
-        update_when: when the pure half is due; by step number (or epoch, where its length is known).
+        update_when: when the compiled half is due, in steps (or in epochs, if their length is known).
 
     Raises:
-        TypeError: when a subclass is defined with a method that is no event, or with wrong arguments.
+        TypeError: a subclass is defined with a method that is not an event, or with the wrong arguments.
+
+    >>> from onstep import Engine, every
+    >>> class PrintState(Callback):
+    ...     when = every(steps=2)
+    ...     def on_step_end(self, loop):
+    ...         print(loop.step, int(loop.state))
+    >>> engine = Engine(lambda state, batch: (state + batch, {}), [PrintState()])
+    >>> result = engine.run(jnp.int32(0), [1, 1, 1, 1], epochs=1)
+    2 2
+    4 4
     """
 
     name: str | None = None
     when: Cadence | int = ALWAYS
     update_when: Cadence | int = ALWAYS
-    _plain: str | None = None  # the name to number, where it is not the class's
-    _fresh: bytes | None = None  # the host half as an engine saw it first
+    _initial: bytes | None = None  # the host half as an engine saw it first
 
     def on_load(self, loop: Loop) -> None:
-        """Before anything else; a saved run may take the place of the fresh one: `loop.restore(...)`."""
+        """Before anything else: a saved run may replace the fresh one, by `loop.restore(...)`."""
 
     def on_run_begin(self, loop: Loop) -> None:
-        """The run begins, fresh or restored; from here on `on_run_end` is owed."""
+        """The run begins, fresh or restored. From here on, `on_run_end` is guaranteed."""
 
     def on_epoch_begin(self, loop: Loop) -> None:
-        """An epoch starts, no batch of it is drawn; not called for an epoch that a resume continues."""
+        """An epoch begins, and no batch of it is drawn yet. Not called for an epoch that a resume continues."""
 
     def on_step_begin(self, loop: Loop) -> None:
-        """Step `loop.step + 1` is next, with `loop.batch`; after a stop asked for here it does not run."""
+        """Step `loop.step + 1` is next, with `loop.batch`. If a stop is requested here, it does not run."""
 
     def on_step_end(self, loop: Loop) -> None:
         """Step `loop.step` is done: `loop.state`, `loop.metrics` and the carries include it."""
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        """Numbers are ready: a training window, an epoch mean, or what was handed to `loop.log`."""
+        """Numbers are ready: the means of a training window or an epoch, or the values given to `loop.log`."""
 
     def on_epoch_end(self, loop: Loop) -> None:
-        """Epoch `loop.epoch` is complete and counted; its means are in `loop.latest`."""
+        """Epoch `loop.epoch` is complete, and its means are in `loop.latest`."""
 
     def on_save(self, loop: Loop) -> None:
-        """All that is due at this step has run and agrees: the one place to save, once a step."""
+        """Everything that is due at this step has run. Save here, and nowhere else; called at most once a step."""
 
     def on_snapshot(self, loop: Loop) -> None:
         """A snapshot of the run is about to be made; an error raised here prevents it."""
 
     def on_exception(self, loop: Loop, error: BaseException) -> None:
-        """The run is ending because of `error`, which goes on to the caller afterwards."""
+        """The run is ending because of `error`, which the caller of `run` gets afterwards."""
 
     def on_run_end(self, loop: Loop) -> None:
-        """The run is over, however it ended (`loop.error`); called in reverse order, always."""
+        """The run is over, however it ended (see `loop.error`). Always called, in reverse order."""
 
     def init(self, state: State) -> Carry:
-        """The first carry, from the state before the first step."""
+        """Return the first carry, from the state before the first step."""
         return ()
 
     def update(self, carry: Carry, ctx: Context) -> tuple[Carry, Context]:
-        """After a step, inside the compiled call: the new carry, and `ctx` as it is or replaced."""
+        """After a step, inside the compiled call: return the new carry, and `ctx` unchanged or replaced."""
         return carry, ctx
 
     def get_state(self) -> dict[str, Any]:
-        """What the host half must remember: JSON values, numpy arrays, bytes. Saved and restored,
-        and put back to what it was before the first run whenever a run starts afresh.
+        """Return what the host half must remember: JSON values, numpy arrays and bytes.
+
+        It is saved and restored with the run. When a run starts from scratch, the callback gets back the state that
+        it had before its first run.
         """
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `get_state` gave."""
+        """Take back what `get_state` returned."""
 
     def _reset(self) -> None:
-        """Puts the host half back to what it was when an engine saw it first."""
-        if own(self, "get_state"):
+        """Put the host half back to what it was when an engine saw it first."""
+        if overridden(self, "get_state"):
             who = f"{self.name or type(self).__name__}.get_state"
-            if self._fresh is None:
-                self._fresh = pack(self.get_state(), who)
-            self.set_state(unpack(self._fresh))
+            if self._initial is None:
+                self._initial = pack(self.get_state(), who)
+            self.set_state(unpack(self._initial))
 
     def __repr__(self) -> str:
-        named = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
-        return call_text(type(self), {name: getattr(self, name) for name in named})
+        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return call_text(type(self), {name: getattr(self, name) for name in names})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, found in vars(cls).items():
             if name.startswith("on_") and name not in EVENTS:
-                raise TypeError(f"{cls.__name__}.{name} is not an event.{checks.nearest(name, EVENTS)}")
+                raise TypeError(f"{cls.__name__}.{name} is not an event.{did_you_mean(name, EVENTS)}")
             if name in _ARGUMENTS:
-                checks.arguments(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
+                check_signature(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
         for one, other in (("get_state", "set_state"), ("set_state", "get_state"), ("init", "update")):
             if getattr(cls, one) is not getattr(Callback, one) and getattr(cls, other) is getattr(Callback, other):
                 raise TypeError(f"{cls.__name__} has {one} without {other}; define both.")
@@ -132,37 +146,97 @@ _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
 }
 
 
-def own(callback: Callback, name: str) -> Any:
-    """The callback's own method of that name, None where it is Callback's empty one."""
+def overridden(callback: Callback, name: str) -> Any:
+    """Return the callback's own method of that name, or None if it has only the empty one of `Callback`."""
     found = getattr(callback, name)
     return None if getattr(found, "__func__", None) is getattr(Callback, name) else found
 
 
-class Function(Callback):
-    """A function as a callback: it answers one event."""
+class FunctionCallback(Callback):
+    """A function as a callback that handles one event; made by `engine.on`.
+
+    Args:
+        event: with or without `on_`.
+        function: takes what the event takes.
+        when: as `Callback.when`.
+    """
 
     def __init__(self, event: str, function: Any, when: Cadence | int):
         method = event if event.startswith("on_") else f"on_{event}"
         if method not in EVENTS:
             names = [name.removeprefix("on_") for name in EVENTS]
-            raise ValueError(f"{event!r} is not an event.{checks.nearest(method.removeprefix('on_'), names)}")
-        checks.arguments(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
-        self._plain = getattr(function, "__name__", "function")
-        self.when: Cadence | int = as_cadence(when, f"{self._plain}.when")
+            raise ValueError(f"{event!r} is not an event.{did_you_mean(method.removeprefix('on_'), names)}")
+        self.event: str = method
+        self.function: Any = function
+        self.plain_name: str = getattr(function, "__name__", "function")
+        check_signature(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
+        self.when: Cadence | int = as_cadence(when, f"{self.plain_name}.when")
         setattr(self, method, function)
+
+
+def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
+    """Return the callbacks by name: their own, or the name of the class, numbered if it is repeated.
+
+    Raises:
+        TypeError: an item is not a callback.
+        ValueError: a name or a callback occurs twice.
+    """
+    callbacks = list(callbacks)
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            call = f" Did you mean {callback.__name__}(...)?" if isinstance(callback, type) else ""
+            raise TypeError(f"An engine needs callbacks, got {callback!r:.80}.{call}")
+    given = [callback.name for callback in callbacks if callback.name is not None]
+    names: dict[str, Callback] = {}
+    for callback in callbacks:
+        kind = callback.plain_name if isinstance(callback, FunctionCallback) else type(callback).__name__
+        if any(callback is known for known in names.values()) or given.count(callback.name or "") > 1:
+            who = callback.name or type(callback).__name__
+            raise ValueError(f"Two callbacks are named {who!r}, or one is listed twice. Give each its own name.")
+        numbered = (kind if n == 1 else f"{kind}_{n}" for n in itertools.count(1))
+        names[callback.name or next(n for n in numbered if n not in names and n not in given)] = callback
+    return names
+
+
+def reset(callbacks: dict[str, Callback]) -> None:
+    """Put the host halves of callbacks back to what they were when an engine saw them first."""
+    for callback in callbacks.values():
+        callback._reset()
+
+
+def find_carry(carries: dict[str, Carry], callbacks: dict[str, Callback], callback: Callback) -> Carry:
+    """Return the carry of a callback, among the carries of a run by name.
+
+    Raises:
+        ValueError: the callback is not one of the run's, or has no compiled half.
+    """
+    name = next((name for name, known in callbacks.items() if known is callback), None)
+    if name is None:
+        raise ValueError(f"This {type(callback).__name__} is not among the run's callbacks {list(callbacks)}.")
+    if name not in carries:
+        raise ValueError(f"{name} keeps no carry: it has no update.")
+    return carries[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a pure half sees; `replace` and `log` return a new one.
+    """What a compiled half sees of a step. `replace` and `log` return a new one.
 
     Attributes:
         step: steps completed before this one, an int32 scalar.
         before: the state before the step.
-        state: the state after it, and after the pure halves earlier in the list.
-        batch: the step's batch.
-        metrics: the step's metrics, and what earlier pure halves have logged.
-        aux: the step's third result; `{}` if it has none.
+        state: the state after it, and after the compiled halves earlier in the list.
+        batch: the batch of the step.
+        metrics: the metrics of the step, and what earlier compiled halves have logged.
+        aux: the third result of the step; `{}` if it has none.
+
+    >>> from onstep import Callback, Engine
+    >>> class UpdateSize(Callback):
+    ...     def update(self, carry, ctx):
+    ...         return carry, ctx.log(update_size=abs(ctx.state - ctx.before))
+    >>> engine = Engine(lambda state, batch: (state + batch, {}), [UpdateSize()], log_every=1)
+    >>> engine.run(jnp.float32(0), [1.0, -2.0], epochs=1).history["train/update_size"]
+    [1.0, 2.0]
     """
 
     step: jax.Array
@@ -176,20 +250,28 @@ class Context:
 
     @property
     def rng(self) -> jax.Array:
-        """A key of this callback at this step: the run's, folded with the step and the name."""
+        """The random key of this callback at this step: the run's key, folded with the step and the name."""
         if self._key is None:
             raise ValueError(f"{self._who} needs a random key. Pass one to the run: rng=jax.random.key(0).")
         return jax.random.fold_in(self._key, zlib.crc32(self._who.encode()))
 
     def replace(self, **changes: Any) -> Context:
-        """The same with another `state`, `metrics` or `aux`."""
+        """Return the context with another `state`, `metrics` or `aux`.
+
+        Raises:
+            TypeError: anything else is to be replaced.
+        """
         wrong = set(changes) - {"state", "metrics", "aux"}
         if wrong:
             raise TypeError(f"{self._who} can replace state, metrics and aux of its ctx, got {sorted(wrong)}.")
         return dataclasses.replace(self, **changes)
 
     def log(self, values: dict[str, Any] | None = None, /, **named: Any) -> Context:
-        """The same with more metrics: scalars, by name. A name that is taken is an error."""
+        """Return the context with more metrics: scalars by name.
+
+        Raises:
+            ValueError: a name is taken, or a value is not a scalar.
+        """
         new = {name: jnp.asarray(value) for name, value in {**(values or {}), **named}.items()}
         for name, value in new.items():
             if name in self.metrics:

@@ -9,17 +9,18 @@ from itertools import islice
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from . import checks, processes
-from .batches import Pass
-from .compiled import Step
-from .means import Tally, fetch
+from .checks import check_int, takes_rng
+from .compiled.step import Step
+from .data.batches import EpochIterator
+from .data.source import Data, length, open_pass
+from .means import Mean, fetch
 from .metrics import Metrics, as_metrics
-from .sharding import Spread
-from .source import Data, length, open_pass
-from .trees import Batch, State, copied
+from .placement import make_placement
+from .processes import check_same
+from .trees import Batch, State, copy_numpy
 
-QUEUE = 2
-"""Batches whose computation may be queued, as in training."""
+IN_FLIGHT = 2
+"""Batches whose computation may be unfinished, as in training."""
 
 
 def evaluate(
@@ -32,50 +33,54 @@ def evaluate(
     mesh: Mesh | NamedSharding | None = None,
     watch: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, float]:
-    """The mean of a step's metrics over a set of data.
+    """Return the mean of a step's metrics over a set of data.
 
-    Each batch counts by its leading axis, so a short last one does not bias the mean; clu
-    metrics merge exactly. Compiled once for each function and shape.
+    Each batch has the weight of its leading axis, so a short last one does not bias the mean. Clu metrics merge
+    exactly. The step is compiled once for each function and shape.
 
     Args:
-        step: `(state, batch) -> metrics`; a third required argument is a random key, `rng` folded
-            with the batch's number.
+        step: `(state, batch) -> metrics`; a third required argument is a random key, `rng` folded with the number
+            of the batch.
         state: any pytree.
         data: an iterable of batches; a callable is called with 0.
         rng: a random key.
         steps: batches to use, for data without an end.
-        mesh: of many devices, as an engine takes it: batches are cut along it. One that does not divide
-            is whole on every device.
-        watch: called after each batch with how many are done, and of how many, None if not known.
+        mesh: of many devices, as for `Engine`. A batch that does not divide over it is replicated.
+        watch: called after each batch with the number of batches done, and their total or None.
 
     Raises:
         ValueError: there is no batch, or no key for a step that takes one.
+
+    >>> import jax.numpy as jnp
+    >>> def error(state, batch):
+    ...     return {"mae": jnp.abs(batch - state).mean()}
+    >>> evaluate(error, 1.0, [jnp.array([1.0, 2.0, 3.0]), jnp.array([5.0])])
+    {'mae': 1.75}
     """
     if steps is not None:
-        checks.whole("evaluate", "steps", steps, 1)
-    random = checks.takes_rng(step, "The evaluation step")
+        check_int("evaluate", "steps", steps, 1)
+    random = takes_rng(step, "The evaluation step")
     if not random:
         rng = None
     elif rng is None:
         raise ValueError("The evaluation step takes a random key as its third argument. Pass one: rng=...")
-    if left_out := getattr(data, "dropped", 0):
-        warnings.warn(f"The data leaves out {left_out} examples of an evaluation. Pass drop_last=False.", stacklevel=2)
-    spread = None if mesh is None else Spread(mesh)
-    if spread is not None and spread.processes > 1:
-        processes.same({"the number of batches to evaluate on": length(data)})
-    # jax keeps one cache for a function, however often it is wrapped
-    compiled = jax.jit(step) if spread is None else jax.jit(step, out_shardings=spread.whole)
+    if dropped := getattr(data, "dropped", 0):
+        warnings.warn(f"The data leaves out {dropped} examples of an evaluation. Pass drop_last=False.", stacklevel=2)
+    placement = make_placement(mesh)
+    if placement.processes > 1:
+        check_same({"the number of batches to evaluate on": length(data)})
+    compiled = placement.compile_evaluation(step)
     results: list[Metrics] = []
     weights: list[int] = []
     total = min((n for n in (length(data), steps) if n is not None), default=None)
-    batches = open_pass(data, 0, spread, ragged=True)
+    batches = open_pass(data, 0, placement, ragged=True)
     for number, batch in enumerate(islice(batches, steps)):
-        batch = batch if isinstance(batches, Pass) else copied(batch)
-        batch = batch if spread is None else spread.put(batch, ragged=True)
+        batch = batch if isinstance(batches, EpochIterator) else copy_numpy(batch)
+        batch = placement.put(batch, ragged=True)
         key = [] if rng is None else [jax.random.fold_in(rng, number)]
         results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
         weights.append(_examples(batch))
-        jax.block_until_ready(results[-QUEUE - 1 : -QUEUE])
+        jax.block_until_ready(results[-IN_FLIGHT - 1 : -IN_FLIGHT])
         if watch is not None:
             watch(number + 1, total)
     if not sum(weights):
@@ -83,9 +88,9 @@ def evaluate(
         raise ValueError(f"The data to evaluate on yielded no batches: {type(data).__name__}.{once}")
     means = {}
     for name, values in fetch(results).items():
-        tally = Tally()
-        tally.add(values, [w for result, w in zip(results, weights, strict=True) if name in result])
-        means[name] = tally.mean(name)
+        mean = Mean()
+        mean.add(values, [w for result, w in zip(results, weights, strict=True) if name in result])
+        means[name] = mean.value(name)
     return means
 
 

@@ -1,68 +1,44 @@
-"""Which methods answer which event, and which of them are due."""
+"""Events: which methods handle them, which of these are due, and the guarantee that what began also ends."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .cadence import ALWAYS, Cadence, as_cadence
-from .callback import EVENTS, Callback, own
+from .cadence import ALWAYS, Trigger, as_cadence
+from .callback import EVENTS, Callback, overridden
+from .processes import ProcessGroup
 from .spans import Span, Spans
 
 if TYPE_CHECKING:
-    from .loop import Loop
+    from .callback import Loop
 
 BY_CADENCE = ("on_step_begin", "on_step_end", "on_save")
-"""The events that `when` governs; the others reach everybody who answers them."""
+"""The events that `when` governs. The others reach every callback that handles them."""
 
 
-class Due:
-    """A cadence followed through a run: keeps the next due step, so that asking is cheap.
+class Handler:
+    """The method of one callback for one event.
 
     Attributes:
-        next: the next step that is due by its number.
-        deadline: the time, in seconds of the clock, at which it is due by that alone.
+        event: the event.
+        name: the name of the callback.
+        method: the method.
+        trigger: when it is due.
+        called_at: the step at which it was last called, -1 if it was not.
     """
 
-    def __init__(self, cadence: Cadence, clock: Callable[[], float], step: int = 0):
-        self.cadence: Cadence = cadence
-        self._clock = clock
-        self._interval = min(cadence.seconds, default=math.inf)
-        self._by_step_alone = not (cadence.epochs or cadence.seconds)
-        self.start(step)
-
-    def start(self, step: int) -> None:
-        """Begins with `step` steps completed."""
-        self.next: float = self.cadence.next(step)
-        self.deadline: float = self._clock() + self._interval if self.cadence.seconds else math.inf
-
-    def now(self, step: int, epoch: int = 0) -> bool:
-        """Whether it is due at `step`, which completes `epoch` (0 if it completes none)."""
-        due = step >= self.next
-        if due:
-            self.next = self.cadence.next(step)
-        if self._by_step_alone:
-            return due
-        late = self.deadline < math.inf and self._clock() >= self.deadline
-        due = due or late or self.cadence.due(step, epoch=epoch)
-        if due and self.deadline < math.inf:
-            self.deadline = self._clock() + self._interval
-        return due
-
-
-class Answer:
-    """One callback's method for one event, with the time at which it is due."""
-
-    def __init__(self, event: str, name: str, method: Callable[..., None], due: Due):
+    def __init__(self, event: str, name: str, method: Callable[..., None], trigger: Trigger):
         self.event: str = event
         self.name: str = name
         self.method: Callable[..., None] = method
-        self.due: Due = due
-        self.called_at: int = -1  # the step at which it was last called
+        self.trigger: Trigger = trigger
+        self.called_at: int = -1
 
     def call(self, loop: Loop, *args: Any) -> None:
-        """Calls the method; an error carries a note that says where it came from."""
+        """Call the method. An error gets a note that says where it was raised."""
         self.called_at = loop.step
         try:
             self.method(loop, *args)
@@ -70,104 +46,123 @@ class Answer:
             error.add_note(f"onstep: raised by {self.name}.{self.event} at step {loop.step}")
             if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
                 error.add_note(
-                    "onstep: an array kept from an earlier step was donated to the compiled call since. "
+                    "onstep: an array kept from an earlier step has since been donated to the compiled call. "
                     "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
                 )
             raise
 
 
 class Events:
-    """The methods that answer each event, in the order of the callbacks.
+    """The handlers of each event, in the order of the callbacks.
 
     Args:
         callbacks: by name.
-        clock: gives the time in seconds.
+        group: the processes of the run; its clock governs cadences in seconds.
+
+    Attributes:
+        handlers: by event.
     """
 
-    def __init__(self, callbacks: dict[str, Callback], clock: Callable[[], float]):
-        self.answers: dict[str, list[Answer]] = {event: [] for event in EVENTS}
+    def __init__(self, callbacks: dict[str, Callback], group: ProcessGroup):
+        self.handlers: dict[str, list[Handler]] = {event: [] for event in EVENTS}
         for name, callback in callbacks.items():
             when = as_cadence(callback.when, f"{name}.when")
-            for event, answers in self.answers.items():
-                if method := own(callback, event):
-                    due = Due(when if event in BY_CADENCE else ALWAYS, clock)
-                    answers.append(Answer(event, name, method, due))
+            for event, handlers in self.handlers.items():
+                if method := overridden(callback, event):
+                    trigger = Trigger(when if event in BY_CADENCE else ALWAYS, group.clock)
+                    handlers.append(Handler(event, name, method, trigger))
+        self._group = group
         self._names = list(callbacks)
-        self._owed: set[str] = set()  # whose on_run_end must come
-        self._before = [answer.due for answer in self.answers["on_step_begin"]]
-        self._after = [answer.due for event in ("on_step_end", "on_save") for answer in self.answers[event]]
-        self._timed = [due for due in self._before + self._after if due.cadence.seconds]
+        self._begun: set[str] = set()  # callbacks whose on_run_end is guaranteed
+        self._before = [handler.trigger for handler in self.handlers["on_step_begin"]]
+        self._after = [handler.trigger for event in ("on_step_end", "on_save") for handler in self.handlers[event]]
+        self._timed = [trigger for trigger in self._before + self._after if trigger.cadence.seconds]
 
     def observe(self, spans: Spans) -> None:
         """Report every handler as a span from now on."""
-        for event, answers in self.answers.items():
-            for answer in answers:
-                span = Span("save" if event == "on_save" else "callback", answer.name, event)
-                answer.method = spans.wrap(span, answer.method)
+        for event, handlers in self.handlers.items():
+            for handler in handlers:
+                span = Span("save" if event == "on_save" else "callback", handler.name, event)
+                handler.method = spans.wrap(span, handler.method)
 
     def fire(self, event: str, loop: Loop, *args: Any) -> None:
-        """Calls everybody who answers the event."""
-        for answer in self.answers[event]:
-            answer.call(loop, *args)
+        """Call every handler of an event."""
+        for handler in self.handlers[event]:
+            handler.call(loop, *args)
 
-    def due(self, event: str, step: int, epoch: int = 0) -> list[Answer]:
-        """Those whose cadence is due at `step`, which completes `epoch` (0: none)."""
-        return [answer for answer in self.answers[event] if answer.due.now(step, epoch)]
+    def due(self, event: str, step: int, epoch: int = 0) -> list[Handler]:
+        """Return the handlers that are due at `step`, which completes `epoch` (0 if it completes none)."""
+        return [handler for handler in self.handlers[event] if handler.trigger.fires(step, epoch)]
 
     def next(self, step: int, end: float) -> float:
-        """The next step after `step` at which the host has something to do, in an epoch that ends at `end`."""
+        """Return the next step after `step` at which a handler may be due, in an epoch that ends at `end`."""
         until = math.inf
-        for due in self._after:
-            if due.next < until:
-                until = due.next
-        for due in self._before:
-            before = (min(due.next, end) if due.cadence.epochs else due.next) - 1
+        for trigger in self._after:
+            if trigger.next < until:
+                until = trigger.next
+        for trigger in self._before:
+            before = (min(trigger.next, end) if trigger.cadence.epochs else trigger.next) - 1
             if step < before < until:
                 until = before
         return until
 
     def deadline(self) -> float:
-        """The next time at which something is due by the clock."""
-        return min([due.deadline for due in self._timed]) if self._timed else math.inf
+        """Return the next time at which a handler is due by the clock."""
+        return min([trigger.deadline for trigger in self._timed]) if self._timed else math.inf
+
+    @contextlib.contextmanager
+    def around(self, loop: Loop) -> Iterator[None]:
+        """Guarantee the end of a run: `on_exception` if it fails, and `on_run_end` for every callback that began."""
+        try:
+            yield
+        except BaseException as error:
+            loop.error = error
+            self._group.fail(error, loop.step)
+            self._handle(error, loop)
+            raise
+        finally:
+            try:
+                self._end(loop)
+            finally:
+                loop.error = None  # its traceback holds the loop, and so every array
 
     def load(self, loop: Loop) -> None:
-        """on_load for those who answer it."""
-        for answer in self.answers["on_load"]:
-            self._owed.add(answer.name)
-            answer.call(loop)
+        """Call the handlers of `on_load`."""
+        for handler in self.handlers["on_load"]:
+            self._begun.add(handler.name)
+            handler.call(loop)
 
     def begin(self, loop: Loop) -> None:
-        """on_run_begin, one by one; whoever began is owed its end. Cadences start at the loop's step."""
-        for answers in self.answers.values():
-            for answer in answers:
-                answer.due.start(loop.step)
-        begins = {answer.name: answer for answer in self.answers["on_run_begin"]}
+        """Call the handlers of `on_run_begin`. Cadences start at the loop's step."""
+        for handlers in self.handlers.values():
+            for handler in handlers:
+                handler.trigger.start(loop.step)
+        begins = {handler.name: handler for handler in self.handlers["on_run_begin"]}
         for name in self._names:
-            self._owed.add(name)
+            self._begun.add(name)
             if name in begins:
                 begins[name].call(loop)
 
-    def fail(self, loop: Loop, error: BaseException) -> None:
-        """on_exception for those who began; what it raises becomes a note of the error."""
-        loop._peers.fail(error, loop.step)
-        for answer in self.answers["on_exception"]:
-            if answer.name in self._owed:
+    def _handle(self, error: BaseException, loop: Loop) -> None:
+        """Call the handlers of `on_exception`; an error that one of them raises becomes a note of the first."""
+        for handler in self.handlers["on_exception"]:
+            if handler.name in self._begun:
                 try:
-                    answer.call(loop, error)
+                    handler.call(loop, error)
                 except BaseException as another:
-                    _add(error, another)
+                    _add_note(error, another)
 
-    def end(self, loop: Loop) -> None:
-        """on_run_end in reverse order for those who began, always.
+    def _end(self, loop: Loop) -> None:
+        """Call the handlers of `on_run_end` in reverse order.
 
-        The error that ended the run stays first, else one of these is raised: the first, but a
-        signal that is handed on never hides a failure. The others are its notes.
+        If the run failed, its error is the one that is raised. Otherwise it is the first error of these handlers,
+        but a failure comes before an exception that only passes a signal on. All others become notes.
         """
         before, errors = loop.error, []
-        for answer in reversed(self.answers["on_run_end"]):
-            if answer.name in self._owed:
+        for handler in reversed(self.handlers["on_run_end"]):
+            if handler.name in self._begun:
                 try:
-                    answer.call(loop)
+                    handler.call(loop)
                 except BaseException as error:
                     errors.append(error)
                     loop.error = loop.error or error
@@ -175,11 +170,11 @@ class Events:
         first = before or next(iter(failures + errors), None)
         for error in errors:
             if error is not first and first is not None:
-                _add(first, error)
+                _add_note(first, error)
         if before is None and first is not None:
             raise first
 
 
-def _add(error: BaseException, another: BaseException) -> None:
+def _add_note(error: BaseException, another: BaseException) -> None:
     notes = "".join(f" ({note})" for note in getattr(another, "__notes__", []))
     error.add_note(f"onstep: and then {type(another).__name__}: {another}{notes}")

@@ -1,4 +1,4 @@
-"""Means that do not depend on the order or the grouping of what they are taken over."""
+"""Means that depend neither on the order nor on the grouping of their values."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ import numpy as np
 
 
 def merges(value: Any) -> bool:
-    """Whether a metric is one of clu's, which merge exactly, and not a plain scalar."""
+    """Return whether a metric is one of clu's, which merge exactly, and not a plain scalar."""
     return hasattr(value, "merge") and hasattr(value, "compute")
 
 
 def to_float(value: Any, name: str) -> float:
-    """A host number from anything scalar; waits for the device if it must."""
+    """Return a scalar as a number on the host, waiting for the device if needed."""
     array = np.asarray(value)
     if array.ndim:
         raise ValueError(f"A record needs scalars, got shape {array.shape} for {name!r}.")
     return float(array)
 
 
-class Rows(dict[str, Any]):
-    """What the last step of a block returned, by name; and beside it what all of them did.
+class BlockMetrics(dict[str, Any]):
+    """The metrics of the last step of a block by name, and those of all its steps in columns.
 
-    Attributes:
-        columns: by name, arrays (rows, ...).
-        present: for each of the block's steps, by name, whether it was there; a name that is not
-            in it always was.
+    Args:
+        last: the metrics of the last step.
+        columns: by name, arrays of shape (block size,).
+        count: the steps that the block ran.
+        present: by name, for each of these steps whether it has the metric; a name that is missing here always has.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Rows(dict[str, Any]):
         self.present: Mapping[str, Sequence[bool]] = present
 
     def read(self) -> dict[str, list[Any]]:
-        """By name, the values of the steps that had one; waits for the device."""
-        there = {name: self.present.get(name, [True] * self.count) for name in self.columns}
-        return {name: list(compress(_rows(column, self.count), there[name])) for name, column in self.columns.items()}
+        """Return by name the values of the steps that have one, waiting for the device."""
+        present = {name: self.present.get(name, [True] * self.count) for name in self.columns}
+        return {
+            name: list(compress(_values(column, self.count), present[name])) for name, column in self.columns.items()
+        }
 
 
-def _rows(column: Any, count: int) -> list[Any]:
+def _values(column: Any, count: int) -> list[Any]:
     if merges(column):
         host = jax.device_get(column)
         return [jax.tree.map(operator.itemgetter(i), host) for i in range(count)]
@@ -58,16 +61,16 @@ def _rows(column: Any, count: int) -> list[Any]:
 
 
 def fetch(steps: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """What several steps returned, read to the host: by name, the values in order.
+    """Return the metrics of several calls by name, as lists of host values in order.
 
-    Waits for the device. A clu metric comes back as itself, with its leaves on the host.
+    Waits for the device. A clu metric stays a metric, with its leaves on the host.
     """
-    if jax.default_backend() != "cpu":  # there a read is a view; elsewhere let the transfers overlap
-        for leaf in jax.tree.leaves([step.columns if isinstance(step, Rows) else step for step in steps]):
+    if jax.default_backend() != "cpu":  # on a CPU a read is a view; elsewhere let the transfers overlap
+        for leaf in jax.tree.leaves([step.columns if isinstance(step, BlockMetrics) else step for step in steps]):
             leaf.copy_to_host_async()
     columns: dict[str, list[Any]] = {}
     for step in steps:
-        if isinstance(step, Rows):
+        if isinstance(step, BlockMetrics):
             for name, values in step.read().items():
                 columns.setdefault(name, []).extend(values)
         else:
@@ -83,11 +86,16 @@ def _to_host(column: list[Any]) -> list[Any]:
 
 
 @dataclass
-class Tally:
-    """The mean of the values added so far, whatever the order in which they came.
+class Mean:
+    """The mean of the values added so far, in whatever order they came.
 
-    Sums are exact (`math.fsum`), so a mean does not depend on how a run was cut. A clu
-    metric is merged value by value instead.
+    Sums are exact (`math.fsum`, after Shewchuk, 1997), so a mean does not depend on where a run was interrupted.
+    Clu metrics are merged one by one instead.
+
+    >>> mean = Mean()
+    >>> mean.add([1e100, 1.0, -1e100])
+    >>> mean.value("loss") * 3
+    1.0
     """
 
     count: int = 0
@@ -95,9 +103,9 @@ class Tally:
     merged: Any = None
 
     def add(self, values: list[Any], weights: list[int] | None = None) -> None:
-        """Adds values as `fetch` gives them, each counting by its weight (once without)."""
+        """Add values as `fetch` returns them, each with its weight (1 by default)."""
         if values and merges(values[0]):
-            before = [] if self.merged is None else [self._unmerged(values[0])]
+            before = [] if self.merged is None else [self._unflatten(values[0])]
             self.merged = functools.reduce(lambda a, b: a.merge(b), before + values)
         else:
             self.terms += values if weights is None else [v * w for v, w in zip(values, weights, strict=True)]
@@ -105,26 +113,26 @@ class Tally:
         if len(self.terms) > 4096:
             self.terms = _expansion(self.terms)
 
-    def _unmerged(self, like: Any) -> Any:
-        """What was merged before, which comes back from a snapshot as bare leaves."""
+    def _unflatten(self, like: Any) -> Any:
+        """Return the merged metric, of which a snapshot keeps only the leaves."""
         if isinstance(self.merged, list):
             return jax.tree.unflatten(jax.tree.structure(like), self.merged)
         return self.merged
 
-    def mean(self, name: str) -> float:
-        """The mean of what was added."""
+    def value(self, name: str) -> float:
+        """Return the mean."""
         if self.merged is not None:
             return to_float(self.merged.compute(), name)
         return _fsum(self.terms) / self.count
 
     def get_state(self) -> dict[str, Any]:
-        """As JSON values and arrays."""
+        """Return the sum as JSON values and arrays."""
         leaves = None if self.merged is None else [np.asarray(x) for x in jax.tree.leaves(self.merged)]
         return {"count": self.count, "terms": _expansion(self.terms), "leaves": leaves}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Tally:
-        """The tally that `get_state` described."""
+    def from_state(cls, state: dict[str, Any]) -> Mean:
+        """Return the mean that `get_state` described."""
         return cls(state["count"], list(state["terms"]), state["leaves"])
 
 
@@ -136,7 +144,7 @@ def _fsum(terms: list[float]) -> float:
 
 
 def _expansion(terms: list[float]) -> list[float]:
-    """The same sum in few terms, exactly: rounding errors are kept as terms of their own."""
+    """Return the same sum in few terms, exactly: rounding errors become terms."""
     out: list[float] = []
     while rest := _fsum(terms + [-x for x in out]):
         if not math.isfinite(rest):

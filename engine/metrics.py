@@ -1,4 +1,4 @@
-"""Numbers: what a step returns, read at due steps alone, as means and records."""
+"""Metrics: averages them over log windows and epochs, and reads them from the device only when that is due."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .means import Tally, fetch, merges
+from .means import Mean, fetch, merges
 from .spans import WAIT, Spans
 
 Metrics = dict[str, Any]
@@ -16,13 +16,13 @@ Metrics = dict[str, Any]
 
 
 def as_metrics(given: Any, who: str) -> Metrics:
-    """A step's metrics as a flat dict of scalars and clu metrics.
+    """Return the metrics of a step as a flat dict of scalars and clu metrics.
 
     Raises:
-        TypeError: neither a dict with string keys nor a `clu.metrics.Collection`.
+        TypeError: they are neither a dict with string keys nor a `clu.metrics.Collection`.
         ValueError: a value is not a scalar.
     """
-    clu = sys.modules.get("clu.metrics")  # whoever returns a collection has imported it
+    clu = sys.modules.get("clu.metrics")  # a step that returns a collection has imported it
     if clu is not None and isinstance(given, clu.Collection):
         given = {name: getattr(given, name) for name in type(given).__annotations__ if not name.startswith("_")}
     if not isinstance(given, dict) or any(not isinstance(name, str) for name in given):
@@ -40,35 +40,39 @@ def _scalar(value: Any, name: str, who: str) -> jax.Array:
     return array
 
 
-class Meter:
-    """The steps' metrics: still on the device (`pending`), and as open means on the host."""
+class Windows:
+    """The metrics of a run's steps: those still on the device, and the open means on the host.
+
+    Attributes:
+        pending: the metrics of calls that were not read yet.
+    """
 
     def __init__(self) -> None:
         self.pending: list[Metrics] = []
-        self.windows: dict[str, dict[str, Tally]] = {"train": {}, "epoch": {}}
+        self._means: dict[str, dict[str, Mean]] = {"train": {}, "epoch": {}}
 
     def observe(self, spans: Spans) -> None:
         """Report every read as a span from now on."""
         self.read = spans.wrap(WAIT, self.read)  # type: ignore[method-assign]
 
     def read(self) -> None:
-        """Fetches what is pending into the open means: the one place that waits for metrics."""
+        """Read what is pending into the open means. This is the one place that waits for metrics."""
         steps, self.pending = self.pending, []
         for name, values in fetch(steps).items():
-            for window in self.windows.values():
-                window.setdefault(name, Tally()).add(values)
+            for means in self._means.values():
+                means.setdefault(name, Mean()).add(values)
 
     def close(self, window: str) -> dict[str, float]:
-        """The means of a window by full name (`train/loss`); the window starts again."""
+        """Return the means of a window by full name (`train/loss`), and start the window again."""
         self.read()
-        tallies, self.windows[window] = self.windows[window], {}
-        return {f"{window}/{name}": tally.mean(name) for name, tally in tallies.items()}
+        means, self._means[window] = self._means[window], {}
+        return {f"{window}/{name}": mean.value(name) for name, mean in means.items()}
 
     def get_state(self) -> dict[str, Any]:
-        """The open windows, pending steps included."""
+        """Return the open windows, pending steps included."""
         self.read()
-        return {w: {name: t.get_state() for name, t in tallies.items()} for w, tallies in self.windows.items()}
+        return {w: {name: mean.get_state() for name, mean in means.items()} for w, means in self._means.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes back open windows."""
-        self.windows = {w: {n: Tally.from_state(t) for n, t in tallies.items()} for w, tallies in state.items()}
+        """Restore open windows."""
+        self._means = {w: {n: Mean.from_state(m) for n, m in means.items()} for w, means in state.items()}

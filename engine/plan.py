@@ -1,4 +1,4 @@
-"""What an engine will do, as a page to read."""
+"""Plan: what a run would do, as a value with text, Markdown and Mermaid views."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from . import blocks, checks
 from .cadence import ALWAYS, Cadence, as_cadence, every
-from .callback import EVENTS, Callback, Function, own
-from .compiled import Traced
+from .callback import EVENTS, Callback, FunctionCallback, overridden
+from .checks import check_rng, check_targets
+from .compiled.step import CompiledStep
+from .compiled.throttle import FIRST, LONG
+from .data.source import Data
+from .data.stream import BatchStream
 from .events import BY_CADENCE
-from .feed import Feed
-from .pace import FIRST, LONG
+from .loop import Options
+from .placement import Placement
 from .result import Result
 from .snapshot import unpack
-from .source import Data
-from .trees import State, strong
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .trees import State, strip_weak_types
 
 CALL = "compiled call"
 MOMENTS = {
@@ -34,24 +32,30 @@ MOMENTS = {
     "on_epoch_begin": "when an epoch begins",
     "on_log": "at each record",
     "on_epoch_end": "when an epoch is complete",
-    "on_exception": "if something raises",
-    "on_run_end": "when the run ends, in reverse",
+    "on_snapshot": "before a snapshot is made",
+    "on_exception": "if an error is raised",
+    "on_run_end": "when the run ends, in reverse order",
 }
-"""When the events come that no cadence governs."""
+"""When the events fire that no cadence governs."""
 
 Row = tuple[str, ...]
 
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What an engine will do: a page to print, tables in a notebook.
+    """What a run would do: text to print, tables in a notebook. Made by `engine.plan`.
 
     Attributes:
-        events: (event, when, next, callback), in the order of events and callbacks.
-        compiled: (what, when, carry) of what is compiled into the step, in order.
-        steps_per_call: the most steps that a call will run, None where that is not decided.
+        events: rows (event, when, next, callback), in the order of events and callbacks.
+        compiled: rows (what, when, size) of what is compiled into the step, in order.
+        steps_per_call: the most steps that a call will run, None if that is not decided.
         why: the reasons for that number.
-        loop: where the loop stops for the host next, where it ends, what is queued.
+        loop: where the loop next returns to the host, where it ends, and how many calls are in flight.
+
+    >>> from onstep import Engine
+    >>> plan = Engine(lambda state, batch: (state + batch, {}), log_every=10).plan(steps=100)
+    >>> plan.loop[0]
+    'it stops next at step 10, for log_every=10'
     """
 
     events: list[Row]
@@ -74,7 +78,7 @@ class Plan:
         return "\n\n".join(parts)
 
     def mermaid(self) -> str:
-        """The events as a graph in Mermaid's language, which GitHub, MkDocs and JupyterLab draw."""
+        """Return the events as a Mermaid graph, which GitHub, MkDocs and JupyterLab draw."""
         boxes = {event: [event] for event in (*EVENTS[:4], CALL, *EVENTS[4:])}
         boxes[CALL] += [f"{what}: {when}" for what, when, _ in self.compiled]
         for event, when, _, name in self.events:
@@ -94,62 +98,59 @@ class Plan:
         pairs = pairwise([("",), *self.events])
         events = [("" if row[0] == before[0] else row[0], *row[1:]) for before, row in pairs]
         compiled = [(str(number), *row) for number, row in enumerate(self.compiled, 1)]
-        most = "not decided" if self.steps_per_call is None else f"at most {self.steps_per_call}"
+        most = "not decided yet" if self.steps_per_call is None else f"at most {self.steps_per_call}"
         return [
-            ("Events, in order, and the callbacks that answer", ("event", "when", "next", "callback"), events),
+            ("Events, in order, and the callbacks that handle them", ("event", "when", "next", "callback"), events),
             ("Compiled into the step, in order", ("", "what", "when", "size"), compiled),
-            (f"Steps in a call: {most}", (), [(reason,) for reason in self.why]),
+            (f"Steps per call: {most}", (), [(reason,) for reason in self.why]),
             ("The loop", (), [(line,) for line in self.loop]),
         ]
 
 
-def plan(
-    self: Engine,
-    state: State | Result | None = None,
-    data: Data | None = None,
-    *,
-    epochs: int | None = None,
-    steps: int | None = None,
-    epoch_steps: int | None = None,
-    rng: jax.Array | None = None,
+def make_plan(
+    compiled: CompiledStep,
+    callbacks: dict[str, Callback],
+    options: Options,
+    placement: Placement,
+    state: State | Result | None,
+    data: Data | None,
+    targets: dict[str, int | None],
+    rng: jax.Array | None,
 ) -> Plan:
-    """What `run` would do with the same arguments, on a page: `print(engine.plan())`.
-
-    Nothing runs, no event comes, nothing is donated or written. All arguments may be left out; each
-    lets the plan say more. With state and data the step is traced for one batch, which is drawn from
-    a pass of its own; data that can be read only once is left alone.
+    """Return what a run would do; see `Engine.plan`.
 
     Args:
-        state: as for `run`; gives the sizes of the carries.
-        data: as for `run`; gives the length of an epoch, and with the state the steps in a call.
-        epochs, steps, epoch_steps, rng: as for `run`.
-
-    Raises:
-        TypeError, ValueError: as `run` would, as far as that is known without running.
+        compiled: a step that no run uses, as it is traced here.
+        callbacks, options, placement: of the engine.
+        state, data, rng: as for `Engine.run`.
+        targets: epochs, steps and epoch_steps, as for `Engine.run`.
     """
+    epochs, steps, epoch_steps = targets["epochs"], targets["steps"], targets["epoch_steps"]
     if (epochs, steps) != (None, None):
-        checks.targets(epochs, steps, epoch_steps)
+        check_targets(epochs, steps, epoch_steps)
     saved: dict[str, Any] = {"step": 0, "epoch": 0, "epoch_step": 0, "program": {"mode": None}}
     if isinstance(state, Result):
         saved, state = unpack(state.snapshot.host), state.state
-    feed = None if data is None else Feed(data, epoch_steps)
-    length = epoch_steps if feed is None else feed.length
+    stream = None if data is None else BatchStream(data, epoch_steps, placement)
+    length = epoch_steps if stream is None else stream.length
     where = Where(saved["step"], saved["epoch"], saved["epoch_step"], length, steps, epochs)
-    shapes = None if state is None else jax.eval_shape(strong, state)
-    carries = None if state is None else jax.eval_shape(self._program._traced.init, shapes)
-    rows, why = _rows(self, shapes, carries, feed, saved["program"]["mode"], rng)
+    shapes = None if state is None else jax.eval_shape(strip_weak_types, state)
+    carries = None if state is None else jax.eval_shape(compiled.function.init, shapes)
+    size, why = _block_size(compiled, shapes, carries, stream, saved["program"]["mode"], rng)
     cuts = {}
-    if rows:
-        lengths = [(who, n) for who, cadence, _ in _stops(self) for n in cadence.steps] + [("an epoch", length or rows)]
-        cuts = {f"{who} ends a call {_every(n, 'step')}": n for who, n in lengths if n < rows}
-    most = None if rows is None else min([max(rows, 1), *cuts.values()])
+    if size:
+        lengths = [(who, n) for who, cadence, _ in _stops(callbacks, options) for n in cadence.steps]
+        lengths.append(("an epoch", length or size))
+        cuts = {f"{who} ends a call {_every(n, 'step')}": n for who, n in lengths if n < size}
+    most = None if size is None else min([max(size, 1), *cuts.values()])
     why += sorted(cuts, key=cuts.__getitem__)
-    return Plan(_events(self, where), _compiled(self, shapes, carries), most, why, _loop(self, where))
+    loop = _loop(callbacks, options, where)
+    return Plan(_events(callbacks, where), _compiled(compiled, shapes, carries), most, why, loop)
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where a run begins, and where it goes."""
+    """Where a run begins, and where it ends."""
 
     step: int
     epoch: int
@@ -159,23 +160,23 @@ class Where:
     epochs: int | None
 
     def completes(self, epoch: int) -> float:
-        """The step that completes an epoch, counted from 1; infinity where that is not known."""
+        """Return the step that completes an epoch, counted from 1; infinity if unknown."""
         return math.inf if self.length is None else self.step - self.epoch_step + (epoch - self.epoch) * self.length
 
     @property
     def end(self) -> float:
-        """The step at which the target is reached; infinity where that is not known."""
+        """The step at which the target is reached; infinity if unknown."""
         by_epochs = math.inf if self.epochs is None else self.completes(self.epochs)
         return min(by_epochs, math.inf if self.steps is None else self.steps)
 
     def next(self, cadence: Cadence) -> float:
-        """The next step that is due by its number; infinity where that is not known."""
+        """Return the next step that is due by its number; infinity if unknown."""
         ends = [self.completes((self.epoch // n + 1) * n) for n in cadence.epochs]
         return min([cadence.next(self.step), *ends])
 
 
 def words(cadence: Cadence) -> str:
-    """A cadence as one would say it.
+    """Return a cadence in words.
 
     >>> words(every(1)), words(every(100) | every(epochs=1)), words(every(seconds=60))
     ('every step', 'every 100 steps and every epoch', 'every 60 s')
@@ -191,32 +192,32 @@ def _every(count: int, unit: str) -> str:
     return f"every {unit}" if count == 1 else f"every {count} {unit}s"
 
 
-def _events(engine: Engine, where: Where) -> list[Row]:
+def _events(callbacks: dict[str, Callback], where: Where) -> list[Row]:
     rows: list[Row] = []
     for event in EVENTS:
-        answers = {name: callback for name, callback in engine.callbacks.items() if own(callback, event)}
-        names = [_named(name, callback) for name, callback in answers.items()]
+        handling = {name: callback for name, callback in callbacks.items() if overridden(callback, event)}
+        names = [_label(name, callback) for name, callback in handling.items()]
         if event not in BY_CADENCE:
             order = names[::-1] if event == "on_run_end" else names
             rows += [(event, MOMENTS[event], "", ", ".join(order))] if names else []
             continue
-        for shown, (name, callback) in zip(names, answers.items(), strict=True):
+        for label, (name, callback) in zip(names, handling.items(), strict=True):
             cadence = as_cadence(callback.when, f"{name}.when")
             if event == "on_save":
                 step = min(where.next(cadence), where.end)
                 when = f"{words(cadence)}, and at the end" if cadence != Cadence() else "at the end"
-                rows.append((event, when, "" if step == math.inf else f"step {step}", shown))
-            elif cadence != Cadence():  # which is never due
-                rows.append((event, words(cadence), _at(where.next(cadence), cadence, where), shown))
+                rows.append((event, when, "" if step == math.inf else f"step {step}", label))
+            elif cadence != Cadence():  # an empty cadence is never due
+                rows.append((event, words(cadence), _next(where.next(cadence), cadence, where), label))
     return rows
 
 
-def _named(name: str, callback: Callback) -> str:
+def _label(name: str, callback: Callback) -> str:
     kind = type(callback)
-    return name if kind is Function or name.startswith(kind.__name__) else f"{name} ({kind.__name__})"
+    return name if kind is FunctionCallback or name.startswith(kind.__name__) else f"{name} ({kind.__name__})"
 
 
-def _at(step: float, cadence: Cadence, where: Where) -> str:
+def _next(step: float, cadence: Cadence, where: Where) -> str:
     if step <= where.end and step < math.inf:
         return f"step {step}"
     if cadence.seconds:
@@ -224,12 +225,12 @@ def _at(step: float, cadence: Cadence, where: Where) -> str:
     return "" if step == math.inf and cadence.epochs else "not in this run"
 
 
-def _compiled(engine: Engine, shapes: Any, carries: Any) -> list[Row]:
-    program = engine._program
-    step = getattr(program._traced.step, "__name__", type(program._traced.step).__name__)
-    arguments = "state, batch, rng" if program.takes_rng else "state, batch"
-    rows = [(f"{step}({arguments})", words(ALWAYS), "" if shapes is None else f"state: {_size(shapes)}")]
-    for name, half in program._traced.halves.items():
+def _compiled(compiled: CompiledStep, shapes: Any, carries: Any) -> list[Row]:
+    step = compiled.function.step
+    arguments = "state, batch, rng" if compiled.takes_rng else "state, batch"
+    size = "" if shapes is None else f"state: {_size(shapes)}"
+    rows = [(f"{getattr(step, '__name__', type(step).__name__)}({arguments})", words(ALWAYS), size)]
+    for name, half in compiled.function.transforms.items():
         size = f"carry: {_size(carries[name])}" if carries and jax.tree.leaves(carries[name]) else ""
         rows.append((name, words(as_cadence(half.update_when, f"{name}.update_when")), size))
     return rows
@@ -243,71 +244,63 @@ def _size(tree: Any) -> str:
     return f"{size:.3g} {units[0]} in {len(leaves)} array{'s' * (len(leaves) != 1)}"
 
 
-def _rows(
-    engine: Engine, shapes: Any, carries: Any, feed: Feed | None, mode: str | None, rng: Any
+def _block_size(
+    compiled: CompiledStep, shapes: Any, carries: Any, stream: BatchStream | None, mode: str | None, rng: Any
 ) -> tuple[int | None, list[str]]:
-    """The most steps in a call as the program decides it (0: one by one, None: not yet), and why."""
-    program = engine._program
-    if not program.auto:
-        asked = f"steps_per_call={program.rows or 1}"
-        return program.rows, [asked if program._jit else "jit=False: nothing is compiled"]
-    if shapes is None or feed is None:
+    """Return the most steps in a call (0 for one step a call, None if not decided yet), and the reasons."""
+    if not compiled.auto:
+        asked = f"steps_per_call={compiled.block_size or 1}"
+        return compiled.block_size, [asked if compiled.jit else "jit=False: nothing is compiled"]
+    if shapes is None or stream is None:
         return None, ['"auto" decides from the step and a batch: give plan the state and the data']
-    if feed.one_shot:
-        return None, [f"a {type(feed.data).__name__} can be read only once, so plan drew no batch to decide from"]
-    if mode == "plain":
-        return 0, ["one by one, as in the run that goes on"]
-    if program.spread is not None and mode is None:
-        return 0, ["one by one: several steps in a call are not measured on many devices"]
-    checks.random_key(rng, needed=program.takes_rng)
-    feed.begin_epoch(0)
-    batch = feed.peek()
-    traced = Traced(program._traced.step, program._traced.halves, list(program.at_times), program.takes_rng)
-    bundle = shapes, carries, jax.ShapeDtypeStruct((), jnp.int32) if program.counted else None
-    due = np.zeros(len(program.at_times), bool) if program.at_times else None
-    like = jax.eval_shape(lambda x: x, batch)
-    jaxpr = jax.jit(traced).trace(bundle, like, rng if program.counted else None, due).jaxpr
-    rows, why = blocks.decide(jaxpr, batch)
-    if mode == "block":  # and the run goes on in it
-        rows = max(rows, 2)
-    if not rows:
-        return 0, [f"one by one: {why}"]
-    return rows, [
-        f"at most {rows} by the step: {why}",
-        f"the first call has at most {FIRST}, then as many as take about {LONG:g} s",
+    if stream.one_shot:
+        return None, [f"a {type(stream.data).__name__} can be read only once, so plan drew no batch to decide from"]
+    check_rng(rng, needed=compiled.takes_rng)
+    stream.begin_epoch(0)
+    batch, rng = stream.peek(), rng if compiled.needs_step else None
+    bundle = shapes, carries, jax.ShapeDtypeStruct((), jnp.int32) if compiled.needs_step else None
+    size, why = compiled.choose_block_size(bundle, jax.eval_shape(lambda x: x, batch), batch, rng, mode)
+    if not size:
+        return 0, [f"one step a call: {why}"]
+    return size, [
+        f"at most {size} by the step: {why}",
+        f"the first call has at most {FIRST}, later ones as many as take about {LONG:g} s",
     ]
 
 
-def _stops(engine: Engine) -> Iterator[tuple[str, Cadence, bool]]:
-    """What the loop stops for: who, when, and whether before the step that is due."""
-    yield f"log_every={engine._log_every}", every(engine._log_every), False
-    for name, callback in engine.callbacks.items():
+def _stops(callbacks: dict[str, Callback], options: Options) -> Iterator[tuple[str, Cadence, bool]]:
+    """Yield what the loop stops for: who, when, and whether before the step that is due."""
+    yield f"log_every={options.log_every}", every(options.log_every), False
+    for name, callback in callbacks.items():
         for event in BY_CADENCE:
-            if own(callback, event):
+            if overridden(callback, event):
                 yield f"{name}.{event}", as_cadence(callback.when, f"{name}.when"), event == "on_step_begin"
 
 
-def _loop(engine: Engine, where: Where) -> list[str]:
+def _loop(callbacks: dict[str, Callback], options: Options, where: Where) -> list[str]:
     stops = [(where.completes(where.epoch + 1), f"the end of epoch {where.epoch + 1}"), (where.end, "the target")]
     second = replace(where, step=where.step + 1, epoch_step=where.epoch_step + 1)
-    for who, cadence, before in _stops(engine):  # what is due before the first step is no stop between two
+    for who, cadence, before in _stops(callbacks, options):
+        # What is due before the first step is no stop between two steps.
         stops.append((second.next(cadence) - 1 if before else where.next(cadence), who))
     clocked = [
-        f"{who} {words(Cadence(seconds=cadence.seconds))}" for who, cadence, _ in _stops(engine) if cadence.seconds
+        f"{who} {words(Cadence(seconds=cadence.seconds))}"
+        for who, cadence, _ in _stops(callbacks, options)
+        if cadence.seconds
     ]
     first = min(step for step, _ in stops)
     lines = [f"it stops next at step {first}, for {', '.join(who for step, who in stops if step == first)}"]
     lines += [f"it stops by the clock for {who}" for who in clocked]
     lines.append(
-        f"it records train/ means {_every(engine._log_every, 'step')} (log_every) and epoch/ means every epoch"
+        f"it records train/ means {_every(options.log_every, 'step')} (log_every) and epoch/ means every epoch"
     )
     if where.end < math.inf:
         lines.append(f"it ends at step {where.end}")
     elif where.epochs is not None:
-        lines.append(f"it ends with epoch {where.epochs}, whose step is not known before")
-    queue = f"at most {engine._in_flight} compiled calls are queued"
-    lines.append(queue + (f", and {engine._prefetch} batches are put on the device ahead" if engine._prefetch else ""))
-    return lines
+        lines.append(f"it ends with epoch {where.epochs}, whose step is not known in advance")
+    flight = f"at most {options.in_flight} compiled calls are in flight"
+    ahead = f", and {options.prefetch} batches are put on the device ahead" if options.prefetch else ""
+    return [*lines, flight + ahead]
 
 
 def _aligned(rows: list[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Numbers on the host."""
+"""Records: numbers on the host, and the history of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Record:
-    """Numbers on the host: what `on_log` receives.
+    """Numbers on the host, as `on_log` receives them.
 
     Attributes:
         step: steps completed when the numbers were taken.
-        epoch: epochs completed then.
-        values: by name: `train/loss`, `epoch/loss`, `val/accuracy`.
+        epoch: epochs completed at that moment.
+        values: the numbers by name: `train/loss`, `epoch/loss`, `val/accuracy`.
+
+    >>> Record(50, 0, {"train/loss": 0.3}).values["train/loss"]
+    0.3
     """
 
     step: int
@@ -23,20 +26,31 @@ class Record:
 
 
 class History(Mapping[str, list[float]]):
-    """The values recorded by one call of run, by name, with their steps beside them."""
+    """Every value recorded by one call of `run`, by name, with the steps of each.
+
+    >>> history = History()
+    >>> history.add(Record(50, 0, {"train/loss": 0.5}))
+    >>> history.add(Record(100, 1, {"train/loss": 0.25}))
+    >>> history["train/loss"], history.steps("train/loss")
+    ([0.5, 0.25], [50, 100])
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = {}
         self._steps: dict[str, list[int]] = {}
 
     def add(self, record: Record) -> None:
-        """Appends a record's values."""
+        """Append the values of a record."""
         for name, value in record.values.items():
             self._values.setdefault(name, []).append(value)
             self._steps.setdefault(name, []).append(record.step)
 
     def steps(self, name: str) -> list[int]:
-        """The steps at which `history[name]` was recorded."""
+        """Return the steps at which the values `history[name]` were recorded.
+
+        Raises:
+            KeyError: the name was never recorded.
+        """
         self[name]
         return self._steps[name]
 
@@ -56,7 +70,19 @@ class History(Mapping[str, list[float]]):
 
 
 def improves(value: float, best: float | None, *, mode: str = "min", min_delta: float = 0.0) -> bool:
-    """Whether `value` beats `best` by more than `min_delta`; an equal value, NaN and infinities never do."""
+    """Return whether `value` beats `best` by more than `min_delta`.
+
+    Ties, NaN and infinities do not. Any finite value beats a `best` of None.
+
+    Args:
+        value: the new value.
+        best: the best value so far, or None.
+        mode: `"min"` if smaller is better, `"max"` if larger is.
+        min_delta: what the improvement must exceed, absolute.
+
+    >>> improves(0.4, 0.5), improves(0.5, 0.5), improves(0.6, 0.5, mode="max")
+    (True, False, True)
+    """
     if not math.isfinite(value):
         return False
     if best is None:

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .callback import Callback, Carry
-from .feed import Feed
+from .callback import Callback, Carry, find_carry
+from .data.stream import BatchStream
 from .records import History
 from .snapshot import Snapshot
 from .trees import State
 
+_SHOWN = 6
+"""Values of `latest` in the text of a result."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Result:
-    """How a run ended.
+    """How a run ended. Hand it to `run` as its state to continue the run.
 
     Attributes:
-        state: the last state, the caller's to keep.
+        state: the last state; the caller's to keep.
         step: steps completed.
         epoch: epochs completed.
-        stopped: the reason of `loop.stop`, None if the run reached its target.
-        history: what this call of run recorded.
+        stopped: the reason given to `loop.stop`, None if the run reached its target.
+        history: every value recorded by this call of `run`.
         latest: the newest value of every name.
-        snapshot: the run at its end; hand the Result to `run` as its state to go on.
+        snapshot: the run at its end.
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> engine = Engine(lambda state, batch: (state + batch, {"loss": batch}))
+    >>> result = engine.run(jnp.int32(0), [1, 2, 3], epochs=1)
+    >>> result
+    Result(step=3, epoch=1, stopped=None, latest={'epoch/loss': 2, 'train/loss': 2})
+    >>> engine.run(result, [1, 2, 3], epochs=2).step
+    6
     """
 
     state: State
@@ -31,20 +43,19 @@ class Result:
     stopped: str | None
     history: History
     latest: dict[str, float]
-    snapshot: Snapshot = field(repr=False)
+    snapshot: Snapshot
     _callbacks: dict[str, Callback] = field(repr=False)
-    _feed: Feed = field(repr=False)
+    _stream: BatchStream = field(repr=False)
 
     def carry(self, callback: Callback) -> Carry:
-        """The carry of a callback of the run."""
-        return carry_of(self.snapshot.tree["carries"], self._callbacks, callback)
+        """Return the carry of a callback of the run.
 
+        Raises:
+            ValueError: the callback is not one of the run's, or has no compiled half.
+        """
+        return find_carry(self.snapshot.tree["carries"], self._callbacks, callback)
 
-def carry_of(carries: dict[str, Carry], callbacks: dict[str, Callback], callback: Callback) -> Carry:
-    """The carry of a callback, among those of a run by name."""
-    name = next((name for name, known in callbacks.items() if known is callback), None)
-    if name is None:
-        raise ValueError(f"This {type(callback).__name__} is not among the run's callbacks {list(callbacks)}.")
-    if name not in carries:
-        raise ValueError(f"{name} keeps no carry: it has no update.")
-    return carries[name]
+    def __repr__(self) -> str:
+        values = [f"{name!r}: {value:.5g}" for name, value in self.latest.items()]
+        latest = ", ".join(values[:_SHOWN] + ["..."] * (len(values) > _SHOWN))
+        return f"Result(step={self.step}, epoch={self.epoch}, stopped={self.stopped!r}, latest={{{latest}}})"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
 
-from .notice import notice
+from .messages import log_user as notice
 
 if TYPE_CHECKING:
     from .loop import Loop

@@ -1,22 +1,23 @@
-"""The loop as a `for` of one's own."""
+"""Steps: iterate over a run yourself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from .cadence import Cadence
 from .loop import Loop
 from .result import Result
 
 
 class Steps:
-    """The loop as a `for` of one's own: a turn at each due point.
+    """Iterate over a run yourself: `for loop in steps`, once whenever `when` is due. Made by `engine.steps`.
 
-    Leaving the `with` early, by `break` say, is a stop that can be resumed; an error raised in
-    it ends the run like one of a callback.
+    Leaving the `with` early, by `break` for example, is a stop that can be resumed. An error raised inside it ends
+    the run like an error of a callback.
 
     Attributes:
-        result: the Result, once the `with` is left.
+        result: the Result, after the end of the `with`.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -24,10 +25,12 @@ class Steps:
     >>> with engine.steps(jnp.int32(0), range(5), epochs=1, when=2) as steps:
     ...     print([int(loop.state) for loop in steps])
     [1, 6]
+    >>> int(steps.result.state)
+    10
     """
 
-    def __init__(self, loop: Loop, turns: Iterator[Loop]):
-        self._loop, self._turns, self._open = loop, turns, False
+    def __init__(self, loop: Loop, when: Cadence):
+        self._loop, self._iterator, self._open = loop, loop.iterate(when), False
         self.result: Result | None = None
 
     def __enter__(self) -> Steps:
@@ -37,19 +40,19 @@ class Steps:
     def __iter__(self) -> Iterator[Loop]:
         if not self._open:
             raise RuntimeError("engine.steps needs a with: `with engine.steps(...) as steps: for loop in steps: ...`.")
-        return self._turns
+        return self._iterator
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._open = False
         if error is not None:
             try:
-                self._turns.throw(error)  # type: ignore[attr-defined]
+                self._iterator.throw(error)  # type: ignore[attr-defined]
             except BaseException as raised:
                 if raised is not error:
                     raise
             return
         if not self._loop.over:
-            self._loop.stop("the for was left early", final=False)
-        for _ in self._turns:
+            self._loop.stop("the for loop was left early", final=False)
+        for _ in self._iterator:
             pass
-        self.result = self._loop._result()
+        self.result = self._loop.result()

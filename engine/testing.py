@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks
 from .cadence import Cadence, at
 from .callback import EVENTS, Callback
+from .checks import check_int, did_you_mean
 from .loop import Loop
 from .records import Record
 from .result import Result
@@ -137,7 +137,7 @@ class StopAt(Callback):
     """
 
     def __init__(self, step: int, *, final: bool = True, reason: str | None = None):
-        self.step: int = checks.whole("StopAt", "step", step, 1)
+        self.step: int = check_int("StopAt", "step", step, 1)
         self.final: bool = final
         self.reason: str | None = reason
         self.when: Cadence | int = at(step)
@@ -187,7 +187,7 @@ class RaiseIn(Callback):
     def __init__(self, event: str, error: BaseException, *, step: int | None = None):
         method = event if event.startswith("on_") else f"on_{event}"
         if method not in EVENTS:
-            raise ValueError(f"{event!r} is not an event.{checks.nearest(method, EVENTS)}")
+            raise ValueError(f"{event!r} is not an event.{did_you_mean(method, EVENTS)}")
 
         def raise_it(loop: Loop, *more: Any) -> None:
             if step is None or loop.step == step:

@@ -6,30 +6,24 @@ The built-in callbacks use nothing else of the engine's inside, so whatever they
 from __future__ import annotations
 
 import importlib.util
-import math
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .blocks import equations, flops
-from .checks import arguments as check_signature
-from .checks import nearest as did_you_mean
-from .checks import takes_rng
-from .checks import whole as check_int
+from .checks import check_int, check_signature, did_you_mean, takes_rng
+from .compiled.cost import count_flops
 from .event_files import close as close_event_writer
 from .event_files import writer as event_writer
 from .loop import Loop
-from .notice import notice as log_user
+from .messages import log_user
+from .placement import to_host
 from .records import Record
-from .sharding import to_host
 from .sinks import ended as exit_status
 from .sinks import kept as lines_to_keep
 from .sinks import rewrite as replace_file
 from .spans import Observer, Span
-from .trees import difference, get_field, set_field, signature
-from .trees import leaves as named_leaves
+from .trees import difference, get_field, named_leaves, set_field, signature
 
 __all__ = [
     "Observer",
@@ -148,27 +142,3 @@ def widen(leaf: jax.Array) -> jax.Array:
     """
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return leaf.astype(jnp.float32) if narrow else leaf
-
-
-def count_flops(jaxpr: Any) -> float:
-    """Return the floating-point operations of a jaxpr's matrix products and convolutions.
-
-    The body of a `scan` counts as often as it runs. (XLA's own cost analysis counts it once.)
-
-    Args:
-        jaxpr: such as `loop.traced.jaxpr`, or what `jax.make_jaxpr` returns.
-
-    >>> count_flops(jax.make_jaxpr(lambda a, b: a @ b)(jnp.ones((2, 3)), jnp.ones((3, 4))))
-    48
-    """
-    return sum(times * _products(equation) for equation, times in equations(jaxpr, 1))
-
-
-def _products(equation: Any) -> float:
-    if equation.primitive.name == "dot_general":
-        return flops(equation)
-    if equation.primitive.name != "conv_general_dilated":
-        return 0
-    kernel, out, given = equation.invars[1].aval, equation.outvars[0].aval, equation.params
-    features = kernel.shape[given["dimension_numbers"].rhs_spec[0]]
-    return 2 * out.size * kernel.size / features / math.prod(given["lhs_dilation"])  # inserted zeros are no work

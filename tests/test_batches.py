@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from onstep import Batches, Engine
-from onstep.blocks import aligned
+from onstep.data.stacking import aligned_empty
 
 
 def served(batches, epoch=0):
@@ -190,11 +190,11 @@ def test_a_run_does_not_go_on_with_other_batches(other, change):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_block_in_another_type_than_the_arrays_reads_nothing_that_was_not_written(shuffle, monkeypatch):
     def dirty(*args):
-        out = aligned(*args)
+        out = aligned_empty(*args)
         out.view(np.uint32)[...] = 0x7FA00000  # a signalling NaN, which may not be converted
         return out
 
-    monkeypatch.setattr("onstep.batches.aligned", dirty)
+    monkeypatch.setattr("onstep.data.batches.aligned_empty", dirty)
     arrays, count = iter(Batches(np.arange(12.0), 2, shuffle=shuffle)).block(4, 5)
     assert (arrays.dtype, count) == (np.float32, 4)
     assert sorted(arrays[:4].ravel()) == sorted({*arrays[:4].ravel()} & {*range(12)})

@@ -15,7 +15,7 @@ from clu import metrics
 from models import epoch, fresh_state, same_bytes
 from models import step as real_step
 from onstep import Batches, Callback, Engine, at, every
-from onstep.blocks import choose
+from onstep.compiled.blocks import choose_block_size
 from onstep.callbacks import EMA, Checkpoint, GradNorm
 from onstep.snapshot import unpack
 
@@ -801,7 +801,7 @@ own_forward.defjvp(lambda primals, tangents: (convolve(primals[0]), tangents[0].
     ],
 )
 def test_a_convolution_is_found_wherever_it_hides(function):
-    assert choose(jax.make_jaxpr(function)(IMAGE), IMAGE) == 0
+    assert choose_block_size(jax.make_jaxpr(function)(IMAGE), IMAGE)[0] == 0
 
 
 def rows_for_product(n, times=1):
@@ -809,12 +809,12 @@ def rows_for_product(n, times=1):
         return jax.lax.scan(lambda c, _: (c @ c, None), x, None, times)[0]
 
     x = np.ones((n, n), np.float32)
-    return choose(jax.make_jaxpr(step)(x), x)
+    return choose_block_size(jax.make_jaxpr(step)(x), x)[0]
 
 
 def rows_for_batch(size):
     batch = {"x": np.ones(size, np.float32)}
-    return choose(jax.make_jaxpr(lambda b: b["x"].sum())(batch), batch)
+    return choose_block_size(jax.make_jaxpr(lambda b: b["x"].sum())(batch), batch)[0]
 
 
 def test_many_flops_make_short_blocks_and_very_many_none():
@@ -912,7 +912,7 @@ def test_no_metric_is_read_between_due_log_steps():
         column = Column(len(calls), reads)
         return bundle, ({"loss": column}, {"loss": column})
 
-    engine._program.call = call
+    engine._compiled.call = call
     for event, when in (("step_end", 7), ("log", 1)):
         engine.on(event, when=when)(lambda loop, *_: seen.append((loop.step, len(calls), len(reads))))
     engine.run(jnp.int32(0), range(60), steps=40)
@@ -931,18 +931,18 @@ def test_slow_steps_make_short_blocks_where_the_engine_chooses():
                 drawn[0] = n + 1
                 yield n
 
-        engine = Engine(lambda state, batch: (state + batch, {}), log_every=50, steps_per_call=steps_per_call)
-        engine._clock = lambda: now[0]
-        deciding = engine._program._decide
+        options = {"log_every": 50, "steps_per_call": steps_per_call, "clock": lambda: now[0]}
+        engine = Engine(lambda state, batch: (state + batch, {}), **options)
+        deciding = engine._compiled._select_call
 
-        def decide(rows):
-            deciding(rows)
-            call = engine._program.call
-            engine._program.call = lambda *args: seen.append(int(args[3][1])) or call(*args)
+        def decide(layout):
+            deciding(layout)
+            call = engine._compiled.call
+            engine._compiled.call = lambda *args: seen.append(int(args[3][1])) or call(*args)
 
-        engine._program._decide = decide
+        engine._compiled._select_call = decide
         if steps_per_call != "auto":
-            decide(steps_per_call)
+            decide(None)
         assert int(engine.run(jnp.int32(0), data, epochs=1).state) == sum(range(200))
         return seen
 

@@ -40,7 +40,7 @@ class Tripwire:
 def tripwired(engine, reads):
     """The engine with a plain function in the compiled call's place."""
     steps = iter(range(1, 10**9))
-    engine._program.call = lambda bundle, batch, rng, due: (bundle, {"loss": Tripwire(next(steps), reads)})
+    engine._compiled.call = lambda bundle, batch, rng, due: (bundle, {"loss": Tripwire(next(steps), reads)})
     return engine
 
 
@@ -147,7 +147,7 @@ def test_no_more_calls_are_queued_than_asked_for(seconds, more):
     for in_flight in (1, 2, 5):
         finished.clear(), started.clear(), most.clear()
         engine = Engine(step, in_flight=in_flight, log_every=30, steps_per_call=1)
-        engine._program.call = call
+        engine._compiled.call = call
         engine._clock = lambda: seconds * len(started)
         engine.run(jnp.int32(0), range(100), epochs=1)
         assert max(most) == in_flight + 1 + more  # the one being started, behind those that are queued
@@ -205,9 +205,9 @@ def test_one_executable_serves_the_whole_run_and_the_next():
     engine = Engine(lambda s, b, rng: (s + b.sum(), {"loss": s}), [ema, GradLike(when=3)], log_every=4)
     data = Batches(np.arange(12, dtype=np.float32), 2)
     engine.run(0.0, data, epochs=2, rng=jax.random.key(0))
-    assert engine._program.call._cache_size() == 1
+    assert engine._compiled.call._cache_size() == 1
     assert compilations(lambda: engine.run(0.0, data, epochs=2, rng=jax.random.key(0))) == 0
-    assert engine._program.call._cache_size() == 1
+    assert engine._compiled.call._cache_size() == 1
 
 
 class GradLike(Callback):
@@ -223,7 +223,7 @@ class GradLike(Callback):
 def test_a_python_number_in_the_state_does_not_compile_twice():
     engine = Engine(lambda s, b: ({"step": s["step"] + 1, "lr": s["lr"]}, {}))
     result = engine.run({"step": 0, "lr": 0.1}, range(5), epochs=1)
-    assert engine._program.call._cache_size() == 1
+    assert engine._compiled.call._cache_size() == 1
     assert result.state["step"].dtype == jnp.int32
 
 
@@ -231,7 +231,7 @@ def test_a_resumed_run_reuses_the_executable(tmp_path):
     engine = Engine(step, [Checkpoint(tmp_path, when=2)])
     engine.run(jnp.int32(0), range(4), steps=3)
     engine.run(jnp.int32(0), range(4), steps=4)
-    assert engine._program.call._cache_size() == 1
+    assert engine._compiled.call._cache_size() == 1
 
 
 def test_numpy_of_64_bits_is_the_shape_that_the_device_sees():

@@ -110,7 +110,7 @@ def test_a_signal_in_the_compiled_call_lets_the_step_end(number):
             signal.raise_signal(number)
         return (state + batch, carries, count), {}
 
-    engine._program.call = call
+    engine._compiled.call = call
     interrupted(engine, number)
     assert lines.lines == [("save", 3), ("end", 3)]
 
@@ -343,7 +343,7 @@ def test_an_error_goes_to_the_caller_with_the_handlers_given_back(event, place):
 @pytest.mark.parametrize("event", ["on_step_end", "on_save", "on_run_end"])
 def test_an_error_after_the_signal_comes_out_in_its_place(event):
     engine, before = Engine(add, [GracefulExit(), Fails(event)]), handlers()
-    engine._program.call = lambda bundle, *rest: (signal.raise_signal(signal.SIGINT) or bundle, {})
+    engine._compiled.call = lambda bundle, *rest: (signal.raise_signal(signal.SIGINT) or bundle, {})
     with pytest.raises(OSError, match="disk gone"):
         engine.run(jnp.int32(0), [1] * 4, epochs=1)
     assert handlers() == before
@@ -448,7 +448,7 @@ def test_a_deadline_in_seconds_is_a_stop_that_can_be_resumed(deadline, steps, ca
         now[0] += 1.0
         return (bundle[0] + batch, *bundle[1:]), {}
 
-    engine._program.call = call
+    engine._compiled.call = call
     result = engine.run(jnp.int32(0), [1] * 20, epochs=1)
     stopped = None if steps == 20 else "deadline reached"
     assert (result.step, result.stopped) == (steps, stopped)

@@ -192,7 +192,7 @@ def test_nothing_is_read_between_training_records():
     def call(bundle, batch, key, due):
         return ({"learning_rate": Tripwire(next(steps))}, *bundle[1:]), {"loss": 1.0}
 
-    engine._program.call = call
+    engine._compiled.call = call
     engine.run({"learning_rate": 0.5}, [0] * 7, epochs=1)
     assert reads == [3, 6, 7]
 

@@ -114,7 +114,7 @@ def test_the_step_is_compiled_once():
     mesh, state = states("fsdp")
     engine = Engine(step, [EMA(0.9), GradNorm(), NaNGuard()], mesh=mesh)
     engine.run(state, data(), steps=20, rng=jax.random.key(1))
-    assert engine._program._traced.times == 1
+    assert engine._compiled.function.times == 1
 
 
 def test_every_device_gets_its_part_of_a_batch():
@@ -138,9 +138,9 @@ def test_the_one_collective_is_the_steps_own():
     mesh, state = states("replicated")
     engine = Engine(step, [EMA(0.9)], mesh=mesh)
     engine.run(state, data(), steps=1, rng=jax.random.key(1))
-    bundle = engine._program.bundle(state, engine._program.init(state), 0)
+    bundle = engine._compiled.bundle(state, engine._compiled.init(state), 0)
     batch = next(iter(data()))
-    compiled = engine._program.call.trace(bundle, batch, jax.random.key(1), None).lower().compile().as_text()
+    compiled = engine._compiled.call.trace(bundle, batch, jax.random.key(1), None).lower().compile().as_text()
     by_hand = jax.jit(lambda s, b: step(s, b, jax.random.key(1))[:2], donate_argnums=0)
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     plain = by_hand.lower(state, sharded).compile().as_text()

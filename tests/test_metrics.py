@@ -11,8 +11,8 @@ import pytest
 from clu import metrics
 from onstep import Callback, Engine, improves
 from onstep.callbacks import Checkpoint
-from onstep.means import Tally
-from onstep.metrics import Meter
+from onstep.means import Mean
+from onstep.metrics import Windows
 
 
 def step(state, batch):
@@ -45,11 +45,11 @@ def test_means_are_those_of_the_exact_sum():
 def test_a_mean_does_not_depend_on_how_often_it_was_put_away():
     values = [random.Random(n).uniform(-1, 1) * 10.0 ** (n % 30 - 15) for n in range(3000)]
     for every in (1, 7, 1000):
-        tally = Tally()
+        tally = Mean()
         for start in range(0, len(values), every):
             tally.add(values[start : start + every])
-            tally = Tally.from_state(tally.get_state())
-        assert tally.mean("x") == math.fsum(values) / len(values)
+            tally = Mean.from_state(tally.get_state())
+        assert tally.value("x") == math.fsum(values) / len(values)
         assert len(tally.terms) < 40
 
 
@@ -64,11 +64,11 @@ def test_a_mean_does_not_depend_on_how_often_it_was_put_away():
     ids=str,
 )
 def test_what_is_not_finite_is_recorded_as_such_however_often_it_is_put_away(values, expected):
-    for tally in (Tally(), Tally()):
+    for tally in (Mean(), Mean()):
         for value in values:
             tally.add([value])
-            tally = Tally.from_state(tally.get_state())
-        assert tally.mean("x") == pytest.approx(expected, nan_ok=True)
+            tally = Mean.from_state(tally.get_state())
+        assert tally.value("x") == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_loss_that_is_not_finite_is_recorded_at_its_step():
@@ -129,7 +129,7 @@ def test_an_open_clu_window_goes_on_after_a_cut(tmp_path):
 
 
 def test_reading_empties_what_is_pending():
-    meter = Meter()
+    meter = Windows()
     meter.pending += [{"a": 1.0}, {"a": 3.0, "b": 5.0}]
     assert meter.close("train") == {"train/a": 2.0, "train/b": 5.0}
     assert meter.pending == []

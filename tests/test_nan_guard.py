@@ -144,7 +144,7 @@ def test_the_host_reads_at_due_steps_and_at_the_end_alone():
     def call(bundle, batch, rng, due):
         return (bundle[0], {"NaNGuard": Tripwire(next(steps), reads)}, bundle[2]), {"loss": np.float32(1)}
 
-    engine._program.call = call
+    engine._compiled.call = call
     engine.run(jnp.float32(0), range(50), epochs=1)
     assert sorted(set(reads)) == [20, 40, 50]
 

@@ -246,8 +246,8 @@ def test_where_the_loop_stops_next_is_where_a_run_stops(callback, stop):
         if event in vars(callback):
             setattr(callback, event, lambda loop, record=None: None)
     engine, ends = Engine(linear, [callback], steps_per_call=100), []
-    before = engine._program.advance
-    engine._program.advance = lambda *args: ends.append(args[3] + args[4]) or before(*args)
+    before = engine._compiled.advance
+    engine._compiled.advance = lambda *args: ends.append(args[3] + args[4]) or before(*args)
     engine.run(fresh(), DATA, epochs=2)
     assert f"step {ends[0]}," in stop
 

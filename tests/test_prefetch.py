@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from models import refilled
 from onstep import Batches, Engine
-from onstep.prefetch import Prefetch
+from onstep.data.prefetch import Prefetch
 
 
 def add(state, batch):

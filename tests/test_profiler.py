@@ -27,7 +27,7 @@ def engine(*profilers):
         with jax.profiler.TraceAnnotation(f"does step {batch}"):
             return (State(), *bundle[1:]), {}
 
-    engine._program.call = call
+    engine._compiled.call = call
     return engine
 
 

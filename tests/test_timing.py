@@ -59,7 +59,7 @@ def clocked(clock, callbacks, metrics=None, **options):
         return bundle, metrics or {}
 
     engine = Engine(lambda state, batch: (state, {}), callbacks, steps_per_call=1, **options)
-    engine._program.call, engine._clock = call, clock
+    engine._compiled.call, engine._clock = call, clock
     return engine
 
 
@@ -233,7 +233,7 @@ def test_everything_is_put_back_however_a_run_ends(clock, event, fails):
     loops, watch, last = [], Timing(table=False), Callback()
     setattr(last, event, answer)
     engine = clocked(clock, [watch, last])
-    call = engine._program.call
+    call = engine._compiled.call
     with pytest.raises(OSError, match="disk gone") if fails else contextlib.nullcontext():
         run(engine, [1])
     loop = loops[0]
@@ -250,10 +250,10 @@ def test_everything_is_put_back_however_a_run_ends(clock, event, fails):
 def test_two_of_them_see_the_same(clock):
     one, two = Timing(table=False), Timing(table=False)
     engine = clocked(clock, [one, Takes(clock, on_step_end=8), two])
-    call = engine._program.call
+    call = engine._compiled.call
     run(engine, Batches(clock, 3))
     assert one.seconds == two.seconds | {"callback Timing_2": 0}
-    assert engine._program.call is call
+    assert engine._compiled.call is call
 
 
 def test_a_second_run_is_timed_afresh(clock):

@@ -10,27 +10,24 @@ from typing import Any
 
 import jax
 
-from .sharding import Spread
-from .trees import Batch, copied
+from ..trees import Batch, copy_numpy
 
 
 class Prefetch(Iterator[Batch]):
     """Draws batches in a thread and puts them on the device, at most `depth` ahead.
 
-    The thread runs from the first `next` to the end of the batches, or to `close`; what it had
-    drawn then is kept for the next `next`. An error of the source comes when its batch is due.
+    The thread runs from the first `next` to the end of the batches, or to `close`. Batches that were drawn by then
+    are kept for the next `next`. An error of the source is raised when its batch is due.
 
     Args:
-        source: the batches; with `get_state` its state goes with each batch, so that `get_state`
+        source: an iterator of batches. If it has `get_state`, its state is kept with each batch, so `get_state`
             never depends on what was drawn ahead.
-        depth: batches.
-        there: where the arrays shall lie: a sharding, a Spread over many devices, or None, which leaves
-            it to jax.
+        depth: the most batches to hold.
+        put: moves a batch to the device.
     """
 
-    def __init__(self, source: Any, depth: int, there: Any = None):
-        self._source, self._depth = source, depth
-        self._put = there.put if isinstance(there, Spread) else lambda batch: jax.device_put(batch, there)
+    def __init__(self, source: Any, depth: int, put: Callable[[Batch], Batch]):
+        self._source, self._depth, self._put = source, depth, put
         self._drawn: deque[tuple[Batch, Any, BaseException | None]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -55,7 +52,7 @@ class Prefetch(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Ends the thread, once the batch that it is drawing is there."""
+        """End the thread, as soon as it has the batch that it is drawing."""
         if self._thread is not None:
             with self._changed:
                 self._closing = True
@@ -72,9 +69,9 @@ class Prefetch(Iterator[Batch]):
                     return
             batch = state = None
             try:
-                batch = jax.block_until_ready(self._put(copied(next(self._source))))
+                batch = jax.block_until_ready(self._put(copy_numpy(next(self._source))))
                 state = self._source_state()
-            except BaseException as raised:  # also StopIteration: the end
+            except BaseException as raised:  # also StopIteration, the end
                 error = raised
             with self._changed:
                 self._drawn.append((batch, state, error))

@@ -1,0 +1,339 @@
+"""CompiledStep: the user's step and the compiled halves of callbacks as one compiled call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..cadence import ALWAYS, Trigger, as_cadence
+from ..callback import Callback, Carry, Context, overridden
+from ..checks import takes_rng
+from ..data.stacking import BatchStacker
+from ..means import BlockMetrics
+from ..messages import log_duration
+from ..metrics import Metrics, as_metrics
+from ..placement import Placement
+from ..trees import Batch, State, compare_signatures, difference, ignore_fewer_rows, signature, strip_weak_types
+from . import blocks
+
+Step = Callable[..., Any]
+"""`(state, batch) -> (state, metrics)`; an optional third argument is a random key, an optional third result `aux`."""
+
+Bundle = tuple[State, dict[str, Carry], Any]
+"""`(state, carries, step)`: donated to, and returned by, every compiled call. `step` is the number of steps
+completed, an int32 scalar, or None if nothing compiled asks for it."""
+
+
+class CompiledStep:
+    """The user's step and the compiled halves of callbacks as one compiled call.
+
+    `call(bundle, batch, rng, due) -> (bundle, metrics)` is the only way to the device: every step goes through it.
+
+    Args:
+        step: the user's step.
+        callbacks: by name; those with an `update` are compiled in, in this order.
+        steps_per_call: the most steps of a call; "auto" leaves that to `blocks.choose_block_size`.
+        jit: False runs the same code uncompiled, under `jax.disable_jit()`.
+        placement: where arrays are.
+
+    Attributes:
+        block_size: the most steps in a block, 0 if every call runs one step, None if that is not decided yet.
+        auto: whether it is decided here.
+        conditional: by name, the triggers of compiled halves that are not due at every step.
+        takes_rng: whether the step takes a random key.
+        needs_step: whether anything compiled needs the number of steps completed.
+        function: what is compiled.
+        jit: whether it is.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        callbacks: dict[str, Callback],
+        steps_per_call: int | str,
+        jit: bool,
+        placement: Placement,
+    ):
+        transforms = {name: callback for name, callback in callbacks.items() if overridden(callback, "update")}
+        cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in transforms.items()}
+        for name, cadence in cadences.items():
+            if cadence.seconds:
+                raise ValueError(f"{name}.update_when needs steps or epochs, got {cadence}: it is compiled in.")
+        self.conditional: dict[str, Trigger] = {
+            name: Trigger(cadence, time.monotonic) for name, cadence in cadences.items() if cadence != ALWAYS
+        }
+        self.takes_rng: bool = takes_rng(step)
+        self.needs_step: bool = self.takes_rng or bool(transforms)
+        self.auto: bool = jit and steps_per_call == "auto"
+        self.block_size: int | None = None
+        self.call: Any
+        self.function: StepFunction = StepFunction(step, transforms, list(self.conditional), self.takes_rng)
+        self._one = jax.jit(self.function, donate_argnums=0, inline=True)
+        self._init = jax.jit(self.function.init) if jit else self.function.init
+        self.jit: bool = jit
+        self._placement = placement
+        self._calls: dict[Any, Any] = {}
+        self._saved: dict[str, Any] = {"mode": None, "batch": None}
+        self._example: Any = None  # the shapes of the run's first batch
+        if not self.auto:
+            self.block_size = 0 if steps_per_call == 1 or not jit else int(steps_per_call)
+            self._select_call(None)
+
+    def init(self, state: State) -> dict[str, Carry]:
+        """Return the first carries, on the devices of the state."""
+        return self._placement.place_carries(self._init(state))
+
+    def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
+        """Return what the next call takes, with `step` steps completed."""
+        return state, carries, self._placement.scalar(step, state) if self.needs_step else None
+
+    def begin(self, step: int, saved: dict[str, Any]) -> None:
+        """Begin a run with `step` steps completed, fresh or as `describe` once described it.
+
+        Raises:
+            ValueError: the saved run was in another execution mode than the one that was asked for.
+        """
+        self._saved, self.function.expected = saved, saved["batch"]
+        if self.auto:
+            self.block_size = None
+        _check_mode(saved["mode"], self.describe()["mode"])
+        for trigger in self.conditional.values():
+            trigger.start(step)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a resumed run must share, as JSON values.
+
+        That is the execution mode, "plain" or "block", and the signature of the first batch; None if unknown.
+        """
+        undecided = self.block_size is None or not self.jit
+        mode = self._saved["mode"] if undecided else "block" if self.block_size else "plain"
+        return {"mode": mode, "batch": self.function.expected}
+
+    def prepare(self, bundle: Bundle, batch: Batch, rng: Any) -> None:
+        """Compile for the run's first batch. From now on a batch of another shape causes a warning.
+
+        Raises:
+            ValueError: the saved run's batches had other leaves, dtypes or ranks, or fewer rows.
+        """
+        began, traced, saved = time.perf_counter(), self.function.times, self._saved
+        whole = self._placement.put(batch)
+        _check_batches(saved["batch"], signature(whole))
+        self.function.expected = saved["batch"] or signature(whole)
+        self._example = jax.eval_shape(lambda x: x, whole)
+        layout = self._placement.layout(bundle)
+        if self.block_size is None:
+            self.block_size = self.choose_block_size(bundle, self._example, batch, rng, saved["mode"])[0]
+            self._select_call(layout)
+        elif layout is not None:
+            self._select_call(layout)
+        if hasattr(self.call, "trace"):
+            batch = BatchStacker(batch, self.block_size).batches() if self.block_size else batch
+            self.call.trace(bundle, batch, rng, self._due([self._never], 1)).lower().compile()
+            if self.function.times > traced:
+                several = f", up to {self.block_size} steps a call," if self.block_size else ""
+                log_duration(f"compiled the step{several}", time.perf_counter() - began)
+
+    def choose_block_size(
+        self, bundle: Bundle, shapes: Any, batch: Batch, rng: Any, mode: str | None
+    ) -> tuple[int, str]:
+        """Return the most steps in a call as "auto" chooses it (0 for one step a call), and why.
+
+        Args:
+            bundle, rng: as for a call, or their shapes.
+            shapes: of one whole batch.
+            batch: one batch, or the part of this process.
+            mode: the execution mode of the saved run, None for a fresh run.
+        """
+        if mode is None and not self._placement.blocks_by_default:
+            return 0, "blocks are not measured on many devices"
+        if mode == "plain":
+            return 0, "the saved run ran one step a call"
+        jaxpr = self._one.trace(bundle, shapes, rng, np.array(self._never) if self.conditional else None).jaxpr
+        size, why = blocks.choose_block_size(jaxpr, batch)
+        return (max(size, 2) if mode == "block" else size), why
+
+    def traced(self, bundle: Bundle, rng: Any) -> Any:
+        """Return one step as it was traced for the run's first batch, or None before that or if nothing is compiled."""
+        if self._example is None or not self.jit:
+            return None
+        return self._one.trace(bundle, self._example, rng, np.array(self._never) if self.conditional else None)
+
+    def advance(
+        self, bundle: Bundle, batch: Batch, rng: Any, step: int, count: int, epoch: int
+    ) -> tuple[Bundle, Metrics]:
+        """Make one call that runs several steps, or in which some compiled halves are not due.
+
+        The metrics leave out what the halves that are not due would have logged.
+
+        Args:
+            bundle, rng: as for `call`.
+            batch: as for `call`, or the stacked batches of a block.
+            step: steps completed before the call.
+            count: steps that the call runs.
+            epoch: the epoch that the last of them completes, 0 if it completes none.
+        """
+        epochs, triggers = [0] * (count - 1) + [epoch], self.conditional.values()
+        due = [tuple(t.fires(n, e) for t in triggers) for n, e in enumerate(epochs, step + 1)] if triggers else []
+        bundle, metrics = self.call(bundle, batch, rng, self._due(due, count))
+        flags = zip(self.conditional, zip(*due, strict=True), strict=True)
+        present = {name: now for half, now in flags for name in self.function.logged[half]}
+        last, columns = metrics if self.block_size else (metrics, {})
+        last = {name: value for name, value in last.items() if present.get(name, (True,))[-1]}
+        return bundle, BlockMetrics(last, columns, count, present) if self.block_size else last
+
+    @property
+    def _never(self) -> tuple[bool, ...]:
+        """The flags of a step at which no conditional half is due."""
+        return (False,) * len(self.conditional)
+
+    def _due(self, flags: list[tuple[bool, ...]], count: int) -> Any:
+        """Return which conditional halves are due at which steps, as a call takes it.
+
+        For one step: an array (halves,), or None without conditional halves. For a block: an array
+        (block size, halves) or None, and the number of steps.
+        """
+        if not self.block_size:
+            return np.array(flags[0]) if self.conditional else None
+        rest = [self._never] * (self.block_size - len(flags))
+        return np.array(flags + rest) if self.conditional else None, np.int32(count)
+
+    def _select_call(self, layout: Any) -> None:
+        key = (self.block_size, *jax.tree.leaves(layout))
+        if key not in self._calls:
+            function: Any = self.function
+            call: Any = self._one if self.jit else functools.partial(_run_uncompiled, function)
+            if self.block_size:
+                function = functools.partial(blocks.run_block, self._one, self.block_size)
+                call = jax.jit(function, donate_argnums=0)
+            if layout is not None:
+                call = self._placement.pin(call, function, layout, stacked=bool(self.block_size), jit=self.jit)
+            self._calls[key] = call
+        self.call = self._calls[key]
+
+
+def _run_uncompiled(function: Callable[..., Any], bundle: Bundle, batch: Batch, rng: Any, due: Any) -> Any:
+    with jax.disable_jit():
+        return function(bundle, jax.tree.map(jnp.asarray, batch), rng, due)
+
+
+class StepFunction:
+    """The function that is compiled. It is pure, except for what it notes while it is traced.
+
+    Attributes:
+        step: the user's step.
+        transforms: the compiled halves by name.
+        conditional: the names of halves that are not always due, in the order of the `due` flags.
+        logged: by name of such a half, the metrics that it adds.
+        expected: the signature of the run's first batch.
+        times: how often it was traced.
+    """
+
+    def __init__(self, step: Step, transforms: dict[str, Callback], conditional: list[str], takes_rng: bool):
+        self.step: Step = step
+        self.transforms: dict[str, Callback] = transforms
+        self.conditional: list[str] = conditional
+        self.takes_rng: bool = takes_rng
+        self.logged: dict[str, list[str]] = {}
+        self.expected: dict[str, str] | None = None
+        self.times: int = 0
+
+    def init(self, state: State) -> dict[str, Carry]:
+        """Return the first carries."""
+        carries = {name: half.init(state) for name, half in self.transforms.items()}
+        # Copied, because a carry must not share a buffer with the state: both are donated.
+        return jax.tree.map(jnp.copy, strip_weak_types(carries))
+
+    def __call__(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
+        """Run one step. Its checks run only while it is traced."""
+        self.times += 1
+        state, carries, count = bundle
+        self._warn_if_reshaped(batch)
+        folded = None if key is None else jax.random.fold_in(key, count)
+        new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
+        # Without this barrier, what observers compute could change how XLA fuses the step, and so its bits.
+        new, metrics = jax.lax.optimization_barrier((new, metrics))
+        ctx = Context(count, state, new, batch, metrics, aux, folded)
+        carries = dict(carries)
+        for name, half in self.transforms.items():
+            ctx = dataclasses.replace(ctx, _who=name)
+            now = due[self.conditional.index(name)] if name in self.conditional else None
+            carries[name], ctx = self._update(name, half, carries[name], ctx, now)
+        return (ctx.state, carries, None if count is None else count + 1), ctx.metrics
+
+    def _results(self, results: Any, state: State) -> tuple[State, Metrics, dict[str, Any]]:
+        if not isinstance(results, tuple) or len(results) not in (2, 3):
+            got = f"{len(results)} results" if type(results) is tuple else type(results).__name__
+            raise TypeError(f"The step needs to return (state, metrics) or (state, metrics, aux), got {got}.")
+        new, metrics, aux = (*results, {})[:3]
+        if not isinstance(aux, dict):
+            raise TypeError(f"The step needs a dict as its third result, aux, got {type(aux).__name__}.")
+        return _check_unchanged(state, new, "The step"), as_metrics(metrics, "The step"), aux
+
+    def _update(self, name: str, half: Callback, carry: Carry, ctx: Context, now: Any) -> tuple[Carry, Context]:
+        """Run one compiled half, behind a branch if it is not always due."""
+
+        def update() -> tuple[Carry, State, Metrics]:
+            out = half.update(carry, ctx)
+            if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Context)):
+                raise TypeError(f"{name}.update needs to return (carry, ctx), got {out!r:.80}.")
+            new, after = out
+            state = ctx.state
+            if after.state is not ctx.state:
+                state = _check_unchanged(ctx.state, after.state, f"{name}.update")
+            return _check_unchanged(carry, new, f"{name}.update", "carry"), state, as_metrics(after.metrics, name)
+
+        def skip() -> tuple[Carry, State, Metrics]:
+            zero = {n: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m) for n, m in shapes.items()}
+            return carry, ctx.state, zero | ctx.metrics
+
+        if now is None:
+            out = update()
+        else:
+            shapes = jax.eval_shape(update)[2]
+            self.logged[name] = [n for n in shapes if n not in ctx.metrics]
+            out = jax.lax.cond(now, update, skip)
+        carry, state, metrics = jax.lax.optimization_barrier(out)  # so that no half changes the bits of another
+        return carry, ctx.replace(state=state, metrics=metrics)
+
+    def _warn_if_reshaped(self, batch: Batch) -> None:
+        if self.expected is not None and (changed := compare_signatures(self.expected, signature(batch))):
+            warnings.warn(
+                f"A batch has another shape than the run's first, so the step is compiled again: {changed}. "
+                "To avoid that, give all batches one shape: drop the last short one, or pad it.",
+                stacklevel=2,
+            )
+
+
+def _check_unchanged(old: Any, new: Any, who: str, what: str = "state") -> Any:
+    """Return a new state or carry, which must have the tree, shapes and dtypes of the old one."""
+    new = strip_weak_types(new)
+    if changed := difference(old, new):
+        raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.")
+    return new
+
+
+def _check_mode(saved: str | None, here: str | None) -> None:
+    """Raise if a saved run was executed in another mode."""
+    if None not in (saved, here) and saved != here:
+        raise ValueError(
+            f"The saved run has the execution mode {saved!r}, this run {here!r}, and their bits may differ. "
+            f"Give steps_per_call={'1' if saved == 'plain' else '2 or more'}, or start from scratch."
+        )
+
+
+def _check_batches(saved: dict[str, str] | None, here: dict[str, str]) -> None:
+    """Raise if a saved run's batches had other leaves, dtypes or ranks, or fewer rows.
+
+    Fewer rows here may be the last ones of an epoch, and other axes may vary, as those of sequences do. Such batches
+    are compiled for, with a warning.
+    """
+    if saved is not None and (changed := compare_signatures(saved, ignore_fewer_rows(here, saved))):
+        raise ValueError(f"The batches differ from those of the saved run (saved, then here): {changed}.")

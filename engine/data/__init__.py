@@ -1,0 +1,1 @@
+"""Batches: where they come from, and how a run reads them."""

@@ -1,0 +1,91 @@
+"""Several batches as one tree of stacked arrays, which one compiled call reads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..trees import Batch
+
+
+class BatchStacker:
+    """Stacks batches of one kind into a tree of arrays (block size, ...).
+
+    Each batch is copied when it is added, so that its source may fill the same arrays again. Rows beyond the last
+    one hold arbitrary values: no step reads them.
+
+    Args:
+        first: the first batch, which decides the kind.
+        block_size: the leading axis of the arrays.
+
+    Attributes:
+        count: batches added so far.
+    """
+
+    def __init__(self, first: Batch, block_size: int):
+        flat, self._structure = jax.tree.flatten(first)
+        self.count: int = 0
+        self._kinds, self._block_size = [_kind(leaf) for leaf in flat], block_size
+        self._columns = [aligned_empty(block_size, *kind[1:3]) if kind[0] is np.ndarray else [] for kind in self._kinds]
+        self.add(first)
+
+    def add(self, batch: Batch) -> bool:
+        """Add a batch, and return True, unless it is of another kind than the first."""
+        flat, structure = jax.tree.flatten(batch)
+        if structure != self._structure or [_kind(leaf) for leaf in flat] != self._kinds:
+            return False
+        for column, leaf in zip(self._columns, flat, strict=True):
+            if isinstance(column, list):
+                column.append(leaf)
+            else:
+                column[self.count] = np.asarray(leaf)
+        self.count += 1
+        return True
+
+    def batches(self) -> Batch:
+        """Return the stacked arrays."""
+        missing = self._block_size - self.count
+        lists = {
+            i: column + column[-1:] * missing for i, column in enumerate(self._columns) if isinstance(column, list)
+        }
+        stacked = _stack(lists) if lists else {}
+        columns = [stacked.get(i, column) for i, column in enumerate(self._columns)]
+        return jax.tree.unflatten(self._structure, columns)
+
+
+def aligned_empty(rows: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an empty array (rows, *shape) that a compiled call can read in place.
+
+    Its dtype is the one that JAX would convert to. Its address is a multiple of 64 bytes: with another one, every
+    call would copy all rows.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    size = rows * math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 63, np.uint8)
+    start = -raw.__array_interface__["data"][0] % 64
+    return raw[start : start + size].view(dtype).reshape(rows, *shape)
+
+
+def last_batch(batches: Batch, count: int) -> Batch:
+    """Return the last of `count` stacked batches."""
+    return jax.tree.map(lambda leaf: leaf[count - 1], batches)
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    """Return what the leaves of one column share. Leaves that the host can read for free count as numpy arrays."""
+    if isinstance(leaf, jax.Array):
+        on_host = [device.platform for device in leaf.sharding.device_set] == ["cpu"]
+        weak = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.weak_type  # numpy has neither
+        return np.ndarray if on_host and not weak else jax.Array, leaf.shape, leaf.dtype, weak
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return np.ndarray, leaf.shape, leaf.dtype, False
+    return (type(leaf),)  # a Python number, whose type is weak
+
+
+@jax.jit
+def _stack(columns: dict[int, list[Any]]) -> dict[int, jax.Array]:
+    return {i: jnp.stack(leaves) for i, leaves in columns.items()}

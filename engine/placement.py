@@ -1,0 +1,423 @@
+"""Where a run's arrays are: on one device, or divided over the devices of a mesh."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from .trees import Batch, State, as_array, named_leaves, strip_weak_types
+
+DATA_AXES = ("data", "fsdp")
+"""Axes of a mesh over which batches are divided, if it has more than one axis."""
+
+
+class SingleDevice:
+    """One device: everything stays where JAX, or the caller, put it.
+
+    Attributes:
+        batches: the sharding of batches: None, as nothing is divided.
+        processes: 1.
+        blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
+    """
+
+    batches: NamedSharding | None = None
+    processes: int = 1
+    blocks_by_default: bool = True
+
+    def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
+        """Return the tree as arrays that nobody else holds, committed to their device.
+
+        They are committed from the start because restored arrays are: a resumed run then reuses the executable.
+
+        Args:
+            tree: arrays and numbers.
+            what: its name, for errors.
+            copy: False copies only leaves that must be converted or that occur twice.
+            like: ignored here; see `DataSharding.place`.
+
+        Raises:
+            TypeError: a leaf is neither an array nor a number; the message names it.
+        """
+        device = device_of(tree)
+
+        def commit(array: jax.Array, _: Any) -> jax.Array:
+            return array if array.committed or device is None else jax.device_put(array, device)
+
+        return _own(tree, what, copy, commit, None)
+
+    def place_carries(self, carries: Any) -> Any:
+        """Return the first carries, which the compiled `init` has already put beside the state."""
+        return carries
+
+    def key(self, rng: Any) -> Any:
+        """Return the run's random key."""
+        return rng
+
+    def scalar(self, value: int, state: State) -> jax.Array:
+        """Return a counter, an int32 scalar beside the state."""
+        count, device = jnp.asarray(value, jnp.int32), device_of(state)
+        return count if device is None else jax.device_put(count, device)
+
+    def put(self, batch: Batch, *, ragged: bool = False) -> Batch:
+        """Return a batch as a compiled call takes it: unchanged, as JAX transfers it fastest itself."""
+        return batch
+
+    def prefetcher(self, state: State) -> Callable[[Batch], Batch]:
+        """Return a function that transfers a batch to the state's device ahead of its use."""
+        return functools.partial(jax.device_put, device=device_of(state))
+
+    def layout(self, bundle: Any) -> Any:
+        """Return what a compiled call depends on besides its function: nothing."""
+        return None
+
+    def pin(self, call: Any, function: Callable[..., Any], layout: Any, *, stacked: bool, jit: bool) -> Any:
+        """Return the compiled call."""
+        return call
+
+    def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a compiled evaluation step. JAX keeps one cache for a function, however often it is wrapped."""
+        return jax.jit(step)
+
+    def rows(self, start: int, stop: int) -> Any:
+        """Return the rows that this process reads of those from `start` to `stop`: all of them."""
+        return slice(start, stop)
+
+    def divides(self, rows: int) -> bool:
+        """Return whether so many rows can be divided over the devices."""
+        return True
+
+    def replicate(self, tree: Any) -> Any:
+        """Return arrays that every process holds, as arrays on every device."""
+        return tree
+
+
+class DataSharding:
+    """A mesh of devices: batches are divided over it, and the state stays where the caller put it.
+
+    Args:
+        mesh: a mesh, whose batches are divided over its only axis or its axes "data" and "fsdp"; or the sharding
+            of the batches.
+
+    Attributes:
+        batches: the sharding of batches.
+        mesh: the mesh.
+        replicated: the sharding of what every device holds.
+        processes: how many processes have devices in the mesh.
+        axes: the axes of the mesh over which batches are divided.
+        shards: the number of parts of a batch.
+        own_shards: the indices of the parts that the devices of this process hold.
+        blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
+
+    Raises:
+        TypeError: `mesh` is neither a mesh nor a sharding.
+        ValueError: the mesh has Explicit axes, or no axis over which batches are divided.
+    """
+
+    blocks_by_default: bool = False  # not measured on many devices
+
+    def __init__(self, mesh: Mesh | NamedSharding):
+        if isinstance(mesh, Mesh):
+            axes = [axis for axis in mesh.axis_names if axis in DATA_AXES or len(mesh.axis_names) == 1]
+            if not axes:
+                raise ValueError(
+                    f"mesh needs an axis 'data' over which batches are divided, got {mesh.axis_names}. "
+                    "Or give the sharding of the batches: mesh=NamedSharding(mesh, PartitionSpec('your axis'))."
+                )
+            mesh = NamedSharding(mesh, PartitionSpec(tuple(axes)))
+        elif not isinstance(mesh, NamedSharding):
+            raise TypeError(f"mesh needs a jax.sharding.Mesh or a NamedSharding, got {type(mesh).__name__}.")
+        if any(kind != AxisType.Auto for kind in getattr(mesh.mesh, "axis_types", None) or ()):
+            raise ValueError(
+                f"mesh needs axes of type Auto, got {mesh.mesh.axis_types}: jax.make_mesh makes Explicit ones. "
+                "Use onstep.sharding.make_mesh, or axis_types=(AxisType.Auto,) * number of axes."
+            )
+        self.batches: NamedSharding = mesh
+        self.mesh: Any = mesh.mesh
+        self.replicated: NamedSharding = NamedSharding(self.mesh, PartitionSpec())
+        self.processes: int = len({device.process_index for device in self.mesh.devices.flat})
+        first = mesh.spec[0] if mesh.spec else None
+        self.axes: tuple[str, ...] = (first,) if isinstance(first, str) else tuple(first or ())
+        self.shards: int = math.prod(self.mesh.shape[axis] for axis in self.axes)
+        along = NamedSharding(self.mesh, PartitionSpec(self.axes or None))
+        parts = along.addressable_devices_indices_map((self.shards,))
+        self.own_shards: list[int] = sorted({index[0].start or 0 for index in parts.values() if index})
+
+    def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
+        """Return the tree as arrays that nobody else holds, on the devices of the mesh.
+
+        A leaf on many devices stays as it is divided; a leaf on one device is replicated.
+
+        Args:
+            tree: arrays and numbers; of several processes, leaves on one device are the same in all.
+            what: its name, for errors.
+            copy: False copies only leaves that must be converted or that occur twice.
+            like: a tree of arrays; each leaf gets the sharding of its counterpart there.
+
+        Raises:
+            TypeError: a leaf is neither an array nor a number; the message names it.
+            ValueError: a leaf is on devices outside the mesh.
+        """
+        return _own(tree, what, copy, self._settle, like)
+
+    def place_carries(self, carries: Any) -> Any:
+        """Return the first carries, on the devices of the mesh."""
+        return self.place(carries, "A carry", copy=False)
+
+    def _settle(self, array: jax.Array, sharding: Any = None) -> jax.Array:
+        """Return an array of the state on the mesh, with the given sharding if it has one on many devices."""
+        sharding = sharding if sharding is not None and len(sharding.device_set) > 1 else None
+        if len(array.sharding.device_set) > 1 or not array.is_fully_addressable:
+            if array.sharding.device_set != set(self.mesh.devices.flat):
+                raise ValueError(
+                    f"The state needs to be on the mesh's {self.mesh.size} devices, got a leaf of shape {array.shape} "
+                    f"on {len(array.sharding.device_set)} others. Create it with onstep.sharding.create."
+                )
+            return array if sharding in (None, array.sharding) else _reshard(array, sharding)
+        return replicate(array, sharding or self.replicated)
+
+    def key(self, rng: Any) -> Any:
+        """Return the run's random key, replicated."""
+        return None if rng is None else self._settle(rng)
+
+    def scalar(self, value: int, state: State) -> jax.Array:
+        """Return a counter, an int32 scalar on every device."""
+        return jax.device_put(jnp.asarray(value, jnp.int32), self.replicated)
+
+    def put(self, batch: Batch, *, stacked: bool = False, ragged: bool = False) -> Batch:
+        """Return a batch divided over the devices; arrays that are on many devices stay as they are.
+
+        Args:
+            batch: the whole batch; of several processes, the part of this one.
+            stacked: whether several batches are stacked along a first axis.
+            ragged: True replicates a batch that does not divide, in one process.
+
+        Raises:
+            ValueError: it does not divide.
+        """
+        flat, structure = jax.tree.flatten(batch)
+        moved = [n for n, leaf in enumerate(flat) if _on_host(leaf)]
+        if stacked:  # stacking may have changed how arrays on the devices are divided
+            flat = [
+                self._put_stacked(x) if isinstance(x, jax.Array) and n not in moved else x for n, x in enumerate(flat)
+            ]
+        if not moved:
+            return jax.tree.unflatten(structure, flat)
+        where = [self.sharding(flat[n].ndim, stacked) for n in moved]
+        for i, n in enumerate(moved):
+            if rows := self.uneven(flat[n].shape, stacked):
+                if not ragged or self.processes > 1:
+                    raise self._indivisible(len(self.own_shards), repr(list(named_leaves(batch))[n]), rows)
+                where[i] = self.replicated
+        if self.processes == 1:
+            new = jax.device_put([flat[n] for n in moved], where)
+        else:
+            new = [self._assemble(np.asarray(flat[n]), there, stacked) for n, there in zip(moved, where, strict=True)]
+        for n, leaf in zip(moved, new, strict=True):
+            flat[n] = leaf
+        return jax.tree.unflatten(structure, flat)
+
+    def prefetcher(self, state: State) -> Callable[[Batch], Batch]:
+        """Return a function that divides a batch over the devices ahead of its use."""
+        return self.put
+
+    def layout(self, bundle: Any) -> Any:
+        """Return the shardings of a bundle, which a compiled call keeps."""
+        return jax.tree.map(lambda leaf: leaf.sharding, bundle)
+
+    def pin(self, call: Any, function: Callable[..., Any], layout: Any, *, stacked: bool, jit: bool) -> Any:
+        """Return a call that divides its batches and leaves the bundle as it is divided."""
+        return ShardedCall(function if jit else call, self, layout, stacked, jit)
+
+    def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a compiled evaluation step, whose metrics every device holds."""
+        return jax.jit(step, out_shardings=self.replicated)
+
+    def rows(self, start: int, stop: int) -> Any:
+        """Return the rows that this process reads of a whole batch, the rows from `start` to `stop`.
+
+        Raises:
+            ValueError: they do not divide over the devices.
+        """
+        if self.processes == 1:
+            return slice(start, stop)
+        if not self.divides(stop - start):
+            raise self._indivisible(self.shards, "a batch", stop - start)
+        return np.arange(start, stop).reshape(self.shards, -1)[self.own_shards].ravel()
+
+    def divides(self, rows: int) -> bool:
+        """Return whether so many rows can be read by several processes, each its own part."""
+        return self.processes == 1 or rows % self.shards == 0
+
+    def replicate(self, tree: Any) -> Any:
+        """Return arrays that every process holds, as arrays on every device."""
+        return jax.tree.map(lambda leaf: replicate(jnp.asarray(leaf), self.replicated), tree)
+
+    def uneven(self, shape: tuple[int, ...], stacked: bool) -> int:
+        """Return the rows of a leaf if they do not divide over the devices of this process, else 0."""
+        rows = shape[int(stacked)] if len(shape) > int(stacked) else 0
+        return rows if rows % len(self.own_shards) else 0
+
+    def sharding(self, ndim: int, stacked: bool) -> NamedSharding:
+        """Return the sharding of a leaf of a batch, or of several batches that are stacked."""
+        spec = (None,) * stacked + tuple(self.batches.spec)
+        return NamedSharding(self.mesh, PartitionSpec(*spec[:ndim]))
+
+    def _indivisible(self, parts: int, name: str, rows: int) -> ValueError:
+        return ValueError(
+            f"A batch needs to divide into {parts} parts along the mesh's axes {self.axes} ({self.mesh.size} "
+            f"devices), got {name} with {rows} examples. Change the batch size, drop the last short batch, or pad it."
+        )
+
+    def _put_stacked(self, array: jax.Array) -> jax.Array:
+        there = self.sharding(array.ndim, True)
+        return array if array.sharding == there else _reshard(array, there)
+
+    def _assemble(self, part: np.ndarray, where: NamedSharding, stacked: bool) -> jax.Array:
+        shape = list(part.shape)
+        if part.ndim > int(stacked):
+            shape[int(stacked)] = shape[int(stacked)] // len(self.own_shards) * self.shards
+        return jax.make_array_from_process_local_data(where, part, tuple(shape))
+
+
+Placement = SingleDevice | DataSharding
+
+
+def make_placement(mesh: Mesh | NamedSharding | None) -> Placement:
+    """Return the placement for an engine's or an evaluation's `mesh` argument."""
+    return SingleDevice() if mesh is None else DataSharding(mesh)
+
+
+class ShardedCall:
+    """A compiled call `(bundle, batch, rng, due) -> (bundle, metrics)` on many devices.
+
+    The bundle leaves the call divided as it entered, whatever XLA would choose, and metrics are replicated.
+    Batches of numpy arrays go into the call directly, which is faster than a `device_put` before it.
+
+    Args:
+        function: the call, not compiled yet unless `jit` is False.
+        sharding: of the batches.
+        layout: the shardings of the bundle.
+        stacked: whether a batch is several batches, stacked.
+        jit: whether to compile it.
+    """
+
+    def __init__(self, function: Callable[..., Any], sharding: DataSharding, layout: Any, stacked: bool, jit: bool):
+        self._function, self._sharding, self._layout = function, sharding, layout
+        self._stacked, self._jit = stacked, jit
+        self._calls: dict[Any, Any] = {}
+        if jit:
+            self.trace: Any = self._trace
+
+    def __call__(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
+        """Run it with a batch on the host or on the devices."""
+        call, batch = self._prepare(batch)
+        return call(bundle, batch, rng, due)
+
+    def _trace(self, bundle: Any, batch: Batch, *rest: Any) -> Any:
+        call, batch = self._prepare(batch)
+        return call.trace(bundle, batch, *rest)
+
+    def _prepare(self, batch: Batch) -> tuple[Any, Batch]:
+        """Return the call for a batch, and the batch as that call takes it."""
+        flat, structure = jax.tree.flatten(batch)
+        sharding, kinds = self._sharding, None
+        direct = self._jit and sharding.processes == 1 and all(type(leaf) is np.ndarray for leaf in flat)
+        if direct and not any(sharding.uneven(leaf.shape, self._stacked) for leaf in flat):
+            kinds = (structure, *(leaf.ndim for leaf in flat))
+        else:
+            batch = sharding.put(batch, stacked=self._stacked)
+        if kinds not in self._calls:
+            where = None
+            if kinds is not None:
+                where = jax.tree.unflatten(structure, [sharding.sharding(leaf.ndim, self._stacked) for leaf in flat])
+            self._calls[kinds] = self._compile(where) if self._jit else self._function
+        return self._calls[kinds], batch
+
+    def _compile(self, where: Any) -> Any:
+        inputs: dict[str, Any] = {} if where is None else {"in_shardings": (self._layout, where, None, None)}
+        outputs = (self._layout, self._sharding.replicated)
+        return jax.jit(self._function, donate_argnums=0, out_shardings=outputs, **inputs)
+
+
+def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], jax.Array], like: Any) -> Any:
+    """Return a tree of arrays that nobody else holds, each put in place by `settle(array, sharding in like)`."""
+    for name, leaf in named_leaves(tree).items():
+        if not isinstance(leaf, (jax.Array, int, float, complex)) and getattr(leaf, "dtype", None) is None:
+            raise TypeError(
+                f"{what} needs arrays and numbers as leaves, got {type(leaf).__name__} at {name!r}. "
+                "Keep it out of the tree (a static field, a closure)."
+            )
+    flat, structure = jax.tree.flatten(tree)
+    shardings = [None] * len(flat) if like is None else [leaf.sharding for leaf in jax.tree.leaves(like)]
+    seen: set[int] = set()
+    out = []
+    for leaf, sharding in zip(flat, shardings, strict=True):
+        owned = not copy and isinstance(leaf, jax.Array) and id(leaf) not in seen
+        seen.add(id(leaf))
+        out.append(settle(strip_weak_types(leaf if owned else jnp.copy(as_array(leaf))), sharding))
+    return jax.tree.unflatten(structure, out)
+
+
+def device_of(tree: Any) -> jax.sharding.Sharding | None:
+    """Return the one device that a tree is committed to: the default one if to none, None if to several."""
+    committed = {x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and x.committed}
+    if any(len(sharding.device_set) > 1 for sharding in committed):
+        return None
+    return next(iter(committed), jnp.zeros(()).sharding)
+
+
+def replicate(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Return an array that each process holds, as one array on the devices of all."""
+    if len({device.process_index for device in sharding.device_set}) == 1:
+        return jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = replicate(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Return an array as a numpy array, waiting for the device.
+
+    If this process holds only a part of it, all processes must call this.
+
+    >>> to_host(jnp.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        there: Any = array.sharding
+        array = _reshard(array, NamedSharding(there.mesh, PartitionSpec()))
+    return np.asarray(array)
+
+
+def replicated_bytes(tree: Any) -> dict[str, bytes]:
+    """Return, by path, the bytes of the leaves that every device holds whole."""
+
+    def plain(leaf: jax.Array) -> jax.Array:
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    whole = {name: plain(leaf) for name, leaf in named_leaves(tree).items() if leaf.is_fully_replicated}
+    return {name: np.asarray(leaf.addressable_data(0)).tobytes() for name, leaf in whole.items()}
+
+
+def _reshard(array: jax.Array, sharding: Any) -> jax.Array:
+    return jax.jit(_identity, out_shardings=sharding)(array)
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _on_host(leaf: Any) -> bool:
+    """Return whether a leaf is an array that is not yet on several devices."""
+    if isinstance(leaf, jax.Array):
+        return len(leaf.sharding.device_set) == 1 and leaf.is_fully_addressable
+    return isinstance(leaf, (np.ndarray, np.generic))
