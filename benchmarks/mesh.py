@@ -35,7 +35,8 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 from measure import figures, interleaved, machine  # noqa: E402
 from onstep import Batches, Engine, every, processes  # noqa: E402
 from onstep.callbacks import EMA, GradNorm, Progress, TensorBoard  # noqa: E402
-from onstep.sharding import Spread, fsdp, make_mesh, replicated  # noqa: E402
+from onstep.placement import DataSharding  # noqa: E402
+from onstep.sharding import fsdp, make_mesh, replicated  # noqa: E402
 from workloads import digits_mlp, one_layer  # noqa: E402
 
 BY_HAND = "by hand: device_put, then the call"
@@ -123,9 +124,9 @@ class Cut:
     def lowered(self, *callbacks):
         engine = self.engine(*callbacks)
         result = engine.run(self.state, self.batches, steps=1)
-        program = engine._compiled
-        bundle = program.bundle(result.state, program.init(result.state), 0)
-        return program.call.trace(bundle, self.batches[0], None, None).lower()
+        compiled = engine._compiled
+        bundle = compiled.bundle(result.state, compiled.init(result.state), 0)
+        return compiled.call.trace(bundle, self.batches[0], None, None).lower()
 
 
 def counted(lowered):
@@ -154,7 +155,7 @@ def timed(cases, rounds):
 
 def putting(cut):
     """Cases that put one batch where it belongs, `STEPS` times."""
-    spread = Spread(cut.mesh)
+    sharding = DataSharding(cut.mesh)
 
     def case(put):
         def run():
@@ -165,7 +166,7 @@ def putting(cut):
 
     return {
         "jax.device_put": case(lambda batch: jax.device_put(batch, cut.parts)),
-        "onstep.sharding.Spread.put": case(spread.put),
+        "onstep: DataSharding.put": case(sharding.put),
     }
 
 

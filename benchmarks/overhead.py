@@ -58,9 +58,9 @@ def engine(step, state, data, callbacks=(), call=None):
     made._compiled.call = call or made._compiled.call
 
     def measure():
-        loop = made._prepare(state, data, None, False, epochs=1, steps=None, epoch_steps=None)
+        loop = made._loop(state, data, epochs=1, steps=None, epoch_steps=None, rng=None, donate=False)
         start = time.perf_counter()
-        for _ in made._turns(loop, None):
+        for _ in loop.iterate():
             pass
         jax.block_until_ready(loop.state)
         return (time.perf_counter() - start) / len(data)

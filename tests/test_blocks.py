@@ -15,8 +15,8 @@ from clu import metrics
 from models import epoch, fresh_state, same_bytes
 from models import step as real_step
 from onstep import Batches, Callback, Engine, at, every
-from onstep.compiled.blocks import choose_block_size
 from onstep.callbacks import EMA, Checkpoint, GradNorm
+from onstep.compiled.blocks import choose_block_size
 from onstep.snapshot import unpack
 
 KEY = jax.random.key(7)

@@ -26,7 +26,7 @@ class Prefetch(Iterator[Batch]):
         put: moves a batch to the device.
     """
 
-    def __init__(self, source: Any, depth: int, put: Callable[[Batch], Batch]):
+    def __init__(self, source: Any, depth: int, put: Callable[[Batch], Batch] = jax.device_put):
         self._source, self._depth, self._put = source, depth, put
         self._drawn: deque[tuple[Batch, Any, BaseException | None]] = deque()
         self._changed = threading.Condition()
