@@ -115,8 +115,8 @@ class Loop:
         self.mesh: NamedSharding | None = placement.batches
 
         self._compiled, self._placement, self._log_every = compiled, placement, options.log_every
-        self._stream = BatchStream(data, epoch_steps, placement, options.prefetch, placement.prefetcher(state))
         self._bundle = compiled.bundle(state, compiled.init(state), 0)
+        self._stream = BatchStream(data, epoch_steps, placement, options.prefetch, placement.prefetcher(self._bundle))
         self._signature = signature({"state": self.state, "carries": self.carries})
         self._batch: tuple[Batch, int] = (None, 0)  # of the last call; for a block, how many of its batches were used
         self._windows = Windows()

@@ -69,9 +69,9 @@ class SingleDevice:
         """Return a batch as a compiled call takes it: unchanged, as JAX transfers it fastest itself."""
         return batch
 
-    def prefetcher(self, state: State) -> Callable[[Batch], Batch]:
-        """Return a function that transfers a batch to the state's device ahead of its use."""
-        return functools.partial(jax.device_put, device=device_of(state))
+    def prefetcher(self, bundle: Any) -> Callable[[Batch], Batch]:
+        """Return a function that transfers a batch to the device of a run ahead of its use."""
+        return functools.partial(jax.device_put, device=device_of(bundle))
 
     def layout(self, bundle: Any) -> Any:
         """Return what a compiled call depends on besides its function: nothing."""
@@ -223,7 +223,7 @@ class DataSharding:
             flat[n] = leaf
         return jax.tree.unflatten(structure, flat)
 
-    def prefetcher(self, state: State) -> Callable[[Batch], Batch]:
+    def prefetcher(self, bundle: Any) -> Callable[[Batch], Batch]:
         """Return a function that divides a batch over the devices ahead of its use."""
         return self.put
 
