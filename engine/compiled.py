@@ -18,8 +18,8 @@ from .cadence import ALWAYS, as_cadence
 from .callback import Callback, Carry, Context, own
 from .events import Due
 from .means import Rows
+from .messages import log_duration
 from .metrics import Metrics, as_metrics
-from .notice import announce
 from .sharding import Spread, Spreading
 from .trees import Batch, State, compare, difference, home, place, signature, strong
 
@@ -140,7 +140,7 @@ class Program:
             self.call.trace(bundle, batch, rng, self._due([never], 1)).lower().compile()
             if self._traced.times > traced:
                 several = f", up to {self.rows} to a call," if self.rows else ""
-                announce(f"compiled the step{several}", time.perf_counter() - began)
+                log_duration(f"compiled the step{several}", time.perf_counter() - began)
 
     def traced(self, bundle: Bundle, rng: Any) -> Any:
         """One step as it was traced for the run's first batch, None before that or if nothing is compiled."""

@@ -18,7 +18,7 @@ from .compiled import Program, Step
 from .events import Answer, Due, Events
 from .feed import Feed
 from .loop import Loop
-from .notice import notice, standing
+from .messages import log_user, standing
 from .pace import Pace
 from .plan import plan as _plan
 from .processes import Peers
@@ -192,7 +192,7 @@ class Engine:
         checks.reachable(loop)
         checks.epochs_known(loop._events, loop._feed, self._program.at_times, steps=loop.steps)
         if loop._restored:
-            notice(standing(loop))
+            log_user(standing(loop))
         self._program.start(loop.step, loop._saved)
         loop._events.begin(loop)
         loop._agree()

@@ -9,7 +9,7 @@ from typing import Any
 
 from .batches import Pass
 from .blocks import Stack
-from .notice import notice
+from .messages import log_user
 from .prefetch import Prefetch
 from .sharding import Spread
 from .source import Data, check, length, open_pass
@@ -196,7 +196,7 @@ class Feed:
         if self._loader is not None and self._sought is not None:
             self._loader.set_state(self._sought)
         elif self._used:
-            notice(f"skipping {self._used} batches of the data that were used before")
+            log_user(f"skipping {self._used} batches of the data that were used before")
             skipped = sum(1 for _ in islice(iterator, self._used))
             if skipped < self._used:
                 raise ValueError(f"The run had used {self._used} batches of this pass, but the data now has {skipped}.")

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the store has no public name; Orbax uses it by this one as well
 
-from .notice import notice
+from .messages import log_user
 
 SLICE = 1000
 """Milliseconds between two looks at whether somebody failed, while waiting for an answer."""
@@ -241,7 +241,7 @@ def _get(key: str, process: int, what: str) -> str:
             raise ProcessError(message)
         if not said and time.monotonic() - began > PATIENCE:
             said = True
-            notice(f"process {jax.process_index()} waits for process {process} {what}".rstrip(), everywhere=True)
+            log_user(f"process {jax.process_index()} waits for process {process} {what}".rstrip(), everywhere=True)
 
 
 def _post(text: str) -> None:

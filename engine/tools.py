@@ -18,21 +18,19 @@ from .checks import arguments as check_signature
 from .checks import nearest as did_you_mean
 from .checks import takes_rng
 from .checks import whole as check_int
-from .event_files import close as close_event_writer
-from .event_files import writer as event_writer
+from .event_files import close_event_writer, event_writer
 from .loop import Loop
-from .notice import notice as log_user
+from .messages import log_user
+from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
 from .sharding import to_host
-from .sinks import ended as exit_status
-from .sinks import kept as lines_to_keep
-from .sinks import rewrite as replace_file
 from .spans import Observer, Span
 from .trees import difference, get_field, set_field, signature
 from .trees import leaves as named_leaves
 
 __all__ = [
     "Observer",
+    "RecordFile",
     "Span",
     "check_int",
     "check_mode",

@@ -1,0 +1,61 @@
+"""Messages for the user: one line each, to the log or to stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+import jax
+
+if TYPE_CHECKING:
+    from .loop import Loop
+
+log: logging.Logger = logging.getLogger("onstep")
+
+
+def log_user(text: str, *, everywhere: bool = False) -> None:
+    """Tell the user something that is worth knowing, such as that a run resumes from step 400.
+
+    The message goes to the logger `onstep` if that is enabled for INFO, and to stderr otherwise. Silence all messages
+    with `logging.getLogger("onstep").disabled = True`.
+
+    Args:
+        text: one line, without a full stop.
+        everywhere: True prints the message in every process, and not only in process 0.
+
+    >>> import contextlib
+    >>> with contextlib.redirect_stderr(sys.stdout):
+    ...     log_user("resuming from step 400")
+    onstep: resuming from step 400
+    """
+    if jax.process_index() and not everywhere:
+        return
+    if log.isEnabledFor(logging.INFO):
+        log.info(text)
+    elif not log.disabled:
+        print(f"onstep: {text}", file=sys.stderr)
+
+
+def log_duration(what: str, seconds: float) -> None:
+    """Tell the user how long something took if it took 5 seconds or more; otherwise only log it.
+
+    >>> import contextlib
+    >>> with contextlib.redirect_stderr(sys.stdout):
+    ...     log_duration("compiled the step", 12.34)
+    onstep: compiled the step in 12.3 s
+    """
+    text = f"{what} in {seconds:.3g} s"
+    if seconds >= 5:
+        log_user(text)
+    else:
+        log.info(text)
+
+
+def standing(loop: Loop) -> str:
+    """Where a run that goes on stands, and whether anything is left to do."""
+    if loop.stopped is not None:
+        return f"the run was stopped for good at step {loop.step} ({loop.stopped}): nothing to do"
+    epoch = f"epoch {loop.epoch} of {loop.epochs}" if loop.epochs is not None else f"epoch {loop.epoch}"
+    step = f"step {loop.step} of {loop.steps}" if loop.steps is not None else f"step {loop.step}"
+    return f"already at {step}, {epoch}: nothing to do" if loop.over else f"going on after {step}, {epoch}"
