@@ -15,7 +15,7 @@ from onstep.tools import RecordFile
 class CSV(Callback):
     """Writes one row per step to a CSV file, with all values that were recorded at the step.
 
-    Use it to look at a run in a spreadsheet or with pandas. Each row is on disk when its step ends. The columns are
+    Use it to look at a run in a spreadsheet or with pandas. Each row is in the file when its step ends. The columns are
     `step`, `epoch`, and the recorded names in order of appearance. When a new name appears, the file is written
     again, and earlier rows are empty in its column. NaN and infinities are written as `nan`, `inf` and `-inf`, which
     numpy and pandas read.

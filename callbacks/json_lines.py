@@ -21,7 +21,7 @@ class JSONLines(Callback):
         {"step": 50, "epoch": 0, "time": 1795176834.4, "train/loss": 0.3}
 
     Use it to keep a run's records in a file that any program can read; `read_json_lines` returns them as a `History`.
-    Each line is on disk when its event ends. JSON has no numbers for NaN and infinities, so they are written as the
+    Each line is in the file when its event ends. JSON has no numbers for NaN and infinities, so they are written as the
     strings "NaN", "Infinity" and "-Infinity", which `float` in Python and `Number` in JavaScript read. `time` is in
     seconds since 1970.
 

@@ -17,7 +17,7 @@ class RecordFile:
     r"""A text file with one record per line, which a resumed run continues without duplicate lines.
 
     Use it in a callback that writes records in a format of your own. Call `check_names`, `open` and `append` in
-    `on_log`, and `close` in `on_run_end`. Every line is on disk when its event ends. Lines that an earlier session
+    `on_log`, and `close` in `on_run_end`. Every line is in the file when `append` returns. Lines that an earlier session
     wrote beyond the step from which the run resumes are removed, and so is a line that a killed process left
     incomplete. If a run from scratch finds a file, it renames the file to `<name>.1<ending>`. Only process 0 may
     open the file (see `onstep.processes.writes`).
@@ -35,6 +35,7 @@ class RecordFile:
     >>> import tempfile
     >>> from pathlib import Path
     >>> from onstep import Callback, Engine
+    >>> from onstep.processes import writes
     >>> from onstep.testing import counting_step
     >>> class LossFile(Callback):
     ...     def __init__(self, path):
@@ -42,6 +43,8 @@ class RecordFile:
     ...         self._file = RecordFile("LossFile", path, step=lambda line: int(line.split()[0]))
     ...
     ...     def on_log(self, loop, record):
+    ...         if not writes():
+    ...             return
     ...         if not self._file.is_open:
     ...             self._file.open(loop)
     ...         self._file.append(f"{record.step} {record.values['train/loss']}\n")
