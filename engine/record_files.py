@@ -17,8 +17,8 @@ class RecordFile:
     r"""A text file with one record per line, which a resumed run continues without duplicate lines.
 
     Use it in a callback that writes records in a format of your own. Call `check_names`, `open` and `append` in
-    `on_log`, and `close` in `on_run_end`. Every line is in the file when `append` returns. Lines that an earlier session
-    wrote beyond the step from which the run resumes are removed, and so is a line that a killed process left
+    `on_log`, and `close` in `on_run_end`. Every line is in the file when `append` returns. Lines that an earlier
+    session wrote beyond the step from which the run resumes are removed, and so is a line that a killed process left
     incomplete. If a run from scratch finds a file, it renames the file to `<name>.1<ending>`. Only process 0 may
     open the file (see `onstep.processes.writes`).
 
