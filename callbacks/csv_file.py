@@ -5,68 +5,77 @@ from __future__ import annotations
 import csv
 import io
 import os
-from typing import TextIO
+from dataclasses import KW_ONLY, dataclass
 
-from onstep import Callback, Loop, Record, processes, sinks
+from onstep import Callback, Loop, Record, processes
+from onstep.tools import RecordFile
 
 
+@dataclass(eq=False, repr=False)
 class CSV(Callback):
-    """Writes one row per step with all that was recorded at it, at once.
+    """Writes one row per step to a CSV file, with all values that were recorded at the step.
 
-    The columns are `step`, `epoch`, then the recorded names as they come; where a name is new the file
-    is written anew, with the old rows empty in its column. NaN and infinities are `nan`, `inf` and
-    `-inf`, which numpy and pandas read. Runs that go on, fresh runs and the first record are treated
-    as by `JSONLines`: no row is there twice, and another run's file is moved aside.
+    Use it to look at a run in a spreadsheet or with pandas. Each row is in the file when its step ends. The columns are
+    `step`, `epoch`, and the recorded names in order of appearance. When a new name appears, the file is written
+    again, and earlier rows are empty in its column. NaN and infinities are written as `nan`, `inf` and `-inf`, which
+    numpy and pandas read.
+
+    A resumed run removes rows beyond the step from which it resumes, so no row is there twice. A run from scratch
+    renames an existing file to `<name>.1.csv`, and says so. The file is created at the first record.
 
     Args:
-        path: of the file.
+        path: the file. If its directory does not exist, it is created.
         name: the callback's name.
 
     Raises:
-        ValueError: a record holds a name that the row itself needs; or a line of the file is no row.
+        ValueError: a value was logged as `step` or `epoch`, or the file has a line that is not a row.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = Path(directory, "log.csv")
+    ...     _ = Engine(counting_step, [CSV(path)], log_every=1).run(0, [1, 3], epochs=1)
+    ...     print(path.read_text())
+    step,epoch,train/loss,epoch/loss
+    1,0,1.0,
+    2,1,3.0,2.0
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None):
-        self.path: str = os.path.abspath(path)
-        self.name: str | None = name
-        self._file: TextIO | None = None
+    path: str | os.PathLike[str]
+    _: KW_ONLY
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._file = RecordFile("CSV", self.path, step=_step, reserved=["step", "epoch"])
 
     def on_log(self, loop: Loop, record: Record) -> None:
         if not processes.writes():
             return
-        row = {"step": str(record.step), "epoch": str(record.epoch)}
-        if taken := sorted(row.keys() & record.values.keys()):
-            raise ValueError(f"CSV needs {taken} for itself. Record these values under other names.")
-        if self._file is None:
-            lines = sinks.kept(loop, self.path, _step)
-            self._columns = _cells(lines[0]) if lines else list(row)
+        self._file.check_names(record)
+        if not self._file.is_open:
+            lines = self._file.open(loop)
+            self._columns = _cells(lines[0]) if lines else ["step", "epoch"]
             self._row = dict(zip(self._columns, _cells(lines[-1]), strict=True)) if lines[1:] else {}
-            self._file = sinks.rewrite(self.path, lines)
-            self._at = self._file.tell() - len("".join(lines[-1:]))
-        again = self._row.get("step") == row["step"]
-        if not again:
-            self._row, self._at = row, self._file.tell()
+        same_step = self._row.get("step") == str(record.step)
+        if not same_step:
+            self._row = {"step": str(record.step), "epoch": str(record.epoch)}
         self._row |= {name: repr(value) for name, value in record.values.items()}
         new = [name for name in record.values if name not in self._columns]
         self._columns += new
         line = ",".join(self._row.get(name, "") for name in self._columns) + "\n"
         if new:
-            self._file.seek(0)
-            rows = self._file.readlines()[1 : -1 if again else None]
-            self._file.close()
-            longer = (row.rstrip("\n") + "," * len(new) + "\n" for row in rows)
-            self._file = sinks.rewrite(self.path, [_header(self._columns), *longer, line])
-            self._at = self._file.tell() - len(line)
+            rows = self._file.lines()[1 : -1 if same_step else None]
+            wider = (row.rstrip("\n") + "," * len(new) + "\n" for row in rows)
+            self._file.replace([_header(self._columns), *wider, line])
+        elif same_step:
+            self._file.replace_last(line)
         else:
-            self._file.seek(self._at)
-            self._file.write(line)
-            self._file.truncate()
-            self._file.flush()
+            self._file.append(line)
 
     def on_run_end(self, loop: Loop) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
 
 def _header(columns: list[str]) -> str:

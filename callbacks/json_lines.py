@@ -6,60 +6,87 @@ import json
 import math
 import os
 import time
-from typing import Any, TextIO
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
-from onstep import Callback, History, Loop, Record, processes, sinks
+from onstep import Callback, History, Loop, Record, processes
 from onstep.redact import redacted
+from onstep.tools import RecordFile
 
 
+@dataclass(eq=False, repr=False)
 class JSONLines(Callback):
-    """Writes every record as one line of strict JSON, at once.
+    """Writes every record as one line of strict JSON.
 
         {"step": 50, "epoch": 0, "time": 1795176834.4, "train/loss": 0.3}
 
-    NaN and infinities, for which JSON has no numbers, are the texts "NaN", "Infinity" and "-Infinity",
-    which `float` in Python and `Number` in JavaScript read. A run that goes on cuts away the lines
-    beyond its step, so no point is there twice. A fresh run moves a file that is there aside, to
-    `<name>.1.jsonl`, and says so. No file is made before the first record.
+    Use it to keep a run's records in a file that any program can read; `read_json_lines` returns them as a `History`.
+    Each line is in the file when its event ends. JSON has no numbers for NaN and infinities, so they are written as the
+    strings "NaN", "Infinity" and "-Infinity", which `float` in Python and `Number` in JavaScript read. `time` is in
+    seconds since 1970.
+
+    A resumed run removes lines beyond the step from which it resumes, so no point is there twice. A run from scratch
+    renames an existing file to `<name>.1.jsonl`, and says so. The file is created at the first record.
 
     Args:
-        path: of the file.
-        config: a dict, dataclass or pydantic model for a line `{"config": {...}}`, flat, with secrets
-            redacted; again where a run goes on with another one.
+        path: the file. If its directory does not exist, it is created.
+        config: a dict, dataclass or pydantic model, written as one line `{"config": {...}}`, flat, with secrets
+            redacted. A resumed run writes it again only if it has changed.
         name: the callback's name.
 
     Raises:
-        ValueError: a record holds a name that the line itself needs; or a line of the file is no record.
+        ValueError: a value was logged as `step`, `epoch` or `time`, or the file has a line that is not a record.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = Path(directory, "log.jsonl")
+    ...     _ = Engine(counting_step, [JSONLines(path, config={"rate": 0.1})]).run(0, [1, 3], epochs=1)
+    ...     print(path.read_text())
+    {"config": {"rate": 0.1}}
+    {"step": 2, "epoch": 1, "time": ..., "epoch/loss": 2.0}
+    {"step": 2, "epoch": 1, "time": ..., "train/loss": 2.0}
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, config: Any = None, name: str | None = None):
-        self.path: str = os.path.abspath(path)
-        self.name: str | None = name
-        self.config: dict[str, Any] | None = None if config is None else redacted(config)
-        self._file: TextIO | None = None
+    path: str | os.PathLike[str]
+    _: KW_ONLY
+    config: Any = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self.config = None if self.config is None else redacted(self.config)
+        self._file = RecordFile("JSONLines", self.path, step=_step, reserved=["step", "epoch", "time"])
 
     def on_log(self, loop: Loop, record: Record) -> None:
         if not processes.writes():
             return
-        line = {"step": record.step, "epoch": record.epoch, "time": time.time()}
-        if taken := sorted(line.keys() & record.values.keys()):
-            raise ValueError(f"JSONLines needs {taken} for itself. Record these values under other names.")
-        if self._file is None:
-            lines = sinks.kept(loop, self.path, _step)
+        self._file.check_names(record)
+        if not self._file.is_open:
+            lines = self._file.open(loop)
             if self.config is not None and (first := _line({"config": self.config})) not in lines:
-                lines.append(first)
-            self._file = sinks.rewrite(self.path, lines)
-        self._file.write(_line(line | record.values))
-        self._file.flush()
+                self._file.append(first)
+        line = {"step": record.step, "epoch": record.epoch, "time": time.time()}
+        self._file.append(_line(line | record.values))
 
     def on_run_end(self, loop: Loop) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> History:
-    """The values in a file of `JSONLines`, of all its sittings, as `result.history` has those of one."""
+    """Read the file of `JSONLines`, and return the values of all its sessions as one `History`.
+
+    `result.history` has only the values of its own session.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = Path(directory, "log.jsonl")
+    ...     _ = path.write_text('{"step": 50, "epoch": 0, "time": 1795176834.4, "train/loss": 0.25}')
+    ...     read_json_lines(path)["train/loss"]
+    [0.25]
+    """
     history = History()
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -75,6 +102,7 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def _strict(value: Any) -> Any:
+    """Return the value with strings in place of NaN and infinities."""
     if isinstance(value, dict):
         return {name: _strict(item) for name, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):

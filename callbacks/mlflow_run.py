@@ -1,57 +1,66 @@
-"""Hand records to MLflow."""
+"""Log records to MLflow."""
 
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from onstep import Callback, Loop, Record, processes, sinks
-from onstep.redact import redacted
+from onstep import Callback, Loop, Record, processes
+from onstep.redact import redacted, without_secrets
+from onstep.tools import check_package, exit_status
 
 TAG = "onstep.run"
-"""Of an MLflow run: by it a run that goes on finds its own."""
+"""The tag of an MLflow run by which a resumed run finds it."""
 
 
+@dataclass(eq=False, repr=False)
 class MLflow(Callback):
-    """Logs every record to an MLflow run; needs `pip install 'onstep[mlflow]'`.
+    """Logs every record to an MLflow run. Needs `pip install 'onstep[mlflow]'`.
 
-    The run begins with the first record and ends as FINISHED, FAILED or KILLED (by a signal, or
-    stopped to be resumed). What identifies it is in the checkpoint: a run that goes on continues it,
-    and points that MLflow holds stand and are not logged again. The extra brings `mlflow-skinny`, which is
-    enough for a tracking server; a database on this machine needs the whole of `mlflow`.
+    The MLflow run begins with the first record, and ends as FINISHED, FAILED or KILLED (by a signal, or stopped to be
+    resumed). Checkpoints hold its id, so a resumed run continues the same MLflow run. Points that MLflow already has
+    are not logged again.
+
+    The extra installs `mlflow-skinny`, which is enough for a tracking server. A database on this machine needs the
+    full `mlflow` package.
 
     Args:
-        experiment: made where it does not exist.
-        run_name, tags: of the run.
+        experiment: the MLflow experiment, which is created if it does not exist.
+        run_name: the name of the MLflow run.
+        tags: the tags of the MLflow run.
         config: a dict, dataclass or pydantic model, logged as parameters, flat, with secrets redacted.
-        tracking_uri: the store, such as `"http://host:5000"`; MLflow's own choice without.
+        tracking_uri: where MLflow stores runs, such as `"http://host:5000"`; MLflow's own default if not given.
         name: the callback's name.
 
     Raises:
         ImportError: MLflow is not installed.
+
+    >>> MLflow("digits", config={"rate": 0.1, "api_key": "sk-1"}, tracking_uri="https://me:1234@host")
+    MLflow(experiment='digits', config={'api_key': '***', 'rate': 0.1}, tracking_uri='https://***@host')
     """
 
-    def __init__(
-        self,
-        experiment: str = "Default",
-        *,
-        run_name: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        config: Any = None,
-        tracking_uri: str | None = None,
-        name: str | None = None,
-    ):
-        sinks.needs("MLflow", "mlflow")
-        self.experiment: str = experiment
-        self.run_name: str | None = run_name
-        self.tags: dict[str, str] = dict(tags or {})
-        self.config: dict[str, Any] = {} if config is None else redacted(config)
-        self.tracking_uri: str | None = tracking_uri
-        self.name: str | None = name
+    experiment: str = "Default"
+    _: KW_ONLY
+    run_name: str | None = None
+    tags: Mapping[str, str] | None = None
+    config: Any = None
+    tracking_uri: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_package("MLflow", "mlflow")
+        self.config = None if self.config is None else redacted(self.config)
         self._id: str | None = None
         self._client: Any = None
+
+    def __repr__(self) -> str:
+        shown = copy.copy(self)
+        shown.tracking_uri = self.tracking_uri and without_secrets(self.tracking_uri)  # it may hold a password
+        return super(MLflow, shown).__repr__()
 
     def on_run_begin(self, loop: Loop) -> None:
         self._id = self._id or uuid.uuid4().hex
@@ -67,15 +76,15 @@ class MLflow(Callback):
         new = [
             Metric(name, value, now, record.step)
             for name, value in record.values.items()
-            if not self._continued or record.step > self._newest(name)
+            if not self._continued or record.step > self._newest_step(name)
         ]
-        for start in range(0, len(new), 1000):  # the most that MLflow takes at once
+        for start in range(0, len(new), 1000):  # MLflow's limit per call
             self._client.log_batch(self._run, metrics=new[start : start + 1000])
 
     def on_run_end(self, loop: Loop) -> None:
         if self._client is not None:
             client, self._client = self._client, None
-            client.set_terminated(self._run, sinks.ended(loop).upper())
+            client.set_terminated(self._run, exit_status(loop).upper())
 
     def get_state(self) -> dict[str, Any]:
         return {"id": self._id}
@@ -84,7 +93,7 @@ class MLflow(Callback):
         self._id = state["id"]
 
     def _begin(self) -> Any:
-        """Finds the run that goes on, or makes a new one."""
+        """Find the MLflow run to continue, or create one."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -92,22 +101,22 @@ class MLflow(Callback):
         known = client.get_experiment_by_name(self.experiment)
         experiment = known.experiment_id if known else client.create_experiment(self.experiment)
         found = client.search_runs([experiment], f"tags.`{TAG}` = '{self._id}'")
-        self._continued, self._last = bool(found), dict[str, int]()
+        self._continued, self._newest = bool(found), dict[str, int]()
         if found:
             self._run = found[0].info.run_id
             client.update_run(self._run, status="RUNNING")
         else:
             self._run = client.create_run(
-                experiment, run_name=self.run_name, tags=self.tags | {TAG: self._id}
+                experiment, run_name=self.run_name, tags={**(self.tags or {}), TAG: self._id}
             ).info.run_id
-            params = [Param(name, str(value)) for name, value in self.config.items()]
-            for start in range(0, len(params), 100):  # the most that MLflow takes at once
+            params = [Param(name, str(value)) for name, value in (self.config or {}).items()]
+            for start in range(0, len(params), 100):  # MLflow's limit per call
                 client.log_batch(self._run, params=params[start : start + 100])
         return client
 
-    def _newest(self, name: str) -> int:
-        """The newest step of a metric that an earlier process logged, -1 if there is none."""
-        if name not in self._last:
+    def _newest_step(self, name: str) -> int:
+        """Return the last step of a metric that an earlier session logged, or -1."""
+        if name not in self._newest:
             points = self._client.get_metric_history(self._run, name)
-            self._last[name] = max((point.step for point in points), default=-1)
-        return self._last[name]
+            self._newest[name] = max((point.step for point in points), default=-1)
+        return self._newest[name]

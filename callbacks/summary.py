@@ -1,46 +1,62 @@
-"""What a state holds, as a table."""
+"""Print a table of the parameters and of the size of the state."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import make_dataclass
+from dataclasses import KW_ONLY, dataclass, make_dataclass
 from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 from onstep import Callback, Loop, processes
-from onstep.trees import get_field, leaves
+from onstep.tools import get_field, named_leaves
 
 
+@dataclass(eq=False, repr=False)
 class Summary(Callback):
-    """Prints the parameters when a run begins, and what the fields of the state take in all.
+    """Prints the parameters and the memory that the state takes when a run begins.
 
-    Two tables, drawn by `clu.parameter_overview`; what callbacks keep on the device is counted
-    as `carries`.
+    There are two tables, drawn by `clu.parameter_overview`. The first lists every parameter. The second lists size
+    and bytes of each field of the state, and of `carries`, the arrays that callbacks keep on the device.
 
     Args:
-        of: the field of the state whose leaves are listed, `"gen.params"` for a nested one, None
-            for the whole state.
+        of: the field of the state whose leaves are listed: `"gen.params"` for a nested one, None for the whole state.
         stats: True adds mean and standard deviation of the leaves that are real floats.
-        file: where to; stderr without.
+        file: where to print; stderr by default.
         name: the callback's name.
 
     Raises:
-        ValueError: the state has no such field (at the start).
+        ValueError: the state has no such field (raised when the run begins).
+
+    >>> from onstep import Engine
+    >>> state = {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "count": 0}
+    >>> _ = Engine(lambda state, batch: (state, {}), [Summary(file=sys.stdout)]).run(state, [0], epochs=1)
+    +--------+--------+---------+------+-------+
+    | Name   | Shape  | Dtype   | Size | Bytes |
+    +--------+--------+---------+------+-------+
+    | bias   | (2,)   | float32 | 2    | 8     |
+    | kernel | (3, 2) | float32 | 6    | 24    |
+    +--------+--------+---------+------+-------+
+    +---------+------+-------+
+    | Field   | Size | Bytes |
+    +---------+------+-------+
+    | count   | 1    | 4     |
+    | params  | 8    | 32    |
+    | carries | 0    | 0     |
+    | total   | 9    | 36    |
+    +---------+------+-------+
     """
 
-    def __init__(
-        self, of: str | None = "params", *, stats: bool = False, file: TextIO | None = None, name: str | None = None
-    ):
-        self.of: str | None = of
-        self.stats: bool = stats
-        self.name: str | None = name
-        self._file = file
+    of: str | None = "params"
+    _: KW_ONLY
+    stats: bool = False
+    file: TextIO | None = None
+    name: str | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        listed = leaves(loop.state if self.of is None else get_field(loop.state, self.of, "Summary"))
+        listed = named_leaves(loop.state if self.of is None else get_field(loop.state, self.of, "Summary"))
         fields: dict[str, list[Any]] = {}
-        for name, leaf in leaves(loop.state).items():
+        for name, leaf in named_leaves(loop.state).items():
             fields.setdefault(name.split("/")[0], []).append(leaf)
         fields.setdefault("carries", []).extend(jax.tree.leaves(loop.carries))
         fields["total"] = [leaf for field in fields.values() for leaf in field]
@@ -49,7 +65,7 @@ class Summary(Callback):
             [{"field": name, **_size(field)} for name, field in fields.items()],
         )
         if processes.writes():
-            print(*map(_table, tables), sep="\n", file=self._file or sys.stderr, flush=True)
+            print(*map(_table, tables), sep="\n", file=self.file or sys.stderr, flush=True)
 
     def _row(self, leaf: jax.Array) -> dict[str, Any]:
         row = {"dtype": str(leaf.dtype), **_size([leaf])}

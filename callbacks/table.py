@@ -4,51 +4,56 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 
 from onstep import Cadence, Callback, Loop, Record, every, improves, processes
 
 HEADER_EVERY = 30
-"""Rows between two headers."""
+"""Rows from one header to the next."""
 
 
+@dataclass(eq=False, repr=False)
 class Table(Callback):
-    """Prints a row per epoch, the best values so far marked with `*`.
+    """Prints one row per epoch, with the best values so far marked by `*`.
 
         epoch   step   epoch/loss   val/accuracy
             1     40       1.2045         0.8121*
             2     80       0.6112*        0.8012
 
-    A cell is empty where nothing was recorded since the row before. The header comes again where a
-    column is new, and every 30 rows.
+    Use it to follow a run in a terminal. A cell is empty if nothing was recorded since the row before. The header is
+    printed again when a new column appears, and every 30 rows.
 
     Args:
-        columns: the recorded names to show, in order; without, all but `time/...`, and `train/...`
-            where there is an epoch's mean.
-        best: `"min"` or `"max"` by name: `{"val/loss": "min"}`.
-        when: when a row is due, and at the run's end; a plain int means steps.
-        file: where to; stdout without.
+        columns: the recorded names to show, in order. By default all except `time/...`, and except `train/...` where
+            the epoch's mean is shown.
+        best: which values to mark, `"min"` or `"max"` by name: `{"val/loss": "min"}`.
+        when: when a row is printed, besides the end of the run; a plain int means steps.
+        file: where to print; stdout by default.
         name: the callback's name.
 
     Raises:
         ValueError: a mode is neither "min" nor "max".
+
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> table = Table(best={"epoch/loss": "min"})
+    >>> _ = Engine(counting_step, [table]).run(0, lambda epoch: [4 - epoch, 6 - epoch], epochs=2)
+    epoch     step  epoch/loss
+        1        2      5.0000*
+        2        4      4.0000*
     """
 
-    def __init__(
-        self,
-        columns: Sequence[str] | None = None,
-        *,
-        best: Mapping[str, str] | None = None,
-        when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
-        file: TextIO | None = None,
-        name: str | None = None,
-    ):
-        self.columns: Sequence[str] | None = columns
-        self.best: dict[str, str] = dict(best or {})
-        self.when: Cadence | int = when
-        self.name: str | None = name
-        self._file = file
-        for metric, mode in self.best.items():
+    columns: Sequence[str] | None = None
+    _: KW_ONLY
+    best: Mapping[str, str] | None = None
+    when: Cadence | int = every(epochs=1)  # noqa: RUF009 (frozen)
+    file: TextIO | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._modes = dict(self.best or {})
+        for metric, mode in self._modes.items():
             if mode not in ("min", "max"):
                 raise ValueError(f"Table needs mode 'min' or 'max' for {metric!r}, got {mode!r}.")
         self.set_state({"values": {}, "best": {}})
@@ -59,12 +64,12 @@ class Table(Callback):
 
     def on_log(self, loop: Loop, record: Record) -> None:
         for name, value in record.values.items():
-            found = name in self.best and improves(value, self._best.get(name), mode=self.best[name])
-            if found:
+            is_best = name in self._modes and improves(value, self._best.get(name), mode=self._modes[name])
+            if is_best:
                 self._best[name] = value
-            self._values[name] = (value, found)
+            self._values[name] = (value, is_best)
 
-    def on_save(self, loop: Loop) -> None:  # all that is due at this step has been recorded
+    def on_save(self, loop: Loop) -> None:  # by now, everything due at this step has been recorded
         if self._values and processes.writes():
             names = [*self._shown, *(name for name in self._chosen() if name not in self._shown)]
             if names != self._shown or self._rows % HEADER_EVERY == 0:
@@ -96,4 +101,4 @@ class Table(Callback):
     def _print(self, cells: list[str]) -> None:
         widths = [5, 7, *(max(len(name) + 1, 11) for name in self._shown)]
         row = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        print(row.rstrip(), file=self._file or sys.stdout, flush=True)
+        print(row.rstrip(), file=self.file or sys.stdout, flush=True)

@@ -3,62 +3,57 @@
 from __future__ import annotations
 
 import os
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from onstep import Callback, Loop, Record, event_files
+from onstep import Callback, Loop, Record
 from onstep.redact import redacted
+from onstep.tools import close_event_writer, event_writer
+
+from ._support.event_files import hparams_summary, scalars_summary
 
 
+@dataclass(eq=False, repr=False)
 class TensorBoard(Callback):
-    """Writes every record to TensorBoard event files, by tensorboardX.
+    """Writes every record to TensorBoard event files, with tensorboardX.
 
-    Nothing is written before the first record. One directory is one run: points that an earlier
-    process wrote beyond the step at which this one begins are hidden, not removed.
+    The first file is created at the first record. Use one directory per run. When a run resumes, TensorBoard hides
+    the points that an earlier session wrote beyond the step from which it resumes; they stay in the files.
 
     Args:
-        directory: where `tensorboard --logdir` shall look.
+        directory: as for `tensorboard --logdir`.
         config: a dict, dataclass or pydantic model for the HParams tab, flat, with secrets redacted.
-        flush_seconds: the longest that a point waits before it is on disk.
+        flush_seconds: the longest time in seconds that a point waits before it is written to disk.
         name: the callback's name.
+
+    >>> import tempfile
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Engine(counting_step, [TensorBoard(directory)]).run(0, [1, 3], epochs=1)
+    ...     os.listdir(directory)
+    ['events.out.tfevents...']
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        config: Any = None,
-        flush_seconds: int = 10,
-        name: str | None = None,
-    ):
-        self.directory: str = os.fspath(directory)
-        self.flush_seconds: int = flush_seconds
-        self.name: str | None = name
-        self.config: dict[str, Any] | None = None if config is None else redacted(config)
+    directory: str | os.PathLike[str]
+    _: KW_ONLY
+    config: Any = None
+    flush_seconds: int = 10
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self.config = None if self.config is None else redacted(self.config)
         self._configured = False
 
     def on_run_begin(self, loop: Loop) -> None:
         self._configured = False
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        writer = event_files.writer(loop, self.directory, flush_seconds=self.flush_seconds).file_writer
+        writer = event_writer(loop, self.directory, flush_seconds=self.flush_seconds).file_writer
         if self.config is not None and not self._configured:
-            writer.add_summary(_hparams(self.config), 0)
+            writer.add_summary(hparams_summary(self.config), 0)
             self._configured = True
-        writer.add_summary(_summary(record.values), record.step)
+        writer.add_summary(scalars_summary(record.values), record.step)
 
     def on_run_end(self, loop: Loop) -> None:
-        event_files.close(loop, self.directory)
-
-
-def _summary(values: dict[str, float]) -> Any:
-    """All of a record as one event, which takes a third of the time of one each."""
-    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-
-    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-
-
-def _hparams(config: dict[str, Any]) -> Any:
-    """Of tensorboardX's three summaries the one that does not name the metrics: TensorBoard finds them."""
-    from tensorboardX.summary import hparams
-
-    return hparams({name: "None" if value is None else value for name, value in config.items()}, {})[1]
+        close_event_writer(loop, self.directory)

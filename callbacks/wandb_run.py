@@ -1,4 +1,4 @@
-"""Hand records to Weights & Biases."""
+"""Log records to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,30 +9,37 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from onstep import Callback, Loop, Record, processes, sinks
+from onstep import Callback, Loop, Record, processes
 from onstep.redact import redacted
+from onstep.tools import check_package, exit_status
 
-EXIT_CODES = {"finished": 0, "failed": 1, "killed": 255}  # 255 is what W&B itself says of an interrupt
+EXIT_CODES = {"finished": 0, "failed": 1, "killed": 255}  # W&B itself reports 255 for an interrupt
 
 
 class WandB(Callback):
-    """Logs every record to a run of Weights & Biases; needs `pip install 'onstep[wandb]'`.
+    """Logs every record to a Weights & Biases run. Needs `pip install 'onstep[wandb]'`.
 
-    The run begins with the first record and ends as finished, failed or killed (by a signal, or
-    stopped to be resumed). Its id is in the checkpoint: a run that goes on continues it, and what W&B
-    holds of a step stands and is not logged again. Offline each sitting leaves a folder of its own,
-    for `wandb sync`, and W&B writes every 15 seconds: a process that is killed may lose as much.
+    The W&B run begins with the first record, and ends as finished, failed or killed (by a signal, or stopped to be
+    resumed). Checkpoints hold its id, so a resumed run continues the same W&B run. Steps that W&B already has are
+    not logged again.
+
+    Offline, each session leaves a folder for `wandb sync`. W&B writes these files every 15 seconds, so a process that
+    is killed may lose the records of its last 15 seconds.
 
     Args:
-        project, tags: of the run.
-        run_name: what W&B shall call it.
+        project: the W&B project.
+        run_name: the name of the W&B run.
+        tags: the tags of the W&B run.
         config: a dict, dataclass or pydantic model, logged flat, with secrets redacted.
         name: the callback's name.
-        init: more arguments of `wandb.init`, such as `mode="offline"`, `dir`, `group`. Without
-            `settings` of yours, command line and machine are not sent.
+        init: more arguments of `wandb.init`, such as `mode="offline"`, `dir` or `group`. Unless you give `settings`,
+            the command line and details of the machine are not sent.
 
     Raises:
         ImportError: wandb is not installed.
+
+    >>> WandB("digits", tags=["baseline"], config={"rate": 0.1, "api_key": "sk-1"}, mode="offline")
+    WandB(project='digits', tags=('baseline',), config={'api_key': '***', 'rate': 0.1})
     """
 
     def __init__(
@@ -45,17 +52,21 @@ class WandB(Callback):
         name: str | None = None,
         **init: Any,
     ):
-        sinks.needs("WandB", "wandb")
+        check_package("WandB", "wandb")
+        self.project: str | None = project
+        self.run_name: str | None = run_name
+        self.tags: tuple[str, ...] = tuple(tags)
+        self.config: dict[str, Any] | None = None if config is None else redacted(config)
         self.name: str | None = name
-        self._given = init.pop("id", None)
+        self._given_id = init.pop("id", None)
         self._options: dict[str, Any] = {"settings": {"x_disable_meta": True}, **init}
         self._options |= {"project": project, "name": run_name, "tags": list(tags), "resume": "allow"}
-        self._options["config"] = None if config is None else redacted(config)
+        self._options["config"] = self.config
         self._id: str | None = None
         self._run: Any = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._id = self._id or self._given or uuid.uuid4().hex[:8]
+        self._id = self._id or self._given_id or uuid.uuid4().hex[:8]
 
     def on_log(self, loop: Loop, record: Record) -> None:
         if not processes.writes():
@@ -64,18 +75,18 @@ class WandB(Callback):
             import wandb
 
             self._run = wandb.init(id=self._id, **self._options)
-            self._first = self._run.starting_step
-            if self._run.offline:  # where nobody knows but the folders of earlier sittings
+            self._next = self._run.starting_step
+            if self._run.offline:  # there is no server to ask, only the folders of earlier sessions
                 folders = os.path.join(glob.escape(self._run.dir), "..", "..", f"offline-run-*-{self._id}*")
                 files = os.path.join(folders, f"run-{self._id}.wandb")
-                self._first = max((step + 1 for path in glob.glob(files) for step in _steps(path)), default=0)
-        if record.step >= self._first:
+                self._next = max((step + 1 for path in glob.glob(files) for step in _logged_steps(path)), default=0)
+        if record.step >= self._next:
             self._run.log(record.values, step=record.step)
 
     def on_run_end(self, loop: Loop) -> None:
         if self._run is not None:
             run, self._run = self._run, None
-            run.finish(exit_code=EXIT_CODES[sinks.ended(loop)])
+            run.finish(exit_code=EXIT_CODES[exit_status(loop)])
 
     def get_state(self) -> dict[str, Any]:
         return {"id": self._id}
@@ -84,10 +95,11 @@ class WandB(Callback):
         self._id = state["id"]
 
 
-def _steps(path: str) -> Iterator[int]:
-    """The steps in W&B's file of a run: records of protobuf in LevelDB's log format, which may be torn.
+def _logged_steps(path: str) -> Iterator[int]:
+    """Yield the steps in the file of an offline W&B run, whose end may be incomplete.
 
-    github.com/google/leveldb/blob/main/doc/log_format.md, after a header of 7 bytes.
+    The file has a header of 7 bytes. Then follow protobuf records in LevelDB's log format:
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
     """
     from wandb.proto.wandb_internal_pb2 import Record as Entry  # type: ignore[attr-defined]
 
@@ -100,7 +112,7 @@ def _steps(path: str) -> Iterator[int]:
             continue
         size, kind = struct.unpack_from("<4xHB", data, at)
         entry, at = entry + data[at + 7 : at + 7 + size], at + 7 + size
-        if kind in (1, 4) and at <= len(data):  # whole, or the last part
+        if kind in (1, 4) and at <= len(data):  # a full record, or the last part of one
             found = Entry.FromString(entry)
             entry = b""
             if found.HasField("history"):

@@ -1,37 +1,52 @@
-"""Hand records to a metric writer."""
+"""Pass records to a metric writer."""
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from onstep import Callback, Loop, Record, processes
 from onstep.redact import redacted
 
 
+@dataclass(eq=False, repr=False)
 class Writer(Callback):
-    """Hands every record to an object with `write_scalars(step, scalars)`, such as those of `clu.metric_writers`.
+    """Passes every record to an object with `write_scalars(step, scalars)`, such as a `clu.metric_writers` writer.
 
-    When the run ends it flushes the writer, where it has `flush`; whoever made the writer closes it. A
-    writer does not learn that a run goes on: what a killed process wrote beyond the step of its last
-    checkpoint it is given again.
+    Use it to log to a tracker that has no callback here: write a class with this one method.
+
+    When the run ends, the writer is flushed if it has a method `flush`. It is not closed. A writer is not told that
+    a run resumes, so after a crash it receives the steps since the last checkpoint a second time.
 
     Args:
-        writer: used in process 0 alone.
-        config: a dict, dataclass or pydantic model for the writer's `write_hparams`, once, when a run
-            begins; flat, with secrets redacted.
+        writer: used in process 0 only.
+        config: a dict, dataclass or pydantic model for the writer's `write_hparams`, flat, with secrets redacted.
+            It is passed once, when a run starts from scratch.
         name: the callback's name.
 
     Raises:
-        TypeError: the writer has no `write_scalars`; or no `write_hparams`, and there is a `config`.
+        TypeError: the writer has no `write_scalars`, or has no `write_hparams` while `config` is given.
+
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> class Print:
+    ...     def write_scalars(self, step, scalars):
+    ...         print(step, scalars)
+    >>> _ = Engine(counting_step, [Writer(Print())]).run(0, [1, 3], epochs=1)
+    2 {'epoch/loss': 2.0}
+    2 {'train/loss': 2.0}
     """
 
-    def __init__(self, writer: Any, *, config: Any = None, name: str | None = None):
-        for method in ["write_scalars"] + ["write_hparams"] * (config is not None):
-            if not callable(getattr(writer, method, None)):
-                raise TypeError(f"Writer needs an object with {method}, got {type(writer).__name__}.")
-        self.writer: Any = writer
-        self.name: str | None = name
-        self.config: dict[str, Any] | None = None if config is None else redacted(config)
+    writer: Any
+    _: KW_ONLY
+    config: Any = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for method in ["write_scalars"] + ["write_hparams"] * (self.config is not None):
+            if not callable(getattr(self.writer, method, None)):
+                raise TypeError(f"Writer needs an object with {method}, got {type(self.writer).__name__}.")
+        self.config = None if self.config is None else redacted(self.config)
         self._begun = False
 
     def on_run_begin(self, loop: Loop) -> None:

@@ -1,4 +1,4 @@
-"""TensorBoard event files: one writer for a run and a directory, whoever writes."""
+"""TensorBoard event files: all callbacks of a run share one writer per directory."""
 
 from __future__ import annotations
 
@@ -6,32 +6,58 @@ import os
 import time
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import processes
-
-if TYPE_CHECKING:
-    from .loop import Loop
+from .loop import Loop
 
 _writers: weakref.WeakKeyDictionary[Loop, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""By run and absolute path; None after a writer was closed."""
 
 
-def writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds: int = 10) -> Any:
-    """The run's tensorboardX `SummaryWriter` of a directory; the first call makes its file.
+def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds: int = 10) -> Any:
+    """Return the tensorboardX `SummaryWriter` that all callbacks of a run share for a directory.
 
-    The file begins with a mark at which readers hide what lies beyond the step where the run
-    begins. A second file with such a mark would hide points of the first, so callbacks share one.
-    Process 0 alone writes; the others get one that takes everything and writes nothing.
+    Use it in a callback that writes to TensorBoard, and call `close_event_writer` in `on_run_end`. The first call
+    creates the event file. The file begins with a purge step, at which TensorBoard hides points that an earlier
+    session wrote beyond the step from which the run resumes. A second file with a purge step would hide points of
+    the first one, which is why callbacks share a writer.
+
+    Args:
+        loop: the run.
+        directory: as for `tensorboard --logdir`.
+        flush_seconds: the longest time that a point waits before it is written to disk.
+
+    Returns:
+        The writer in process 0. In the other processes, an object that accepts every call and writes nothing.
+
+    >>> import tempfile
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     engine = Engine(counting_step)
+    ...
+    ...     @engine.on("step_end")
+    ...     def write(loop):
+    ...         event_writer(loop, directory).add_scalar("sum", int(loop.state), loop.step)
+    ...
+    ...     @engine.on("run_end")
+    ...     def close(loop):
+    ...         close_event_writer(loop, directory)
+    ...
+    ...     _ = engine.run(0, [1, 2, 3], epochs=1)
+    ...     print(len(os.listdir(directory)), "file")
+    1 file
     """
     if not processes.writes():
-        return _Nowhere()
+        return _NullWriter()
     writers = _writers.setdefault(loop, {})
     path = os.path.abspath(directory)
     if writers.get(path) is None:
         from tensorboardX import SummaryWriter
 
-        # Two writers in one second would share a file, and one would lose its points; and readers
-        # take files in the order of their names.
+        # The suffix is unique because two writers in the same second would share a file, and one would lose its
+        # points. It begins with the time because readers take files in the order of their names.
         writers[path] = SummaryWriter(
             path,
             purge_step=None if path in writers else loop.first_step + 1,
@@ -41,18 +67,35 @@ def writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds: int 
     return writers[path]
 
 
-class _Nowhere:
-    """Has every attribute, and can be called."""
+class _NullWriter:
+    """Has every attribute, accepts every call, and writes nothing."""
 
-    def __getattr__(self, name: str) -> _Nowhere:
+    def __getattr__(self, name: str) -> _NullWriter:
         return self
 
-    def __call__(self, *args: Any, **options: Any) -> _Nowhere:
+    def __call__(self, *args: Any, **options: Any) -> _NullWriter:
         return self
 
 
-def close(loop: Loop, directory: str | os.PathLike[str]) -> None:
-    """Puts on disk what was written; a later `writer` goes on in a new file, without a mark."""
+def close_event_writer(loop: Loop, directory: str | os.PathLike[str]) -> None:
+    """Write all points to disk and close a run's writer of a directory, if there is one.
+
+    Every callback that uses `event_writer` calls this in `on_run_end`. If another callback writes afterwards, it
+    gets a new file without a purge step, so no point is hidden.
+
+    Args:
+        loop: the run.
+        directory: as for `event_writer`.
+
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> engine = Engine(counting_step)
+    >>> @engine.on("run_end")
+    ... def close(loop):
+    ...     close_event_writer(loop, "runs/1")  # does nothing here, because nothing was written
+    >>> engine.run(0, [1, 2], epochs=1).step
+    2
+    """
     path = os.path.abspath(directory)
     writers = _writers.get(loop, {})
     if writers.get(path) is not None:

@@ -1,4 +1,4 @@
-"""Messages to the person at the terminal."""
+"""Messages for the user: one line each, to the log or to stderr."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import jax
 
 log: logging.Logger = logging.getLogger("onstep")
 
-LONG = 5.0
-"""Seconds beyond which a duration is shown to everybody."""
-
 
 def log_user(text: str, *, everywhere: bool = False) -> None:
-    """Tell the user something, such as that a run resumes from step 400.
+    """Tell the user something that is worth knowing, such as that a run resumes from step 400.
 
-    The message goes to the logger `onstep` if that has INFO enabled, else to stderr as one line. Silence it with
-    `logging.getLogger("onstep").disabled = True`.
+    The message goes to the logger `onstep` if that is enabled for INFO, and to stderr otherwise. Silence all messages
+    with `logging.getLogger("onstep").disabled = True`.
 
     Args:
-        text: one line.
-        everywhere: True shows it in every process; by default only process 0 does.
+        text: one line, without a full stop.
+        everywhere: True prints the message in every process, and not only in process 0.
 
     >>> import contextlib
     >>> with contextlib.redirect_stderr(sys.stdout):
@@ -37,9 +34,15 @@ def log_user(text: str, *, everywhere: bool = False) -> None:
 
 
 def log_duration(what: str, seconds: float) -> None:
-    """Tell how long something took: the user if it was long, else only the log."""
+    """Tell the user how long something took if it took 5 seconds or more; otherwise only log it.
+
+    >>> import contextlib
+    >>> with contextlib.redirect_stderr(sys.stdout):
+    ...     log_duration("compiled the step", 12.34)
+    onstep: compiled the step in 12.3 s
+    """
     text = f"{what} in {seconds:.3g} s"
-    if seconds >= LONG:
+    if seconds >= 5:
         log_user(text)
     else:
         log.info(text)

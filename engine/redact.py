@@ -1,4 +1,4 @@
-"""Configurations as flat names and values, without their secrets."""
+"""Configurations and texts without their secrets, for logs, files and experiment trackers."""
 
 from __future__ import annotations
 
@@ -8,36 +8,44 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
+"""What takes the place of a secret."""
 
 _SECRET = re.compile(
     r"passw|passphrase|pwd|secret|credential|authorization|cookie|bearer|webhook"
     r"|(api|access|account|auth|encryption|private|signing|ssh|storage|subscription)[-_. ]?key",
     re.IGNORECASE,
 )
-"""Names of which every value is a secret."""
+"""Names whose values are always secret."""
 _DOUBTFUL = re.compile(r"token(?!i[sz])|(?<![a-z])(auth|pass|pw)(?![a-z])", re.IGNORECASE)
-"""Names of which only text is: `max_tokens` and `pad_token_id` are numbers, `tokenizer` is another word."""
+"""Names whose values are secret only if they are text: `max_tokens` and `pad_token_id` hold numbers.
+
+`tokenizer` is another word.
+"""
 _USER = re.compile(r"(\w://)(?:[^\s/:]*:\S*|[^\s/?#]*)@")
-"""Where there is a colon up to the last `@`, as a password may hold anything."""
+"""User and password in a URL. Behind a colon, up to the last `@`, because a password may contain any character."""
 _GIVEN = re.compile(
     rf"""((?:{_SECRET.pattern}|{_DOUBTFUL.pattern})[\w.-]{{0,64}}["']?\s*[=:]\s*(?:(?:basic|bearer|token)\s+)?)"""
     r"""("[^"]*"|'[^']*'|[^\s"'&,;)}\]]+)""",
     re.IGNORECASE,
 )
-"""`name=value` and `name: value` within a text."""
+"""`name=value` and `name: value` inside a text."""
 
 
 def redacted(config: Any) -> dict[str, bool | int | float | str | None]:
-    """A configuration as one flat dict, `{"optimizer.rate": 0.1}`, with `"***"` for what is secret.
+    """Return a configuration as one flat dict, such as `{"optimizer.rate": 0.1}`, with `"***"` for each secret.
 
-    Secret are the values under names such as `token`, `password` or `api_key`, also within a text
-    (`?api_key=...`), and in a URL what stands before `@`. Lists of plain values become one text.
+    Built-in callbacks do this with their `config=`. Use it before you write a configuration to a log or a file.
+    Values count as secret by their names, such as `token`, `password` or `api_key`. That includes names inside a
+    text (`?api_key=...`). User and password in a URL are secret as well. A secret under a harmless name stays visible.
 
     Args:
-        config: a dict, dataclass or pydantic model, nested or not.
+        config: a dict, dataclass or pydantic model, which may be nested.
+
+    Returns:
+        Values by dotted name. A list of plain values becomes one text.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: `config` has another type.
 
     >>> redacted({"data": {"url": "https://me:1234@host/x", "rows": 8}, "api_key": "sk-1"})
     {'data.url': 'https://***@host/x', 'data.rows': 8, 'api_key': '***'}
@@ -49,12 +57,22 @@ def redacted(config: Any) -> dict[str, bool | int | float | str | None]:
 
 
 def without_secrets(text: str) -> str:
-    """A text with the secrets that it shows replaced by `***`."""
+    """Return a text in which `***` replaces each secret.
+
+    It finds `name=value` and `name: value` with a name such as `token`, `password` or `api_key`, and user and password
+    in a URL. Use it for error messages and other free text before you write them to a file that others can read.
+
+    Args:
+        text: any text.
+
+    >>> without_secrets("cannot read https://me:1234@host/data?api_key=sk-1&page=2")
+    'cannot read https://***@host/data?api_key=***&page=2'
+    """
     return _GIVEN.sub(lambda found: found[1] + HIDDEN, _USER.sub(rf"\1{HIDDEN}@", text))
 
 
 def _fields(value: Any) -> Any:
-    """A dataclass or a pydantic model as a dict of its fields, anything else as it is."""
+    """Return the fields of a dataclass or pydantic model as a dict, and any other value unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if hasattr(value, "model_dump") and not isinstance(value, type):

@@ -13,20 +13,18 @@ import jax.numpy as jnp
 
 from .checks import check_int, check_signature, did_you_mean, takes_rng
 from .compiled.cost import count_flops
-from .event_files import close as close_event_writer
-from .event_files import writer as event_writer
+from .event_files import close_event_writer, event_writer
 from .loop import Loop
 from .messages import log_user
 from .placement import to_host
+from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
-from .sinks import ended as exit_status
-from .sinks import kept as lines_to_keep
-from .sinks import rewrite as replace_file
 from .spans import Observer, Span
 from .trees import difference, get_field, named_leaves, set_field, signature
 
 __all__ = [
     "Observer",
+    "RecordFile",
     "Span",
     "check_int",
     "check_mode",

@@ -1,4 +1,4 @@
-"""Lines of JSON, read back with a strict reader."""
+"""JSONLines: files read back with a strict reader."""
 
 import json
 import math
@@ -9,19 +9,16 @@ import pytest
 from onstep import Engine
 from onstep.callbacks import JSONLines
 from onstep.callbacks.json_lines import read_json_lines
-
-
-def add(state, batch):
-    return state + batch, {"loss": batch}
+from onstep.testing import counting_step
 
 
 def run(*callbacks, start=0.0, **to):
     start = jnp.float32(start) if isinstance(start, float) else start
-    return Engine(add, callbacks, log_every=1).run(start, [1.0, 2.0, 3.0, 4.0], **to)
+    return Engine(counting_step, callbacks, log_every=1).run(start, [1.0, 2.0, 3.0, 4.0], **to)
 
 
 def lines(path):
-    """The lines as a strict reader takes them."""
+    """Return the lines, read without the constants that only Python allows."""
 
     def refuse(constant):
         raise ValueError(constant)
@@ -29,7 +26,7 @@ def lines(path):
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-def test_a_line_holds_the_step_the_epoch_the_time_and_the_values(tmp_path):
+def test_line_holds_step_epoch_time_and_values(tmp_path):
     run(JSONLines(tmp_path / "deep" / "log.jsonl"), epochs=1)
     first, *_, last = lines(tmp_path / "deep" / "log.jsonl")
     assert (first["step"], first["epoch"], first["train/loss"]) == (1, 0, 1.0)
@@ -38,22 +35,22 @@ def test_a_line_holds_the_step_the_epoch_the_time_and_the_values(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_a_text_that_float_reads(tmp_path, value):
+def test_value_that_is_not_finite_is_a_string_that_float_reads(tmp_path, value):
     log = JSONLines(tmp_path / "log.jsonl")
-    Engine(add, [log], log_every=1).run(jnp.float32(0), [1.0, value], steps=2)
+    Engine(counting_step, [log], log_every=1).run(jnp.float32(0), [1.0, value], steps=2)
     read = lines(tmp_path / "log.jsonl")[1]["train/loss"]
     assert isinstance(read, str)
     np.testing.assert_equal(float(read), value)
 
 
-def test_a_line_is_on_disk_when_its_step_ends(tmp_path):
-    engine = Engine(add, [JSONLines(tmp_path / "log.jsonl")], log_every=1)
+def test_line_is_on_disk_when_its_step_ends(tmp_path):
+    engine = Engine(counting_step, [JSONLines(tmp_path / "log.jsonl")], log_every=1)
     with engine.steps(jnp.float32(0), [1.0, 2.0, 3.0], epochs=1) as steps:
         counts = [len(lines(tmp_path / "log.jsonl")) for _ in steps]
     assert counts == [1, 2, 4]
 
 
-def test_a_run_that_goes_on_cuts_what_lies_beyond_its_step_and_mends_a_torn_line(tmp_path):
+def test_resumed_run_removes_later_lines_and_an_incomplete_line(tmp_path):
     path = tmp_path / "log.jsonl"
     first = run(JSONLines(path), steps=2)
     with path.open("a") as file:
@@ -65,23 +62,23 @@ def test_a_run_that_goes_on_cuts_what_lies_beyond_its_step_and_mends_a_torn_line
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_another_runs_file_is_moved_aside_and_said_so(tmp_path, capsys):
+def test_file_of_another_run_is_renamed_with_a_message(tmp_path, capsys):
     path = tmp_path / "log.jsonl"
     for steps in (1, 2, 3):
         run(JSONLines(path), steps=steps)
     assert [len(lines(tmp_path / name)) for name in ("log.1.jsonl", "log.2.jsonl", "log.jsonl")] == [1, 2, 3]
-    assert f"onstep: {path} was written by another run; it is now {tmp_path}/log.2.jsonl" in capsys.readouterr().err
+    assert f"onstep: {path} was written by another run; renamed it to {tmp_path}/log.2.jsonl" in capsys.readouterr().err
 
 
-def test_a_file_of_something_else_is_not_touched_by_a_run_that_goes_on(tmp_path):
+def test_resumed_run_refuses_a_file_that_holds_something_else(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("my notes\n")
-    with pytest.raises(ValueError, match=r"log.jsonl, line 1, is no record: 'my notes'. Give another path."):
+    with pytest.raises(ValueError, match=r"log.jsonl, line 1, is not a record: 'my notes'. Use another path."):
         run(JSONLines(path), start=run(steps=1), steps=2)
     assert path.read_text() == "my notes\n"
 
 
-def test_a_run_with_nothing_left_to_do_changes_no_file(tmp_path):
+def test_run_that_is_already_finished_changes_no_file(tmp_path):
     path = tmp_path / "log.jsonl"
     first = run(JSONLines(path), steps=2)
     before = path.stat()
@@ -89,13 +86,15 @@ def test_a_run_with_nothing_left_to_do_changes_no_file(tmp_path):
     assert path.stat() == before
 
 
-def test_a_run_that_fails_before_its_first_record_leaves_nothing(tmp_path):
+def test_run_that_fails_before_its_first_record_creates_nothing(tmp_path):
     with pytest.raises(ValueError, match="yielded no batches"):
-        Engine(add, [JSONLines(tmp_path / "new" / "log.jsonl", config={"rate": 1})]).run(jnp.float32(0), [], epochs=1)
+        Engine(counting_step, [JSONLines(tmp_path / "new" / "log.jsonl", config={"rate": 1})]).run(
+            jnp.float32(0), [], epochs=1
+        )
     assert not any(tmp_path.iterdir())
 
 
-def test_the_configuration_is_the_first_line_once_and_again_where_it_changed(tmp_path):
+def test_configuration_is_written_first_and_again_only_if_it_changed(tmp_path):
     path = tmp_path / "log.jsonl"
     first = run(JSONLines(path, config={"rate": 0.1, "bound": math.inf, "token": "x"}), steps=1)
     second = run(JSONLines(path, config={"rate": 0.1, "bound": math.inf, "token": "y"}), start=first, steps=2)
@@ -104,14 +103,17 @@ def test_the_configuration_is_the_first_line_once_and_again_where_it_changed(tmp
     assert [line.get("step", line) for line in lines(path)] == expected
 
 
-def test_a_record_with_a_name_that_the_line_needs_is_refused(tmp_path):
-    engine = Engine(add, [JSONLines(tmp_path / "log.jsonl")])
+def test_reserved_name_is_refused(tmp_path):
+    engine = Engine(counting_step, [JSONLines(tmp_path / "log.jsonl")])
     engine.on("step_end")(lambda loop: loop.log({"time": 1.0}))
-    with pytest.raises(ValueError, match=r"JSONLines needs \['time'\] for itself. Record these values under other"):
+    with pytest.raises(
+        ValueError,
+        match=r"JSONLines reserves the names .*, got values for \['time'\]. Log these values",
+    ):
         engine.run(jnp.float32(0), [1.0], epochs=1)
 
 
-def test_all_sittings_are_read_as_one_history(tmp_path):
+def test_all_sessions_are_read_as_one_history(tmp_path):
     path = tmp_path / "log.jsonl"
     first = run(JSONLines(path, config={"rate": 1}), epochs=1)
     run(JSONLines(path), start=first, epochs=2)

@@ -1,4 +1,4 @@
-"""Configurations as they are logged: flat, and without what is secret."""
+"""Redaction: configurations become flat and lose their secrets."""
 
 import dataclasses
 import json
@@ -40,19 +40,19 @@ holders = [
 
 @pytest.mark.parametrize("holder", range(len(holders)))
 @pytest.mark.parametrize("name", NAMES)
-def test_what_stands_under_a_secret_name_is_hidden_wherever_that_is(name, holder):
+def test_value_under_a_secret_name_is_hidden_at_any_depth(name, holder):
     flat = redacted(holders[holder](name, SECRET))
     assert SECRET not in str(flat)
     assert "***" in str(flat)
 
 
 @pytest.mark.parametrize(("name", "value"), HARMLESS, ids=[name for name, _ in HARMLESS])
-def test_a_harmless_name_keeps_its_value(name, value):
+def test_value_under_a_harmless_name_is_kept(name, value):
     assert redacted({name: value}) == {name: value}
 
 
 @given(configs, st.sampled_from(NAMES), words)
-def test_no_configuration_makes_a_secret_appear(config, name, key):
+def test_secret_is_hidden_in_any_configuration(config, name, key):
     secret = f"<{SECRET}>"
     config = {**config, key: {name: secret, "more": [config, {name: (secret,)}]}}
     assert SECRET not in str(redacted(config))
@@ -63,36 +63,36 @@ def test_no_configuration_makes_a_secret_appear(config, name, key):
     st.text(string.ascii_letters + string.digits + string.punctuation.replace(":", "").replace("@", ""), max_size=8),
     st.text(string.ascii_letters + string.digits + string.punctuation, max_size=8),
 )
-def test_the_user_of_a_url_is_hidden_whatever_the_password(scheme, user, password):
+def test_user_and_any_password_in_a_url_are_hidden(scheme, user, password):
     text = without_secrets(f"see {scheme}://{user.replace('/', '')}:{password}{SECRET}@host/path now")
     assert SECRET not in text
     assert text.startswith("see ")
     assert text.endswith("host/path now")
 
 
-def test_a_url_without_a_user_stays_as_it_is():
+def test_url_without_a_user_is_unchanged():
     for url in ("https://host/path", "https://host/@someone/story", "mail me@host", "git+https://host/repo@v1"):
         assert without_secrets(url) == url
 
 
-def test_a_secret_url_among_other_texts_and_names_is_hidden():
+def test_secret_url_is_hidden_in_lists_and_names():
     config = {"urls": ["https://u:p@h/x", "b"], "https://u:p@h": 1}
     assert redacted(config) == {"urls": "['https://***@h/x', 'b']", "https://***@h": 1}
 
 
-def test_none_and_truth_values_are_no_secrets_and_other_numbers_are():
+def test_none_and_booleans_are_not_secret_but_numbers_are():
     config = {"password": None, "use_auth_token": True, "pwd": 1234}
     assert redacted(config) == {"password": None, "use_auth_token": True, "pwd": "***"}
 
 
 @given(configs)
-def test_every_leaf_is_a_plain_value_that_json_takes(config):
+def test_every_value_is_plain_json(config):
     flat = redacted(config)
     assert all(value is None or isinstance(value, (bool, int, float, str)) for value in flat.values())
     json.dumps(flat)
 
 
-def test_dicts_dataclasses_and_models_are_flattened_alike():
+def test_dicts_dataclasses_and_pydantic_models_become_flat():
     @dataclasses.dataclass
     class Optimizer:
         rate: float
@@ -120,10 +120,10 @@ def test_dicts_dataclasses_and_models_are_flattened_alike():
     }
 
 
-def test_something_else_as_a_configuration_is_refused():
+def test_configuration_of_another_type_is_refused():
     with pytest.raises(TypeError, match="config needs a dict, a dataclass or a pydantic model, got list"):
         redacted([1])
 
 
-def test_an_empty_configuration_has_no_fields():
+def test_empty_configuration_is_an_empty_dict():
     assert redacted({}) == {}

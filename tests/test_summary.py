@@ -1,4 +1,4 @@
-"""Summary: what it prints of which state."""
+"""Summary: the tables that it prints."""
 
 import io
 
@@ -19,7 +19,7 @@ def stay(state, batch):
 
 
 def printed(state, *arguments, others=(), **options):
-    """The cells of the two tables, by the first one of each line."""
+    """Return the cells of the two tables, by the first cell of each line."""
     file = io.StringIO()
     Engine(stay, [*others, Summary(*arguments, file=file, **options)]).run(state, [0], epochs=1)
     tables = file.getvalue().split("| Field")
@@ -32,7 +32,7 @@ def make_state():
     return TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1, momentum=0.9))
 
 
-def test_the_leaves_of_the_parameters_and_what_each_field_takes():
+def test_tables_list_parameters_and_the_size_of_each_field():
     rows = printed(make_state(), others=[EMA()])
     assert rows["Name"] == ["Shape", "Dtype", "Size", "Bytes"]
     assert rows["dense/kernel"] == ["(30, 40)", "float32", "1,200", "4,800"]
@@ -42,13 +42,13 @@ def test_the_leaves_of_the_parameters_and_what_each_field_takes():
     assert {name: rows[name] for name in fields} == fields
 
 
-def test_the_totals_are_the_bytes_on_the_device():
+def test_totals_are_the_bytes_on_the_device():
     state = {"params": {"w": jnp.ones((3, 5))}, "rng": jax.random.key(0), "step": 0}
     expected = sum(leaf.nbytes for leaf in jax.tree.leaves(Engine(stay).run(state, [0], epochs=1).state))
     assert printed(state)["total"][1] == str(expected)
 
 
-def test_stats_are_mean_and_standard_deviation():
+def test_stats_add_mean_and_standard_deviation():
     values = np.random.default_rng(0).normal(size=99).astype(np.float32)
     rows = printed({"params": {"w": values, "half": jnp.bfloat16([1, 3]), "n": 7}}, stats=True)
     assert [float(x) for x in rows["w"][-2:]] == pytest.approx([values.mean(), values.std()], rel=0.01)
@@ -56,7 +56,7 @@ def test_stats_are_mean_and_standard_deviation():
 
 
 @pytest.mark.parametrize("stats", [True, False])
-def test_no_kind_of_leaf_breaks_it(stats):
+def test_every_kind_of_leaf_is_listed(stats):
     params = {"key": jax.random.key(0), "nan": jnp.nan, "no": jnp.zeros((0, 3)), "z": 1j, "flag": True, "none": None}
     rows = printed({"params": params}, stats=stats)
     assert [rows[name][1] for name in ("key", "nan", "no", "z", "flag")] == [
@@ -69,7 +69,7 @@ def test_no_kind_of_leaf_breaks_it(stats):
     assert rows["params"] == ["4", "21"]
 
 
-def test_an_empty_tree_is_said_to_be_empty(capsys):
+def test_empty_tree_prints_an_empty_table_to_stderr(capsys):
     Engine(stay, [Summary()]).run({"params": {}}, [0], epochs=1)
     out = capsys.readouterr()
     assert (out.out, out.err.startswith("(empty table)\n")) == ("", True)
@@ -84,11 +84,11 @@ def test_an_empty_tree_is_said_to_be_empty(capsys):
         pytest.param(1.0, None, {"(the tree itself)"}, id="bare array"),
     ],
 )
-def test_of_says_which_leaves_are_listed(state, of, names):
+def test_of_selects_the_leaves_to_list(state, of, names):
     assert names <= set(printed(state, of))
 
 
-def test_each_run_prints_once():
+def test_summary_is_printed_once_per_run():
     file = io.StringIO()
     engine = Engine(stay, [Summary(file=file)])
     first = engine.run({"params": 1.0}, [0] * 4, steps=2)
@@ -97,6 +97,6 @@ def test_each_run_prints_once():
     assert file.getvalue().count("Name") == 2
 
 
-def test_a_field_that_is_not_there_is_refused_with_those_that_are():
+def test_missing_field_is_an_error_that_lists_the_fields():
     with pytest.raises(ValueError, match=r"Summary needs 'weights' in the state, but dict has \['params'\]"):
         printed({"params": 1.0}, "weights")

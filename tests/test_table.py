@@ -1,4 +1,4 @@
-"""The printed table, as a person sees it."""
+"""Table: the text that it prints."""
 
 import io
 import math
@@ -26,7 +26,7 @@ def add(state, batch):
 
 
 def shown(*callbacks, start=0.0, log_every=2, **options):
-    """What a run prints, and its result."""
+    """Return the text that a run prints, and its result."""
     to = options.pop("to", {"epochs": 4})
     file = io.StringIO()
     start = jnp.float32(start) if isinstance(start, float) else start
@@ -35,7 +35,7 @@ def shown(*callbacks, start=0.0, log_every=2, **options):
     return file.getvalue(), result
 
 
-def test_a_row_per_epoch_marks_the_best_so_far():
+def test_row_per_epoch_marks_the_best_value_so_far():
     text, _ = shown(Validate(), best={"val/accuracy": "max", "epoch/loss": "min"}, to={"epochs": 6})
     assert (
         text
@@ -64,13 +64,13 @@ epoch     step  val/accuracy   train/loss
     )
 
 
-def test_the_header_comes_again_seldom():
+def test_header_is_repeated_every_30_rows():
     text, _ = shown(columns=["epoch/loss"], to={"epochs": HEADER_EVERY + 1})
     rows = text.splitlines()
     assert [number for number, row in enumerate(rows) if row.startswith("epoch")] == [0, HEADER_EVERY + 1]
 
 
-def test_a_cadence_in_steps_and_the_end_give_rows_with_the_windows_means():
+def test_rows_in_the_middle_of_an_epoch_show_window_means():
     text, _ = shown(when=2, log_every=1, to={"steps": 3})
     assert (
         text
@@ -83,18 +83,18 @@ epoch     step  epoch/loss   train/loss
     )
 
 
-def test_a_run_that_goes_on_knows_the_best_before():
+def test_resumed_run_knows_the_best_value_of_the_earlier_session():
     _, first = shown(Validate(), best={"val/accuracy": "max"}, to={"epochs": 4})
     text, _ = shown(Validate(), start=first, best={"val/accuracy": "max"}, to={"epochs": 10})
     marked = [row.split()[0] for row in text.splitlines() if "*" in row]
     assert marked == ["10"]
 
 
-def test_without_a_file_it_prints_to_stdout(capsys):
+def test_table_prints_to_stdout_by_default(capsys):
     Engine(add, [Table()]).run(jnp.float32(0), [1.0, 2.0], epochs=1)
     assert capsys.readouterr().out.startswith("epoch     step  epoch/loss\n    1        2")
 
 
-def test_an_unknown_mode_is_refused():
+def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="Table needs mode 'min' or 'max' for 'loss', got 'best'"):
         Table(best={"loss": "best"})

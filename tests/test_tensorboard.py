@@ -1,4 +1,4 @@
-"""Event files, read back with TensorBoard's own reader."""
+"""TensorBoard: event files read back with TensorBoard's own reader."""
 
 import math
 import threading
@@ -7,44 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from onstep import Callback, Engine, Snapshot
+from onstep import Engine, Snapshot
 from onstep.callbacks import TensorBoard
+from onstep.testing import LogValues, RaiseIn, Restore, counting_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
 
-def add(state, batch):
-    return state + batch, {"loss": batch}
-
-
-class Validate(Callback):
+def validation():
     """Logs at every second step."""
-
-    when = 2
-
-    def on_step_end(self, loop):
-        loop.log({"val/acc": loop.step / 100})
-
-
-class Restore(Callback):
-    """Puts a saved run in the place of the fresh one, as a new process would."""
-
-    def __init__(self, snapshot):
-        self.snapshot = snapshot
-
-    def on_load(self, loop):
-        loop.restore(self.snapshot)
+    return LogValues({step: {"val/acc": step / 100} for step in range(2, 13, 2)})
 
 
 def points(directory):
-    """What TensorBoard shows: by name, (step, value) in order."""
+    """Return what TensorBoard shows: (step, value) in order, by name."""
     reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     reader.Reload()
     return {name: [(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
 def recorded(*results):
-    """The same from the results of runs."""
+    """Return the same from the results of runs."""
     joined = {}
     for result in results:
         for name, values in result.history.items():
@@ -54,24 +37,24 @@ def recorded(*results):
 
 
 def test_every_recorded_point_is_written_once_at_its_step(tmp_path):
-    engine = Engine(add, [Validate(), TensorBoard(tmp_path)], log_every=3)
+    engine = Engine(counting_step, [validation(), TensorBoard(tmp_path)], log_every=3)
     result = engine.run(jnp.float32(0), [0.1, 0.2, 0.3, 0.4], epochs=2)
     assert points(tmp_path) == recorded(result)
     assert result.history.steps("val/acc") == [2, 4, 6, 8]
     assert result.history.steps("train/loss") == [3, 6, 8]
 
 
-def test_a_run_of_a_result_goes_on_without_double_points(tmp_path):
-    engine = Engine(add, [Validate(), TensorBoard(tmp_path)], log_every=3)
+def test_resumed_run_writes_no_duplicate_points(tmp_path):
+    engine = Engine(counting_step, [validation(), TensorBoard(tmp_path)], log_every=3)
     first = engine.run(jnp.float32(0), [1, 2, 3, 4], epochs=1)
     second = engine.run(first, [1, 2, 3, 4], epochs=3)
     assert sorted(points(tmp_path)["train/loss"]) == sorted(recorded(first, second)["train/loss"])
     assert sorted(points(tmp_path)["val/acc"]) == sorted(recorded(first, second)["val/acc"])
 
 
-def test_runs_that_go_on_hide_what_was_written_beyond_their_step(tmp_path):
+def test_every_resumed_run_hides_later_points(tmp_path):
     saved = []
-    engine = Engine(add, [TensorBoard(tmp_path)], log_every=1)
+    engine = Engine(counting_step, [TensorBoard(tmp_path)], log_every=1)
 
     @engine.on("save")
     def save(loop):
@@ -81,13 +64,13 @@ def test_runs_that_go_on_hide_what_was_written_beyond_their_step(tmp_path):
 
     engine.run(jnp.float32(0), [0] * 8, epochs=1)
     for attempt in range(1, 6):
-        again = Engine(add, [Restore(saved[0]), TensorBoard(tmp_path)], log_every=1)
+        again = Engine(counting_step, [Restore(saved[0]), TensorBoard(tmp_path)], log_every=1)
         again.run(jnp.float32(0), [attempt] * 8, epochs=1)
         expected = [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (6, attempt), (7, attempt), (8, attempt)]
         assert points(tmp_path)["train/loss"] == expected
 
 
-def test_a_fresh_run_in_a_used_directory_hides_what_was_there(tmp_path):
+def test_run_from_scratch_hides_the_points_of_an_earlier_run(tmp_path):
     _, second = (
         Engine(lambda state, batch, name=name: (state, {name: batch}), [TensorBoard(tmp_path)]).run(0, [1, 2], epochs=1)
         for name in ("a", "b")
@@ -95,8 +78,8 @@ def test_a_fresh_run_in_a_used_directory_hides_what_was_there(tmp_path):
     assert {name: values for name, values in points(tmp_path).items() if values} == recorded(second)
 
 
-def test_two_runs_of_one_second_lose_nothing(tmp_path):
-    engine = Engine(add, [TensorBoard(tmp_path)], log_every=1)
+def test_two_runs_within_one_second_lose_no_points(tmp_path):
+    engine = Engine(counting_step, [TensorBoard(tmp_path)], log_every=1)
 
     @engine.on("epoch_end")
     def another(loop):
@@ -115,55 +98,45 @@ def test_two_runs_of_one_second_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_written_as_such(tmp_path, value):
+def test_value_that_is_not_finite_is_written_unchanged(tmp_path, value):
     batches = [1.0, value, 3.0]
-    Engine(add, [TensorBoard(tmp_path)], log_every=1).run(jnp.float32(0), batches, epochs=1)
+    Engine(counting_step, [TensorBoard(tmp_path)], log_every=1).run(jnp.float32(0), batches, epochs=1)
     read = points(tmp_path)["train/loss"]
     assert [step for step, _ in read] == [1, 2, 3]
     np.testing.assert_equal([number for _, number in read], batches)
 
 
-def test_a_run_that_fails_before_its_first_record_leaves_no_file(tmp_path):
-    engine = Engine(add, [TensorBoard(tmp_path / "run")])
-
-    @engine.on("step_end")
-    def fail(loop):
-        raise OSError("disk gone")
-
+def test_run_that_fails_before_its_first_record_creates_no_file(tmp_path):
+    engine = Engine(counting_step, [TensorBoard(tmp_path / "run"), RaiseIn("step_end", OSError("disk gone"))])
     with pytest.raises(OSError, match="disk gone"):
         engine.run(jnp.float32(0), [1, 1], epochs=1)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_that_fails_later_keeps_what_it_recorded(tmp_path):
-    engine = Engine(add, [TensorBoard(tmp_path)], log_every=2)
-
-    @engine.on("epoch_end")
-    def fail(loop):
-        raise OSError("disk gone")
-
+def test_run_that_fails_later_keeps_its_records(tmp_path):
+    engine = Engine(counting_step, [TensorBoard(tmp_path), RaiseIn("epoch_end", OSError("disk gone"))], log_every=2)
     with pytest.raises(OSError, match="disk gone"):
         engine.run(jnp.float32(0), [1, 3, 5], epochs=1)
     assert points(tmp_path) == {"train/loss": [(2, 2)], "epoch/loss": [(3, 3)]}
 
 
-def test_a_run_with_nothing_left_to_do_writes_no_file(tmp_path):
-    first = Engine(add).run(jnp.float32(0), [1, 1], epochs=1)
-    Engine(add, [TensorBoard(tmp_path / "run")]).run(first, [1, 1], epochs=1)
+def test_run_that_is_already_finished_creates_no_file(tmp_path):
+    first = Engine(counting_step).run(jnp.float32(0), [1, 1], epochs=1)
+    Engine(counting_step, [TensorBoard(tmp_path / "run")]).run(first, [1, 1], epochs=1)
     assert not any(tmp_path.iterdir())
 
 
-def test_the_writers_thread_ends_with_the_run(tmp_path):
+def test_writer_thread_ends_with_the_run(tmp_path):
     before = set(threading.enumerate())
-    Engine(add, [TensorBoard(tmp_path)]).run(jnp.float32(0), [1, 1], epochs=1)
+    Engine(counting_step, [TensorBoard(tmp_path)]).run(jnp.float32(0), [1, 1], epochs=1)
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
     assert not set(threading.enumerate()) - before
 
 
-def test_the_configuration_is_hyper_parameters_with_its_secrets_in_no_file(tmp_path):
+def test_configuration_becomes_hyperparameters_and_its_secrets_are_in_no_file(tmp_path):
     config = {"optimizer": {"rate": 0.1, "kind": "adam", "clip": None}, "api_key": "sk-123", "url": "https://u:p@host"}
-    engine = Engine(add, [TensorBoard(tmp_path, config=config)])
+    engine = Engine(counting_step, [TensorBoard(tmp_path, config=config)])
     first = engine.run(jnp.float32(0), [1, 1], epochs=1)
     engine.run(first, [1, 1], epochs=2)
     reader = EventAccumulator(str(tmp_path))
@@ -182,7 +155,7 @@ def test_the_configuration_is_hyper_parameters_with_its_secrets_in_no_file(tmp_p
     assert b"u:p@" not in written
 
 
-def test_two_boards_of_one_run_write_the_same(tmp_path):
+def test_two_directories_receive_the_same_points(tmp_path):
     boards = [TensorBoard(tmp_path / "a"), TensorBoard(str(tmp_path / "b"))]
-    result = Engine(add, boards).run(jnp.float32(0), [1, 2], epochs=2)
+    result = Engine(counting_step, boards).run(jnp.float32(0), [1, 2], epochs=2)
     assert points(tmp_path / "a") == points(tmp_path / "b") == recorded(result)

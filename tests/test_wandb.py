@@ -1,4 +1,4 @@
-"""Weights & Biases as it is, offline: what it wrote, read from its own files."""
+"""WandB: what the real package writes offline, read from its own files."""
 
 import json
 import math
@@ -10,23 +10,20 @@ import pytest
 import wandb
 from onstep import Engine
 from onstep.callbacks import Checkpoint, WandB
-from onstep.callbacks.wandb_run import _steps
+from onstep.callbacks.wandb_run import _logged_steps
+from onstep.testing import RaiseIn, StopAt, counting_step
 from wandb.proto.wandb_internal_pb2 import Record as Entry
 
 SETTINGS = {"silent": True, "console": "off", "x_disable_stats": True, "x_disable_meta": True, "disable_git": True}
 
 
-def add(state, batch):
-    return state + batch, {"loss": batch}
-
-
 def engine(path, *callbacks, **options):
-    sink = WandB("project", mode="offline", dir=str(path), settings=SETTINGS, **options)
-    return Engine(add, [*callbacks, sink], log_every=1)
+    tracker = WandB("project", mode="offline", dir=str(path), settings=SETTINGS, **options)
+    return Engine(counting_step, [*callbacks, tracker], log_every=1)
 
 
 def entries(folder):
-    """The records in W&B's file, which is short enough to be one block of LevelDB's log."""
+    """Yield the entries in W&B's file, which is short enough to be one block of LevelDB's log."""
     (path,) = folder.glob("run-*.wandb")
     data, at = path.read_bytes(), 7
     while at < len(data):
@@ -35,17 +32,17 @@ def entries(folder):
         at += 7 + size
 
 
-def sittings(path):
-    """Of each sitting: its run, its rows, how it ended."""
-    wandb.teardown()  # W&B writes in a process of its own; waits for it, as the end of a process does
+def sessions(path):
+    """Return run, rows and exit code of each session."""
+    wandb.teardown()  # waits for the process in which W&B writes, as happens when a program ends
     found = []
     for folder in sorted(path.glob("wandb/offline-run-*"), key=lambda folder: folder.stat().st_ctime_ns):
         rows, run, code = [], None, None
         for entry in entries(folder):
             if entry.HasField("history"):
                 values = {item.key or "/".join(item.nested_key): item.value_json for item in entry.history.item}
-                own = {name: json.loads(text) for name, text in values.items() if not name.startswith("_")}
-                rows.append((entry.history.step.num, own))
+                logged = {name: json.loads(text) for name, text in values.items() if not name.startswith("_")}
+                rows.append((entry.history.step.num, logged))
             elif entry.HasField("run"):
                 run = entry.run
             elif entry.HasField("exit"):
@@ -54,18 +51,18 @@ def sittings(path):
     return found
 
 
-def test_every_step_is_a_row_of_one_run_that_finished(tmp_path):
+def test_every_step_is_one_row_of_a_finished_run(tmp_path):
     engine(tmp_path, run_name="first", tags=["a"]).run(jnp.float32(0), [1.0, math.nan, 3.0], steps=3)
-    ((run, rows, code),) = sittings(tmp_path)
+    ((run, rows, code),) = sessions(tmp_path)
     assert (run.project, run.display_name, list(run.tags), code) == ("project", "first", ["a"], 0)
     assert [step for step, _ in rows] == [1, 2, 3]
     np.testing.assert_equal([values["train/loss"] for _, values in rows], [1.0, math.nan, 3.0])
 
 
-def test_the_configuration_is_flat_and_its_secrets_are_in_no_file(tmp_path):
+def test_configuration_is_flat_and_its_secrets_are_in_no_file(tmp_path):
     config = {"optimizer": {"rate": 0.1}, "api_key": "sk-123", "url": "https://u:p@host"}
     engine(tmp_path, config=config).run(jnp.float32(0), [1.0], epochs=1)
-    ((run, _, _),) = sittings(tmp_path)
+    ((run, _, _),) = sessions(tmp_path)
     logged = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
     assert logged == {"optimizer.rate": 0.1, "api_key": "***", "url": "https://***@host"}
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -74,56 +71,40 @@ def test_the_configuration_is_flat_and_its_secrets_are_in_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [3, 4, 5, 6])
-def test_a_run_that_goes_on_continues_the_same_run_without_double_points(tmp_path, cut):
-    def make():
-        return engine(tmp_path, Checkpoint(tmp_path / "run", when=2))
-
+def test_resumed_run_continues_the_same_wandb_run_without_duplicate_points(tmp_path, cut):
     batches = [float(n) for n in range(8)]
-    first = make()
-
-    @first.on("step_end")
-    def fail(loop):
-        if loop.step == cut + 1:
-            raise OSError("gone")
-
+    first = engine(tmp_path, Checkpoint(tmp_path / "run", when=2), RaiseIn("step_end", OSError("gone"), step=cut + 1))
     with pytest.raises(OSError, match="gone"):
         first.run(jnp.float32(0), batches, epochs=1)
     wandb.teardown()
-    make().run(jnp.float32(0), batches, epochs=1)
-    (one, before, failed), (other, after, finished) = sittings(tmp_path)
+    engine(tmp_path, Checkpoint(tmp_path / "run", when=2)).run(jnp.float32(0), batches, epochs=1)
+    (one, before, failed), (other, after, finished) = sessions(tmp_path)
     assert (one.run_id, failed, finished) == (other.run_id, 1, 0)
     assert [(step, values["train/loss"]) for step, values in before + after] == list(enumerate(batches, 1))
 
 
-def test_a_fresh_run_is_another_run(tmp_path):
+def test_run_from_scratch_is_a_new_wandb_run(tmp_path):
     same = engine(tmp_path)
     for _ in range(2):
         same.run(jnp.float32(0), [1.0], epochs=1)
-    (one, _, _), (other, _, _) = sittings(tmp_path)
+    (one, _, _), (other, _, _) = sessions(tmp_path)
     assert one.run_id != other.run_id
 
 
-def test_an_id_of_the_users_is_taken(tmp_path):
+def test_given_id_is_used(tmp_path):
     engine(tmp_path, id="mine").run(jnp.float32(0), [1.0], epochs=1)
-    ((run, _, _),) = sittings(tmp_path)
+    ((run, _, _),) = sessions(tmp_path)
     assert run.run_id == "mine"
 
 
-def test_a_run_that_is_stopped_to_be_resumed_or_interrupted_ends_as_killed(tmp_path):
-    stopped, interrupted = engine(tmp_path), engine(tmp_path)
-    stopped.on("step_end")(lambda loop: loop.stop("later", final=False))
-    stopped.run(jnp.float32(0), [1.0, 2.0], epochs=1)
-
-    @interrupted.on("epoch_end")
-    def interrupt(loop):
-        raise KeyboardInterrupt
-
+def test_run_that_is_interrupted_or_stopped_to_be_resumed_ends_as_killed(tmp_path):
+    engine(tmp_path, StopAt(1, final=False)).run(jnp.float32(0), [1.0, 2.0], epochs=1)
     with pytest.raises(KeyboardInterrupt):
-        interrupted.run(jnp.float32(0), [1.0, 2.0], epochs=2)
-    assert [code for _, _, code in sittings(tmp_path)] == [255, 255]
+        engine(tmp_path, RaiseIn("epoch_end", KeyboardInterrupt())).run(jnp.float32(0), [1.0, 2.0], epochs=2)
+    assert [code for _, _, code in sessions(tmp_path)] == [255, 255]
 
 
-def test_points_are_found_again_in_a_file_of_many_blocks(tmp_path):
+def test_logged_steps_are_found_in_a_file_of_many_blocks(tmp_path):
     first = engine(tmp_path).run(jnp.float32(0), [0.0] * 400, epochs=1)
     wandb.teardown()
     (long,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -132,12 +113,12 @@ def test_points_are_found_again_in_a_file_of_many_blocks(tmp_path):
     again.on("run_begin")(lambda loop: loop.log({"again": 1.0}))
     again.run(first, [0.0] * 400, steps=401)
     long.parent.rename(tmp_path / "long")
-    ((_, rows, _),) = sittings(tmp_path)
+    ((_, rows, _),) = sessions(tmp_path)
     assert rows == [(401, {"train/loss": 0.0})]
 
 
 @pytest.mark.parametrize("room", range(7))
-def test_a_step_is_found_behind_a_block_with_little_room_left_and_before_a_torn_end(tmp_path, room):
+def test_logged_steps_are_found_next_to_block_padding_and_an_incomplete_end(tmp_path, room):
     def entry(step, size=0):
         found = Entry()
         found.history.step.num = step
@@ -150,16 +131,16 @@ def test_a_step_is_found_behind_a_block_with_little_room_left_and_before_a_torn_
     filler = 32768 - room - 7 - 7 - len(entry(1, 32000))
     first = framed(entry(1, 32000 + filler))
     (tmp_path / "file").write_bytes(bytes(7) + first + bytes(room) + framed(entry(2)) + framed(entry(3))[:-1])
-    assert list(_steps(tmp_path / "file")) == [1, 2]
+    assert list(_logged_steps(tmp_path / "file")) == [1, 2]
 
 
-def test_nothing_is_made_before_the_first_record(tmp_path):
+def test_nothing_is_created_before_the_first_record(tmp_path):
     with pytest.raises(ValueError, match="yielded no batches"):
         engine(tmp_path).run(jnp.float32(0), [], epochs=1)
     assert not any(tmp_path.iterdir())
 
 
-def test_without_the_package_it_says_how_to_get_it(monkeypatch):
+def test_missing_package_is_an_error_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"WandB needs wandb: pip install 'onstep\[wandb\]'"):
         WandB("project")

@@ -1,4 +1,4 @@
-"""Records handed to metric writers: clu's own, and any object with the method."""
+"""Writer: records passed to clu's writers, and to any object with `write_scalars`."""
 
 import importlib
 import logging
@@ -11,35 +11,32 @@ import jax.numpy as jnp
 import pytest
 from onstep import Engine
 from onstep.callbacks import Writer
+from onstep.testing import counting_step
 
 
-class Kept:
-    """A writer that keeps what it is given, and cannot flush."""
+class ListWriter:
+    """Appends what it receives to a list, and has no `flush`."""
 
     def __init__(self):
-        self.given = []
+        self.received = []
 
     def write_scalars(self, step, scalars):
-        self.given.append((step, dict(scalars)))
+        self.received.append((step, dict(scalars)))
 
 
-class Hparams(Kept):
+class HparamsWriter(ListWriter):
     def write_hparams(self, hparams):
-        self.given.append(hparams)
-
-
-def add(state, batch):
-    return state + batch, {"loss": batch}
+        self.received.append(hparams)
 
 
 def run(writer, start=0.0, epochs=1, **options):
     start = jnp.float32(start) if isinstance(start, float) else start
-    return Engine(add, [Writer(writer, **options)], log_every=2).run(start, [1.0, 3.0], epochs=epochs)
+    return Engine(counting_step, [Writer(writer, **options)], log_every=2).run(start, [1.0, 3.0], epochs=epochs)
 
 
 @pytest.fixture
 def clu(monkeypatch):
-    """Clu's writers that need no TensorFlow; their package imports one that does."""
+    """Import clu's writers without their package, which imports TensorFlow."""
     package = types.ModuleType("clu.metric_writers")
     package.__path__ = [str(Path(find_spec("clu").origin).parent / "metric_writers")]
     monkeypatch.setitem(sys.modules, package.__name__, package)
@@ -48,41 +45,41 @@ def clu(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_every_record_is_given_with_its_step():
-    writer = Kept()
+def test_every_record_is_passed_with_its_step():
+    writer = ListWriter()
     run(writer)
-    assert writer.given == [(2, {"train/loss": 2.0}), (2, {"epoch/loss": 2.0})]
+    assert writer.received == [(2, {"train/loss": 2.0}), (2, {"epoch/loss": 2.0})]
 
 
-def test_clus_writer_takes_records_and_hyper_parameters(clu, caplog):
+def test_clu_logging_writer_receives_records_and_hyperparameters(clu, caplog):
     caplog.set_level(logging.INFO)
     run(clu("logging_writer").LoggingWriter(), config={"rate": 0.1, "token": "x"})
-    said = "\n".join(record.getMessage() for record in caplog.records)
-    assert "[Hyperparameters] {'rate': 0.1, 'token': '***'}" in said
-    assert "[2] train/loss=2" in said
+    messages = "\n".join(record.getMessage() for record in caplog.records)
+    assert "[Hyperparameters] {'rate': 0.1, 'token': '***'}" in messages
+    assert "[2] train/loss=2" in messages
 
 
-def test_clus_asynchronous_writer_has_written_all_when_the_run_ends(clu):
-    kept = Kept()
-    kept.flush = kept.close = lambda: None
-    writer = clu("async_writer").AsyncWriter(kept)
+def test_clu_asynchronous_writer_has_written_everything_when_the_run_ends(clu):
+    inner = ListWriter()
+    inner.flush = inner.close = lambda: None
+    writer = clu("async_writer").AsyncWriter(inner)
     run(writer)
-    assert [step for step, _ in kept.given] == [2, 2]
-    writer.close()  # whoever made it does
+    assert [step for step, _ in inner.received] == [2, 2]
+    writer.close()
 
 
-def test_hyper_parameters_are_given_once_when_a_run_begins():
-    writer = Hparams()
+def test_hyperparameters_are_passed_once_when_a_run_starts_from_scratch():
+    writer = HparamsWriter()
     first = run(writer, config={"url": "https://u:p@h"})
     run(writer, first, epochs=2, config={"url": "https://u:p@h"})
-    assert [given for given in writer.given if isinstance(given, dict)] == [{"url": "https://***@h"}]
+    assert [item for item in writer.received if isinstance(item, dict)] == [{"url": "https://***@h"}]
 
 
 @pytest.mark.parametrize(
     ("writer", "config", "method"),
-    [(object(), None, "write_scalars"), (Kept(), {}, "write_hparams")],
+    [(object(), None, "write_scalars"), (ListWriter(), {}, "write_hparams")],
     ids=["no scalars", "no hparams"],
 )
-def test_a_writer_that_cannot_is_refused(writer, config, method):
+def test_writer_without_the_method_is_refused(writer, config, method):
     with pytest.raises(TypeError, match=f"Writer needs an object with {method}, got {type(writer).__name__}"):
         Writer(writer, config=config)
