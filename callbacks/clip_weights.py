@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context
-from onstep.trees import get_field, set_field
+from onstep.tools import get_field, set_field
 
 
+@dataclass(eq=False, repr=False)
 class ClipWeights(Callback):
-    """Clips weights to [low, high] after the step, as the critic of a Wasserstein GAN needs.
+    """Clips weights to [low, high] after the step, as the critic of a Wasserstein GAN needs it.
 
-    Compiled into the step (Arjovsky et al., 2017, arXiv:1701.07875: -0.01, 0.01). Leaves that are
-    no real floats stay as they are, and so does a NaN. Gradients are Optax's business.
+    It runs inside the compiled step (Arjovsky et al., 2017, arXiv:1701.07875, clip to [-0.01, 0.01]). Leaves
+    that are not real floats stay unchanged, and NaN stays NaN. To clip gradients, use Optax.
 
     Args:
-        low, high: the bounds, low < high; `-math.inf` or `math.inf` for one side alone.
+        low: the lower bound, less than `high`; `-math.inf` for none.
+        high: the upper bound; `math.inf` for none.
         of: the field of the state to clip, `"critic.params"` for a nested one.
         when: when weights are clipped; a plain int means steps.
         name: the callback's name.
 
     Raises:
         ValueError: `low < high` does not hold, or the state has no such field (at the first step).
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> def step(state, batch):
+    ...     return {"params": state["params"] + batch}, {}
+    >>> result = Engine(step, [ClipWeights(-1, 1)]).run({"params": jnp.zeros(2)}, [3.0], epochs=1)
+    >>> result.state["params"].tolist()
+    [1.0, 1.0]
     """
 
-    def __init__(
-        self, low: float, high: float, *, of: str = "params", when: Cadence | int = 1, name: str | None = None
-    ):
-        if not low < high:
-            raise ValueError(f"ClipWeights needs low < high, got {low} and {high}.")
-        self.low: float = low
-        self.high: float = high
-        self.of: str = of
-        self.update_when: Cadence | int = when
-        self.name: str | None = name
+    low: float
+    high: float
+    _: KW_ONLY
+    of: str = "params"
+    when: Cadence | int = 1
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"ClipWeights needs low < high, got {self.low} and {self.high}.")
+        self.update_when = self.when
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         def clip(leaf: jax.Array) -> jax.Array:

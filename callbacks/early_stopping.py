@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from onstep import Callback, Loop, Record, improves
-from onstep.checks import appeared, watched, whole
+from onstep.tools import check_int, check_mode, require_metric, warn_missing_metric
 
 
+@dataclass(eq=False, repr=False)
 class EarlyStopping(Callback):
-    """Stops the run at the `patience`-th evaluation in a row without an improvement.
+    """Stops the run when a metric has not improved in `patience` evaluations in a row.
 
-    An improvement is better than the best so far by more than `min_delta`; an equal value or a
-    NaN is none. The stop is final: a later resume runs no step.
+    A value counts as an improvement if it beats the best so far by more than `min_delta`. Ties, NaN and
+    infinities do not. The stop is final: a run that is resumed later runs no step.
 
     Args:
         metric: the name in the records, such as `"val/loss"`.
-        patience: evaluations without an improvement, >= 1.
-        mode: `"min"` or `"max"`.
-        min_delta: what an improvement must exceed, absolute, >= 0.
+        patience: how many evaluations in a row may pass without an improvement, >= 1; the last of them stops
+            the run.
+        mode: `"min"` if smaller values are better, `"max"` if larger ones are.
+        min_delta: by how much a value must beat the best one, absolute, >= 0.
         name: the callback's name.
 
     Attributes:
@@ -27,24 +30,31 @@ class EarlyStopping(Callback):
         misses: evaluations in a row without an improvement.
 
     Raises:
-        ValueError: a number out of range; or, when the run ends, the metric never appeared.
+        ValueError: a number is out of range; or, when the run ends, the metric never appeared.
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> from onstep.testing import LogValues, counting_step
+    >>> losses = LogValues({1: {"val/loss": 0.5}, 2: {"val/loss": 0.6}, 3: {"val/loss": 0.7}})
+    >>> engine = Engine(counting_step, [losses, EarlyStopping("val/loss", patience=2)])
+    >>> engine.run(jnp.int32(0), range(9), epochs=1).stopped
+    'val/loss has not improved on 0.5 in 2 evaluations'
     """
 
-    def __init__(
-        self, metric: str, *, patience: int, mode: str = "min", min_delta: float = 0.0, name: str | None = None
-    ):
-        whole("EarlyStopping", "patience", patience, 1)
-        if mode not in ("min", "max"):
-            raise ValueError(f"EarlyStopping needs mode 'min' or 'max', got {mode!r}.")
-        if not 0 <= min_delta < math.inf:
-            raise ValueError(f"EarlyStopping needs min_delta >= 0, got {min_delta}.")
-        self.metric: str = metric
-        self.patience: int = patience
-        self.min_delta: float = min_delta
-        self.name: str | None = name
-        self.mode = mode
-        self.best: float | None = None
-        self.misses: int = 0
+    metric: str
+    _: KW_ONLY
+    patience: int
+    mode: str = "min"
+    min_delta: float = 0.0
+    name: str | None = None
+    best: float | None = field(default=None, init=False)
+    misses: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        check_int("EarlyStopping", "patience", self.patience, 1)
+        check_mode("EarlyStopping", self.mode)
+        if not 0 <= self.min_delta < math.inf:
+            raise ValueError(f"EarlyStopping needs a finite min_delta >= 0, got {self.min_delta}.")
 
     def on_log(self, loop: Loop, record: Record) -> None:
         if self.metric in record.values and self.stalled(record.values[self.metric]):
@@ -52,7 +62,12 @@ class EarlyStopping(Callback):
             loop.stop(f"{self.metric} has not improved on {best} in {self.patience} evaluations")
 
     def stalled(self, value: float) -> bool:
-        """Takes the next value; whether patience has run out."""
+        """Take the next value, and return whether patience has run out.
+
+        >>> stopping = EarlyStopping("val/loss", patience=2)
+        >>> [stopping.stalled(loss) for loss in (0.5, 0.6, 0.7)]
+        [False, False, True]
+        """
         if improves(value, self.best, mode=self.mode, min_delta=self.min_delta):
             self.best, self.misses = value, 0
         else:
@@ -60,10 +75,10 @@ class EarlyStopping(Callback):
         return self.misses >= self.patience
 
     def on_epoch_end(self, loop: Loop) -> None:
-        watched("EarlyStopping", self.metric, loop)
+        warn_missing_metric("EarlyStopping", self.metric, loop)
 
     def on_run_end(self, loop: Loop) -> None:
-        appeared("EarlyStopping", self.metric, loop)
+        require_metric("EarlyStopping", self.metric, loop)
 
     def get_state(self) -> dict[str, Any]:
         return {"best": self.best, "misses": self.misses}

@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context
-from onstep.trees import get_field
+from onstep.tools import get_field
 
 
+@dataclass(eq=False, repr=False)
 class GradNorm(Callback):
-    """Logs the global L2 norm of `aux["grads"]` as `grad_norm`.
+    """Logs the global L2 norm of the gradients as `grad_norm`.
 
-    Compiled into the step, so it costs next to nothing where the optimizer computes the same
-    norm to clip by it. The step returns the gradients as its third result: `{"grads": grads}`.
+    The step must return the gradients in its third result: `{"grads": grads}`. The norm is computed inside the
+    compiled step, so it costs almost nothing where the optimizer clips by the same norm.
 
     Args:
-        by_module: also one norm per top-level entry of the gradients, `grad_norm/<entry>`; so
-            also one per network of a GAN.
-        updates: also `update_norm`, of the change that the step made to the parameters.
-        params: also `param_norm`.
-        of: the field of the state that holds the parameters; for `updates` and `params`.
+        by_module: also log one norm for each top-level entry of the gradients, `grad_norm/<entry>`, and so one
+            for each network of a GAN.
+        updates: also log `update_norm`, the norm of the change that the step made to the parameters.
+        params: also log `param_norm`, the norm of the parameters after the step.
+        of: the field of the state that holds the parameters; needed for `updates` and `params`.
         when: when norms are logged; a plain int means steps.
         name: the callback's name.
 
     Raises:
-        ValueError: the step returns no gradients (at the first step).
+        ValueError: the step returns no gradients, or the state has no such field (at the first step).
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> def step(state, grads):
+    ...     return {"params": state["params"] - 0.5 * grads}, {}, {"grads": grads}
+    >>> engine = Engine(step, [GradNorm(updates=True)], log_every=1)
+    >>> engine.run({"params": jnp.zeros(2)}, [jnp.array([3.0, 4.0])], epochs=1).history["train/update_norm"]
+    [2.5]
     """
 
-    def __init__(
-        self,
-        *,
-        by_module: bool = False,
-        updates: bool = False,
-        params: bool = False,
-        of: str = "params",
-        when: Cadence | int = 1,
-        name: str | None = None,
-    ):
-        self.by_module: bool = by_module
-        self.updates: bool = updates
-        self.params: bool = params
-        self.of: str = of
-        self.update_when = when
-        self.name = name
+    _: KW_ONLY
+    by_module: bool = False
+    updates: bool = False
+    params: bool = False
+    of: str = "params"
+    when: Cadence | int = 1
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self.update_when = self.when
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         if "grads" not in ctx.aux:
@@ -67,14 +71,14 @@ class GradNorm(Callback):
 
 
 def _norm(tree: Any) -> jax.Array:
-    """The L2 norm; summed in 32 bits at least, where 16 would overflow."""
+    """Return the L2 norm; the sum is in at least 32 bits, because 16 would overflow."""
     from optax.tree import norm
 
     return norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
 
 
 def _entries(tree: Any) -> dict[str, Any]:
-    """The leaves below each top-level entry; below `params` alone where that is the only one."""
+    """Return the leaves below each top-level entry, or below each entry of `params` if that is the only one."""
     entries: dict[str, list[Any]] = {}
     paths = jax.tree_util.tree_leaves_with_path(tree)
     depth = 1 if len({path[:1] for path, _ in paths}) == 1 and any(len(path) > 1 for path, _ in paths) else 0

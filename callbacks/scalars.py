@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import jax
 from onstep import Callback, Loop, Record
-from onstep.checks import nearest
-from onstep.trees import signature
+from onstep.tools import did_you_mean, has_training_metrics, signature
 
 
 class Scalars(Callback):
-    """Records numbers of the state whenever a window of training metrics is recorded.
+    """Records numbers of the state with every window of training metrics.
 
-    Such as a loss scale, a counter of accumulated gradients, a temperature that is learnt:
-    `Scalars("loss_scale", "opt_state.mini_step")`. Each is recorded under the name given, with
-    its value at that step, no mean.
+    Use it for a loss scale, a counter of accumulated gradients or a learned temperature:
+    `Scalars("loss_scale", "opt_state.mini_step")`. Each number is recorded under the name that you give, with its
+    value at the step at which the window ends, not a mean.
 
     Args:
-        names: leaves of the state; as much of the end of a path as makes it the only one.
+        names: leaves of the state, each by enough of the end of its path to be the only match.
         name: the callback's name.
 
     Raises:
-        ValueError: no leaf or several have that name, or it is no number (at the start).
+        ValueError: no leaf or several leaves have that name, or the leaf is not a number (when the run starts).
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> def step(state, batch):
+    ...     return {"amp": {"scale": 2 * state["amp"]["scale"]}}, {"loss": batch}
+    >>> engine = Engine(step, [Scalars("scale")], log_every=2)
+    >>> engine.run({"amp": {"scale": jnp.float32(1)}}, [1.0] * 4, epochs=1).history["scale"]
+    [4.0, 16.0]
     """
 
     def __init__(self, *names: str, name: str | None = None):
@@ -29,13 +36,13 @@ class Scalars(Callback):
 
     def on_run_begin(self, loop: Loop) -> None:
         kinds = signature(loop.state)
-        paths = [path.removesuffix("/value") for path in kinds]  # NNX has one more part behind each name
+        paths = [path.removesuffix("/value") for path in kinds]  # NNX adds this part to every path
         self._leaves: dict[str, int] = {}
         for name in self.names:
             path = name.replace(".", "/")
             found = [i for i, known in enumerate(paths) if f"/{known}".endswith(f"/{path}")]
             if not found:
-                raise ValueError(f"Scalars finds nothing named {name!r} in the state.{nearest(path, paths)}")
+                raise ValueError(f"Scalars found no leaf named {name!r} in the state.{did_you_mean(path, paths)}")
             if len(found) > 1:
                 several = [paths[i] for i in found]
                 raise ValueError(f"Scalars needs one leaf named {name!r}, got {several}. Give more of the path.")
@@ -45,6 +52,6 @@ class Scalars(Callback):
             self._leaves[name] = found[0]
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        if any(name.startswith("train/") for name in record.values):
+        if has_training_metrics(record):
             leaves = jax.tree.leaves(loop.state)
             loop.log({name: leaves[i] for name, i in self._leaves.items()})

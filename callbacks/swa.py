@@ -2,78 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context, Loop, Result, every
-from onstep.checks import whole
-from onstep.trees import get_field, set_field
+from onstep.tools import cast_like, check_int, get_fields, map_floats, set_fields, widen
 
 
+class SwaCarry(NamedTuple):
+    """What `SWA` keeps on the device."""
+
+    average: Any  # a tree like the averaged field, with 16-bit floats as float32
+    count: jax.Array  # int32 scalar, the number of weights averaged so far
+
+
+@dataclass(eq=False, repr=False)
 class SWA(Callback):
-    """Stochastic weight averaging: the mean of the weights at the due points from step `start` on.
+    """Keeps the mean of the weights at regular points of the training, from step `start` on.
 
-    Each counts the same: `a = (1 - 1/n) a + (1/n) w` for the n-th (Izmailov et al., 2018,
-    arXiv:1803.05407). Meant for a cyclical or constant learning rate, once training has settled.
-    Compiled into the step. Averages of 16-bit floats are kept in 32 bits; leaves that are no
-    floats are those of the last point. Batch statistics do not fit averaged weights: run the
-    training data once through a forward pass of `apply(result)` that renews them.
+    Use it with a cyclical or constant learning rate, once training has settled: the mean of such weights often
+    generalizes better than any of them. Every point counts the same, `a = (1 - 1/n) a + (1/n) w` for the n-th
+    (Izmailov et al., 2018, arXiv:1803.05407). The mean is computed inside the compiled step. 16-bit floats are
+    averaged in 32 bits. Leaves that are not floats are copied from the last point. Batch statistics do not fit
+    averaged weights, so compute them again with a pass of `apply(result)` over the training data.
 
     Args:
-        start: the first step at which weights are counted, if it is due.
-        of: the field of the state to average, `"gen.params"` for a nested one, None for the whole state.
-        when: when weights are counted; a plain int means steps.
+        start: the first step, counted from 1, whose weights may count.
+        of: the field of the state to average, `"gen.params"` for a nested one; None for the whole state.
+        when: at which steps weights are added to the mean; a plain int means steps.
         name: the callback's name.
 
     Raises:
-        ValueError: `start` is no whole number >= 0, or the state has no such field (at the start).
+        ValueError: `start` is not a whole number >= 0, or the state has no such field (when the run starts).
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> def step(state, batch):
+    ...     return {"params": state["params"] + batch}, {}
+    >>> swa = SWA(start=2, when=1)
+    >>> result = Engine(step, [swa]).run({"params": jnp.float32(0)}, [1.0, 1.0, 1.0], epochs=1)
+    >>> float(result.state["params"]), float(swa.params(result))
+    (3.0, 2.5)
     """
 
-    def __init__(
-        self,
-        *,
-        start: int,
-        of: str | None = "params",
-        when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
-        name: str | None = None,
-    ):
-        self.start: int = whole("SWA", "start", start, 0)
-        self.of: str | None = of
-        self.update_when: Cadence | int = when
-        self.name: str | None = name
+    _: KW_ONLY
+    start: int
+    of: str | None = "params"
+    when: Cadence | int = every(epochs=1)  # noqa: RUF009 (frozen)
+    name: str | None = None
 
-    def init(self, state: Any) -> dict[str, Any]:
-        return {"average": jax.tree.map(_wide, self._select(state)), "count": jnp.int32(0)}
+    def __post_init__(self) -> None:
+        check_int("SWA", "start", self.start, 0)
+        self.update_when = self.when
 
-    def update(self, carry: dict[str, Any], ctx: Context) -> tuple[dict[str, Any], Context]:
+    def init(self, state: Any) -> SwaCarry:
+        return SwaCarry(jax.tree.map(widen, get_fields(state, self.of, "SWA")), jnp.int32(0))
+
+    def update(self, carry: SwaCarry, ctx: Context) -> tuple[SwaCarry, Context]:
         counts = ctx.step + 1 >= self.start
-        n = carry["count"] + counts
+        n = carry.count + counts
 
         def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(old.dtype, jnp.inexact):
-                return new
             share = (1 / n).astype(old.dtype)
-            return jnp.where(counts, (1 - share) * old + share * new.astype(old.dtype), old)
+            return jnp.where(counts, (1 - share) * old + share * new, old)
 
-        return {"average": jax.tree.map(mean, carry["average"], self._select(ctx.state)), "count": n}, ctx
+        return SwaCarry(map_floats(mean, carry.average, get_fields(ctx.state, self.of, "SWA")), n), ctx
 
     def params(self, source: Loop | Result) -> Any:
-        """The averages, like the field `of`; the present weights as long as none are counted."""
-        carry, now = source.carry(self), self._select(source.state)
-        if not int(carry["count"]):
-            return now
-        return jax.tree.map(lambda a, leaf: a if a.dtype == leaf.dtype else a.astype(leaf.dtype), carry["average"], now)
+        """Return the mean, in the structure and dtypes of the field `of`; before the first point, the weights.
+
+        It waits for the device.
+        """
+        carry, now = source.carry(self), get_fields(source.state, self.of, "SWA")
+        return cast_like(carry.average, now) if int(carry.count) else now
 
     def apply(self, source: Loop | Result) -> Any:
-        """The state with the averages in place of the weights; the run's own is untouched."""
-        averages = self.params(source)
-        return averages if self.of is None else set_field(source.state, self.of, averages)
-
-    def _select(self, state: Any) -> Any:
-        return state if self.of is None else get_field(state, self.of, "SWA")
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
-    return leaf.astype(jnp.float32) if narrow else leaf
+        """Return the state with the mean in place of the weights; the run's own state is unchanged."""
+        return set_fields(source.state, self.of, self.params(source))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ __all__ = [
     "Observer",
     "RecordFile",
     "Span",
+    "cast_like",
     "check_int",
     "check_mode",
     "check_package",
@@ -37,13 +40,17 @@ __all__ = [
     "event_writer",
     "exit_status",
     "get_field",
+    "get_fields",
     "has_training_metrics",
+    "leaves_of_type",
     "lines_to_keep",
     "log_user",
+    "map_floats",
     "named_leaves",
     "replace_file",
     "require_metric",
     "set_field",
+    "set_fields",
     "signature",
     "takes_rng",
     "to_host",
@@ -140,3 +147,95 @@ def widen(leaf: jax.Array) -> jax.Array:
     """
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return leaf.astype(jnp.float32) if narrow else leaf
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Return a tree with the dtypes of another one, such as averages in the dtypes of the parameters.
+
+    It undoes `widen`. Leaves that have the right dtype are returned as they are, without a copy.
+
+    Args:
+        tree: arrays.
+        like: a tree of the same structure.
+
+    >>> cast_like({"w": jnp.ones(2)}, {"w": jnp.ones(2, jnp.bfloat16)})["w"].dtype
+    dtype(bfloat16)
+    """
+    return jax.tree.map(lambda leaf, to: leaf if leaf.dtype == to.dtype else leaf.astype(to.dtype), tree, like)
+
+
+def map_floats(function: Callable[[jax.Array, jax.Array], jax.Array], old: Any, new: Any) -> Any:
+    """Return `function(old, new)` for every pair of float leaves, and the new leaf for any other.
+
+    Use it for an average or a target that follows a tree with counters and random keys in it. The dtypes stay
+    those of `old`, so an average can be kept in wider floats than the parameters.
+
+    Args:
+        function: of two arrays of one dtype, which is that of `old`.
+        old: a tree of arrays.
+        new: a tree of the same structure.
+
+    >>> old, new = {"w": jnp.float32(1.0), "step": jnp.int32(4)}, {"w": jnp.bfloat16(2.0), "step": jnp.int32(5)}
+    >>> map_floats(lambda a, b: (a + b) / 2, old, new)
+    {'step': Array(5, dtype=int32), 'w': Array(1.5, dtype=float32)}
+    """
+
+    def follow(before: jax.Array, after: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(before.dtype, jnp.inexact):
+            return after
+        return function(before, after.astype(before.dtype)).astype(before.dtype)
+
+    return jax.tree.map(follow, old, new)
+
+
+def leaves_of_type(tree: Any, kind: Any) -> dict[str, Any]:
+    """Return the leaves with a given kind of dtype, by name.
+
+    Args:
+        tree: arrays and numbers.
+        kind: such as `jnp.floating`, or `jnp.inexact`, which includes complex numbers.
+
+    >>> leaves_of_type({"params": {"w": 1.5, "scale": 2.0}, "step": 3}, jnp.floating)
+    {'params/scale': 2.0, 'params/w': 1.5}
+    """
+    return {name: leaf for name, leaf in named_leaves(tree).items() if jnp.issubdtype(jnp.result_type(leaf), kind)}
+
+
+def get_fields(tree: Any, of: str | tuple[str, ...] | None, who: str) -> Any:
+    """Return the part of a state that a callback's argument `of` names.
+
+    Args:
+        tree: the state.
+        of: a field, `"gen.params"` for a nested one; a tuple of them; or None for the whole state.
+        who: the callback, for the error.
+
+    Returns:
+        The field; for a tuple of names, a tuple of fields.
+
+    Raises:
+        ValueError: the state has no such field; the message lists the fields that it has.
+
+    >>> get_fields({"gen": {"params": 1}, "disc": 2}, ("gen.params", "disc"), "EMA")
+    (1, 2)
+    """
+    if of is None:
+        return tree
+    return get_field(tree, of, who) if isinstance(of, str) else tuple(get_field(tree, path, who) for path in of)
+
+
+def set_fields(tree: Any, of: str | tuple[str, ...] | None, value: Any) -> Any:
+    """Return a copy of a state in which the part that `of` names is replaced.
+
+    Args:
+        tree: the state, which stays as it was.
+        of: as for `get_fields`.
+        value: the new part, with the structure that `get_fields` returns.
+
+    >>> set_fields({"gen": {"params": 1}, "disc": 2}, ("gen.params", "disc"), (3, 4))
+    {'disc': 4, 'gen': {'params': 3}}
+    """
+    if of is None:
+        return value
+    for path, part in [(of, value)] if isinstance(of, str) else zip(of, value, strict=True):
+        tree = set_field(tree, path, part)
+    return tree
