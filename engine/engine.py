@@ -179,6 +179,7 @@ class Engine:
             try:
                 loop._events.end(loop)
             finally:
+                loop._spans.close()
                 loop._feed.close()
                 loop._peers.close()
                 loop.error = None  # its traceback holds the loop, and so everything

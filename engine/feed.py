@@ -46,8 +46,7 @@ class Feed:
 
     def observe(self, spans: Spans) -> None:
         """Report the waits for a batch as spans from now on; those of `take` and `blocks` are the loop's to report."""
-        for name in ("begin_epoch", "peek", "ended"):
-            setattr(self, name, spans.wrap(DATA, getattr(self, name)))
+        spans.instrument(self, DATA, "begin_epoch", "peek", "ended")
 
     def begin_epoch(self, epoch: int) -> None:
         """Draws the first batch of an epoch, counted from 0.

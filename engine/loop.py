@@ -119,11 +119,12 @@ class Loop:
 
     def observe(self, observer: Observer) -> None:
         """Tell `observer` what the run does from now on, until it ends."""
-        if not self._spans:
+        before = bool(self._spans)
+        self._spans.add(observer)
+        if self._spans and not before:  # the first that overrides begin or end
             self._events.observe(self._spans)
             self._feed.observe(self._spans)
             self._meter.observe(self._spans)
-        self._spans.add(observer)
 
     def progress(self, name: str, done: int, total: int | None = None) -> None:
         """Report how far a long task of a callback is; `done=0` marks its beginning."""

@@ -49,7 +49,7 @@ class Meter:
 
     def observe(self, spans: Spans) -> None:
         """Report every read as a span from now on."""
-        self.read = spans.wrap(WAIT, self.read)  # type: ignore[method-assign]
+        spans.instrument(self, WAIT, "read")
 
     def read(self) -> None:
         """Fetches what is pending into the open means: the one place that waits for metrics."""
