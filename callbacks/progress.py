@@ -55,9 +55,8 @@ class Progress(Callback):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._interval = self.interval
-        if self._interval is None:
-            self._interval = 0.2 if self._screen().moves else 10.0
+        default = 0.2 if self._screen().moves else 10.0
+        self._interval = default if self.interval is None else self.interval
         self.when: Cadence | int = every(seconds=self._interval)
         self._tasks: dict[str, _Task] = {}
         self._loop: Loop | None = None

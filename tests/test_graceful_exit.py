@@ -566,7 +566,8 @@ print("after the run")
 def run(directory, moment, *numbers):
     """Run a child that gets the signals at a moment, and return its exit status and its output."""
     command = [sys.executable, "-c", CHILD, str(directory), moment]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": path}
     with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         try:
             for n, number in enumerate(numbers):
