@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import jax
 from onstep import Cadence, Callback, Loop, evaluate, every
-from onstep.checks import takes_rng, whole
+from onstep.tools import check_int, takes_rng
 
 
 class Averaged(Protocol):
-    """A callback that knows another state to evaluate, such as EMA."""
+    """A callback that can provide another state to evaluate, such as `EMA`."""
 
     def apply(self, source: Any) -> Any:
-        """The state to evaluate instead of the run's own."""
+        """Return the state to evaluate instead of the run's."""
         ...
 
 
+@dataclass(eq=False, repr=False)
 class Evaluate(Callback):
-    """Evaluates the state on a set of data and logs `<name>/<metric>`.
+    """Evaluates the state on a data set and records the mean of each metric as `<name>/<metric>`.
 
-    Every evaluation gives a step that takes a random key the same keys, so that values compare. A callback
-    of the run with a method `evaluating(loop, name)`, as Progress has, is told after each batch.
+    Use it for validation during training, once for each data set or averaged state. A step that takes a random key
+    gets the same keys in every evaluation, so the values are comparable. Each batch is reported with
+    `loop.progress`, which `Progress` shows.
 
     Args:
         step: `(state, batch) -> metrics`; a third required argument is a random key.
-        data: an iterable of batches, read whole each time; each batch counts by its leading axis.
-        name: the first part of the recorded names, and the callback's name; one a set.
-        when: when to evaluate.
-        using: a callback whose `apply(loop)` gives the state to evaluate: `using=ema`.
-        steps: batches to use, for data without an end.
+        data: an iterable of batches, read completely in each evaluation. Each batch is weighted by its leading axis.
+        name: the first part of the recorded names, and the callback's name. Give each data set its own.
+        when: when to evaluate; at the end of every epoch by default.
+        using: a callback whose `apply(loop)` returns the state to evaluate, such as `using=ema`.
+        steps: the number of batches to use, for data without an end.
 
     Raises:
-        ValueError: the data is empty, or no key was given to the run for a step that takes one.
+        ValueError: `data` yields no batch, or `step` takes a random key and the run has none.
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> validation = Evaluate(lambda state, batch: {"error": abs(state - batch)}, [4.0, 6.0])
+    >>> engine = Engine(lambda state, batch: (state + batch, {}), [validation])
+    >>> engine.run(jnp.float32(0), [1.0], epochs=3).history["val/error"]
+    [4.0, 3.0, 2.0]
     """
 
-    def __init__(
-        self,
-        step: Any,
-        data: Any,
-        *,
-        name: str = "val",
-        when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
-        using: Averaged | None = None,
-        steps: int | None = None,
-    ):
-        if steps is not None:
-            whole(f"Evaluate {name!r}", "steps", steps, 1)
-        self._random = takes_rng(step, f"The step of Evaluate {name!r}")
-        self.step: Any = step
-        self.data: Any = data
-        self.name: str | None = name
-        self.when: Cadence | int = when
-        self.using: Averaged | None = using
-        self.steps: int | None = steps
+    step: Any
+    data: Any
+    _: KW_ONLY
+    name: str | None = "val"
+    when: Cadence | int = every(epochs=1)  # noqa: RUF009 (frozen)
+    using: Averaged | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_int(f"Evaluate {self.name!r}", "steps", self.steps, 1)
+        self._random = takes_rng(self.step, f"The step of Evaluate {self.name!r}")
 
     def on_run_begin(self, loop: Loop) -> None:
         if isinstance(self.using, Callback):
-            loop.carry(self.using)
+            loop.carry(self.using)  # an error if it is not in the run
         if self._random and loop.rng is None:
             raise ValueError(
                 f"The step of Evaluate {self.name!r} takes a random key as its third argument. Pass one: rng=..."
@@ -67,12 +71,14 @@ class Evaluate(Callback):
     def on_step_end(self, loop: Loop) -> None:
         state = self.using.apply(loop) if self.using is not None else loop.state
         key = None if loop.rng is None else jax.random.fold_in(loop.rng, zlib.crc32(str(self.name).encode()))
-        asked = [getattr(callback, "evaluating", None) for callback in loop.callbacks.values()]
-        watches = [begin(loop, str(self.name)) for begin in asked if begin is not None]
-
-        def watch(done: int, total: int | None) -> None:
-            for one in watches:
-                one(done, total)
-
+        watch = functools.partial(loop.progress, str(self.name))
+        watch(0, self._batches())
         means = evaluate(self.step, state, self.data, rng=key, steps=self.steps, mesh=loop.mesh, watch=watch)
         loop.log({f"{self.name}/{metric}": mean for metric, mean in means.items()})
+
+    def _batches(self) -> int | None:
+        """The number of batches of an evaluation, None if it is unknown."""
+        try:
+            return min(len(self.data), self.steps or len(self.data))
+        except (TypeError, NotImplementedError):
+            return self.steps

@@ -1,4 +1,4 @@
-"""End a run on a signal, or at a deadline, so that it can be resumed."""
+"""Stop a run on a signal or at a deadline, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -10,80 +10,94 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from onstep import Cadence, Callback, Loop, every
-from onstep.notice import notice
+from onstep.tools import log_user
 
 ECHO = 0.1
-"""Seconds in which another signal is an echo of the first: launchers pass on what their children got as well."""
+"""Seconds in which another signal counts as an echo of the first. Launchers send their children what these also got."""
 
 
+@dataclass(eq=False, repr=False)
 class GracefulExit(Callback):
-    """On SIGTERM or Ctrl-C lets the step end, everybody save and the run close, then hands the signal on.
+    """Stops a run on SIGTERM or Ctrl-C: finishes the step, lets every callback save and end, then passes the signal on.
 
-    What comes out of `run` is then what the signal would have caused at once: KeyboardInterrupt,
-    exit status 143, or whatever the handler does that was there before. A second signal is left
-    to that handler there and then. Handlers are borrowed from `on_load` to `on_run_end`, in the main
-    thread alone; a signal that is ignored stays so. List it first, so that it ends last.
+    Use it for runs that a scheduler may preempt or that you interrupt yourself. `run` then raises or does what the
+    signal would have caused without this callback: KeyboardInterrupt, exit status 143, or whatever the previous
+    handler does. A second signal goes to the previous handler immediately. The handlers are installed from `on_load`
+    to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback first, so
+    that it ends last.
 
     Args:
-        deadline: when to end by the clock, with `run` returning as usual: seconds from the run's begin, or
-            a moment with a time zone, looked at once a second. One that has passed runs no step. Leave
-            time for a step, an evaluation and a save.
-        signals: which to answer.
+        deadline: when to stop by the clock, in seconds since the run began or as a datetime with a time zone, which
+            is checked once a second. `run` then returns as usual. If it has already passed, no step runs. Leave time
+            for a step, an evaluation and a save.
+        signals: the signals to handle.
         name: the callback's name.
 
     Raises:
-        ValueError: a deadline without a time zone or that is no finite number, or a signal that cannot be caught.
-        KeyboardInterrupt, SystemExit: when the run has ended, see above.
+        ValueError: `deadline` has no time zone or is not a finite number, or a signal cannot be caught.
+        KeyboardInterrupt, SystemExit: the run has ended after a signal, see above.
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> engine = Engine(lambda state, batch: (state + batch, {}), [GracefulExit(deadline=0)])
+    >>> engine.run(jnp.int32(0), [1, 2, 3], epochs=1).stopped
+    'deadline reached'
     """
 
-    _clock: Callable[[], float] = staticmethod(time.monotonic)
+    _: KW_ONLY
+    deadline: float | datetime | None = None
+    signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT)
+    name: str | None = None
 
-    def __init__(
-        self,
-        *,
-        deadline: float | datetime | None = None,
-        signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT),
-        name: str | None = None,
-    ):
+    def __post_init__(self) -> None:
+        self.signals = tuple(dict.fromkeys(self.signals))
         never = {getattr(signal, known, None) for known in ("SIGKILL", "SIGSTOP")}
-        self.deadline: float | datetime | None = deadline
-        self.signals: tuple[int, ...] = tuple(dict.fromkeys(signals))
-        self.name: str | None = name
         for number in self.signals:
             if number in never or number not in set(signal.Signals):
                 raise ValueError(f"GracefulExit needs signals that can be caught, such as SIGTERM, got {number!r}.")
-        self.when: Cadence | int = Cadence()  # never
-        if isinstance(deadline, datetime):
-            if deadline.utcoffset() is None:
-                raise ValueError(f"GracefulExit needs a deadline with a time zone, got {deadline}. Say tzinfo=UTC.")
-            self.when = every(seconds=1)
-        elif deadline is not None:
-            if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not math.isfinite(deadline):
-                raise ValueError(f"GracefulExit needs a deadline in seconds or as a datetime, got {deadline!r}.")
-            self.when = every(seconds=deadline) if deadline > 0 else Cadence()
+        self.when: Cadence | int = self._when()
+        self.clock: Callable[[], float] = time.monotonic  # for echoes of a signal; a test can replace it
         self._loop: Loop | None = None
-        self._process: int | None = None  # whose signals are answered
-        self._first: int | None = None  # the signal that ends this run
-        self._borrowed: dict[int, Any] = {}
+        self._process: int | None = None  # the process whose signals are handled
+        self._first: int | None = None  # the signal that stops this run
+        self._previous: dict[int, Any] = {}  # the handlers before the run
+
+    def _when(self) -> Cadence:
+        """When to look at the deadline; never without one."""
+        if isinstance(self.deadline, datetime):
+            if self.deadline.utcoffset() is None:
+                raise ValueError(
+                    f"GracefulExit needs a deadline with a time zone, got {self.deadline}. Add tzinfo=UTC."
+                )
+            return every(seconds=1)
+        if self.deadline is None:
+            return Cadence()
+        number = isinstance(self.deadline, (int, float)) and not isinstance(self.deadline, bool)
+        if not (number and math.isfinite(self.deadline)):
+            raise ValueError(f"GracefulExit needs a deadline in seconds or as a datetime, got {self.deadline!r}.")
+        return every(seconds=self.deadline) if self.deadline > 0 else Cadence()
 
     def on_load(self, loop: Loop) -> None:
-        self._first, self._borrowed, self._process = None, {}, os.getpid()
+        self._first, self._previous, self._process = None, {}, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             if self.signals:
-                warnings.warn("GracefulExit answers no signals: the run is not in the main thread.", stacklevel=2)
+                warnings.warn(
+                    "GracefulExit handles no signals, because the run is not in the main thread.", stacklevel=2
+                )
             return
         for number in self.signals:
-            before = signal.getsignal(number)
-            if before not in (None, signal.SIG_IGN):  # None: not set from Python, so it could not be given back
-                self._borrowed[number] = before
+            previous = signal.getsignal(number)
+            if previous not in (None, signal.SIG_IGN):  # None: not set from Python, so it could not be restored
+                self._previous[number] = previous
                 signal.signal(number, self._receive)
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._loop = loop  # not before: a run that is restored in on_load would undo a stop
+        self._loop = loop  # not in on_load: restoring a run there would undo a stop
         if self._first is not None:
             self._stop(signal.Signals(self._first).name)
         if self._passed(0.0):
@@ -91,32 +105,30 @@ class GracefulExit(Callback):
 
     def on_step_end(self, loop: Loop) -> None:
         if self._passed(math.inf) and not loop.over:
-            notice("deadline reached: the run ends here, to be resumed")
+            log_user(f"deadline reached: stopping at step {loop.step} (run again to resume)")
             self._stop("deadline reached")
 
     def on_run_end(self, loop: Loop) -> None:
-        self._give_back(n for n in self._borrowed if signal.getsignal(n) == self._receive)  # a newer one stays
+        self._restore(n for n in self._previous if signal.getsignal(n) == self._receive)  # a newer handler stays
         self._loop = self._process = None
         if self._first is not None and loop.error is None:
-            before = self._borrowed[self._first]
-            if not callable(before):
+            previous = self._previous[self._first]
+            if not callable(previous):
                 raise SystemExit(128 + self._first)
-            before(self._first, None)
+            previous(self._first, None)
 
     def _receive(self, number: int, frame: Any) -> None:
-        """The handler. It runs between two bytecodes of whatever the main thread is doing."""
-        now, here = self._clock(), os.getpid() == self._process
+        """Handle a signal. This runs between two bytecodes of whatever the main thread is doing."""
+        now, here = self.clock(), os.getpid() == self._process
         if here and self._first is None:
             self._first, self._at = number, now
             name = signal.Signals(number).name
             self._stop(name)
-            with contextlib.suppress(Exception):  # such as a signal that came amid another write to stderr
-                notice(
-                    f"{name}: finishing what is due at this step, saving, then ending; again to end at once",
-                    everywhere=True,
-                )
+            with contextlib.suppress(Exception):  # such as a signal during another write to stderr
+                text = f"{name}: finishing this step and saving before stopping. Send it again to stop immediately."
+                log_user(text, everywhere=True)
         elif not here or now - self._at >= ECHO:  # not here: in a forked child, such as a loader's worker
-            self._give_back(self._borrowed)
+            self._restore(self._previous)
             signal.raise_signal(number)
 
     def _stop(self, reason: str) -> None:
@@ -124,11 +136,11 @@ class GracefulExit(Callback):
             self._loop.stop(reason, final=False)
 
     def _passed(self, elapsed: float) -> bool:
-        """Whether the deadline has passed, with so many seconds since the run's begin."""
+        """Return whether the deadline has passed, `elapsed` seconds after the run began."""
         if isinstance(self.deadline, datetime):
             return datetime.now(UTC) >= self.deadline
         return self.deadline is not None and elapsed >= self.deadline
 
-    def _give_back(self, numbers: Iterable[int]) -> None:
+    def _restore(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            signal.signal(number, self._borrowed[number])
+            signal.signal(number, self._previous[number])

@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 import os
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 from onstep import Cadence, Callback, Loop, at
-from onstep.checks import whole
+from onstep.tools import check_int
 
 
+@dataclass(eq=False, repr=False)
 class Profiler(Callback):
     """Traces the steps from `start + 1` to `start + steps` with `jax.profiler`.
 
-    Look at the trace with `tensorboard --logdir <directory>` (and its plugin `xprof`), or open the
-    `trace.json.gz` that it writes in https://ui.perfetto.dev. Steps are absolute: a run that goes on
-    behind `start`, or ends before, traces none and writes nothing. One that ends in between
-    writes what there is.
+    Use it to see what the host and the device do during a step. View the trace with `tensorboard --logdir
+    <directory>` and its plugin `xprof`, or open the `trace.json.gz` that it contains in https://ui.perfetto.dev.
+
+    Steps are absolute. A run that ends before `start`, or resumes after it, writes nothing. A run that ends during
+    the trace writes the steps it has traced.
 
     Args:
-        directory: where to write, below `plugins/profile`; that of TensorBoard will do.
-        start: steps to run before; compilation is no part of the trace, but the first steps are
-            slower than others.
-        steps: steps to trace; a trace of many is large.
+        directory: where to write the trace, in `plugins/profile`. It can be the directory of `TensorBoard`.
+        start: the number of steps to run before the trace. Compilation is never part of it, but the first steps of a
+            run are slower than later ones.
+        steps: the number of steps to trace. Long traces are large.
         name: the callback's name.
 
     Raises:
-        RuntimeError: another trace is active when this one shall start.
+        ValueError: `start` is negative or `steps` is less than 1.
+        RuntimeError: another trace is running when this one starts.
+
+    >>> profiler = Profiler("runs/profile", start=100, steps=5)
+    >>> profiler.when
+    at(101, 105)
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, start: int = 10, steps: int = 5, name: str | None = None):
-        whole("Profiler", "start", start, 0)
-        whole("Profiler", "steps", steps, 1)
-        self.directory: str = os.fspath(directory)
-        self.start: int = start
-        self.steps: int = steps
-        self.name: str | None = name
-        self.when: Cadence | int = at(start + 1, start + steps)
+    directory: str | os.PathLike[str]
+    _: KW_ONLY
+    start: int = 10
+    steps: int = 5
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_int("Profiler", "start", self.start, 0)
+        check_int("Profiler", "steps", self.steps, 1)
+        self.directory = os.fspath(self.directory)
+        self.when: Cadence | int = at(self.start + 1, self.start + self.steps)
         self._tracing = False
 
     def on_step_begin(self, loop: Loop) -> None:
         if loop.step == self.start:
             try:
-                jax.profiler.start_trace(self.directory)
+                jax.profiler.start_trace(os.fspath(self.directory))
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"Profiler needs to start a trace at step {loop.step + 1}, but jax has one running. "
-                    "Stop that one before, or trace other steps: Profiler(..., start=...)."
+                    f"Profiler needs to start a trace at step {loop.step + 1}, but another trace is running. "
+                    "Stop it first, or trace other steps: Profiler(..., start=...)."
                 ) from error
             self._tracing = True
 

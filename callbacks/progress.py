@@ -1,57 +1,64 @@
-"""Show how far a run is."""
+"""Show the progress of a run."""
 
 from __future__ import annotations
 
+import functools
 import html
 import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TextIO
 
 from onstep import Cadence, Callback, Loop, Record, every, processes
+from onstep.tools import Observer
 
 
+@dataclass(eq=False, repr=False)
 class Progress(Callback):
-    """Shows the run as one line that moves; in a log file as a line per interval.
+    """Shows the progress of a run as a bar in a terminal or notebook, and as a line per interval in a log file.
 
         epoch 3/10 |████████| step 360/1200  35.2 steps/s  0:27 left  train/loss 0.3120
         val        |██████▍ | 96/120  0:02 left
 
-    The bar is the epoch's, or the run's where that is one epoch or epochs have no known length. An
-    evaluation that takes longer than `interval` has a line of its own while it lasts. The rate leaves out
-    compiling and evaluations, the remaining time counts as many evaluations as there were before; both are
-    of the whole run, as one that goes on brings them along. A notebook shows the same. Of many processes
-    only the first says something.
+    The bar shows the progress of the epoch, or that of the run if there is only one epoch or the length of an epoch
+    is unknown. A task that a callback reports with `loop.progress`, such as an evaluation, has its own line while it
+    lasts if that is longer than `interval`. The rate leaves out compiling and these tasks. The remaining time assumes
+    that they continue to take the same share of the time. Both cover the whole run, including the steps before it was
+    resumed. If there are several processes, only the first one prints.
 
     Args:
-        interval: seconds between two updates; by default 0.2 for a bar, 10 for lines.
-        metrics: the recorded names to show, in order; without, all but the `epoch/` means, and
-            those of evaluations before those of training. A bar shows as many as fit.
-        file: where to; stderr without.
+        interval: seconds between two updates, 0.2 for a bar and 10 for lines by default.
+        metrics: the recorded names to show, in order. By default all except the `epoch/` means and the `time/` rates,
+            with those of evaluations before those of training. A bar shows as many as fit.
+        file: where to print; stderr by default.
         name: the callback's name.
 
     Raises:
         ValueError: `interval` is not positive.
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> progress = Progress(file=sys.stdout)
+    >>> engine = Engine(lambda state, batch: (state + batch, {"loss": batch}), [progress])
+    >>> result = engine.run(jnp.int32(0), [1, 2, 3], epochs=2)
+    epoch 2/2  step 6/6  ...  train/loss 2.000
     """
 
-    def __init__(
-        self,
-        *,
-        interval: float | None = None,
-        metrics: Sequence[str] | None = None,
-        file: TextIO | None = None,
-        name: str | None = None,
-    ):
-        self.metrics: Sequence[str] | None = metrics
-        self.name: str | None = name
-        self._file = file
-        if interval is None:
-            interval = 0.2 if self._screen().moves else 10.0
-        self.when: Cadence | int = every(seconds=interval)
-        self._interval = interval
+    _: KW_ONLY
+    interval: float | None = None
+    metrics: Sequence[str] | None = None
+    file: TextIO | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        default = 0.2 if self._screen().moves else 10.0
+        self._interval = default if self.interval is None else self.interval
+        self.when: Cadence | int = every(seconds=self._interval)
+        self._tasks: dict[str, _Task] = {}
         self._loop: Loop | None = None
         self._to: _Lines | None = None
         self.set_state({"steps": 0, "seconds": 0.0, "elapsed": 0.0, "evaluating": 0.0, "until": 0, "since": None})
@@ -62,14 +69,16 @@ class Progress(Callback):
             self._spent["since"] = loop.step
         self._shown, self._beside, self._paused, self._ended = self._began, None, 0.0, False
         if processes.writes() and not loop.over:
-            self._to = self._screen()(self._file or sys.stderr)  # shown later: what else is said comes before
+            self._to = self._screen()(self.file or sys.stderr)  # nothing is shown yet: messages of the start come first
+        self._tasks = {}
+        loop.observe(_Reports(functools.partial(self._report, loop)))
 
     def on_step_end(self, loop: Loop) -> None:
-        if not loop.over:  # else on_run_end does it
+        if not loop.over:  # on_run_end shows the last step
             self._show(loop)
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        if self._paused:  # by an evaluation, and this is what it found
+        if self._paused:  # by an evaluation, which has ended with this record
             self._spent["evaluating"] += self._paused
             self._spent["until"], self._paused = loop.step, 0.0
         if self._beside is not None:
@@ -86,24 +95,23 @@ class Progress(Callback):
         self._loop = self._to = None
 
     def evaluating(self, loop: Loop, name: str) -> Callable[[int, int | None], None]:
-        """Shows an evaluation that begins; what it returns is to be called with the batches done and
-        their number, or None, after each: `evaluate(..., watch=progress.evaluating(loop, "test"))`.
+        """Show an evaluation that begins now. Deprecated since 0.2: use `functools.partial(loop.progress, name)`.
+
+        Args:
+            loop: the run.
+            name: what the line calls the evaluation.
+
+        Returns:
+            A function to call after each batch with the number of batches done and their total (None if unknown),
+            as in `evaluate(..., watch=progress.evaluating(loop, "test"))`.
         """
-        began = last = time.monotonic()
-        self._mark = self._mark or (began, loop.step)
-
-        def watch(done: int, total: int | None) -> None:
-            nonlocal last
-            before, last = last, time.monotonic()
-            self._paused += last - before
-            if self._to is not None and last - max(began, self._shown) >= self._interval:
-                facts = [f"{done}"]
-                if total is not None:
-                    facts = [f"{done}/{total}", f"{_clock((total - done) * (last - began) / done)} left"]
-                self._beside = Part(name, total and done / total, facts)
-                self._show(loop)
-
-        return watch
+        warnings.warn(
+            "Progress.evaluating is deprecated since onstep 0.2. Use functools.partial(loop.progress, name) instead.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        loop.progress(name, 0)
+        return functools.partial(loop.progress, name)
 
     def get_state(self) -> dict[str, Any]:
         spent = dict(self._spent)
@@ -117,7 +125,23 @@ class Progress(Callback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._spent = state
-        self._mark: tuple[float, int] | None = None  # when, and at which step, the rate began to be measured
+        self._mark: tuple[float, int] | None = None  # the time and the step at which measuring the rate began
+
+    def _report(self, loop: Loop, name: str, done: int, total: int | None) -> None:
+        """Take what a callback reports with `loop.progress`, and show it if the last update is long ago."""
+        now, task = time.monotonic(), self._tasks.get(name)
+        if task is None or done <= task.done:  # it begins
+            self._tasks[name] = task = _Task(now, done, now, done)
+            self._mark = self._mark or (now, loop.step)
+        self._paused += now - task.last
+        task.last, task.done = now, done
+        if done > task.first and self._to is not None and now - max(task.began, self._shown) >= self._interval:
+            facts = [f"{done}"]
+            if total is not None:
+                each = (now - task.began) / (done - task.first)
+                facts = [f"{done}/{total}", f"{_clock((total - done) * each)} left"]
+            self._beside = Part(name, total and done / total, facts)
+            self._show(loop)
 
     def _show(self, loop: Loop) -> None:
         if self._to is None:
@@ -151,20 +175,40 @@ class Progress(Callback):
         return Part(f"epoch {epoch}" + ("" if loop.epochs is None else f"/{loop.epochs}"), share, facts, values)
 
     def _screen(self) -> type[_Lines]:
-        if self._file is None and "ipykernel.zmqshell" in sys.modules:
+        if self.file is None and "ipykernel.zmqshell" in sys.modules:
             return _Notebook
-        terminal = getattr(self._file or sys.stderr, "isatty", lambda: False)()
+        terminal = getattr(self.file or sys.stderr, "isatty", lambda: False)()
         return _Terminal if terminal and os.environ.get("TERM") != "dumb" else _Lines
+
+
+class _Reports(Observer):
+    """Passes on what callbacks report. It overrides neither `begin` nor `end`, so it costs the steps nothing."""
+
+    def __init__(self, report: Callable[[str, int, int | None], None]):
+        self._report = report
+
+    def progress(self, name: str, done: int, total: int | None) -> None:
+        self._report(name, done, total)
+
+
+@dataclass
+class _Task:
+    """A task that a callback reports."""
+
+    began: float  # the time of its first report
+    first: int  # the units done at that time
+    last: float  # the time of its last report
+    done: int  # the units done at that time
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a line says."""
+    """The content of one line."""
 
     label: str
-    share: float | None  # of the bar, None for no bar
+    share: float | None  # of the bar that is filled, None for no bar
     facts: list[str]
-    values: list[str] = field(default_factory=list)  # as many as fit
+    values: list[str] = field(default_factory=list)  # a bar shows as many of them as fit
 
 
 class _Lines:
@@ -174,10 +218,10 @@ class _Lines:
         self._file = file
 
     def draw(self, run: Part, beside: Part | None) -> None:
-        said = [run.label, *run.facts, ", ".join(run.values)]
+        texts = [run.label, *run.facts, ", ".join(run.values)]
         if beside is not None:
-            said = [run.label, run.facts[0], f"{beside.label} {', '.join(beside.facts)}"]
-        print("  ".join(said).rstrip(), file=self._file, flush=True)
+            texts = [run.label, run.facts[0], f"{beside.label} {', '.join(beside.facts)}"]
+        print("  ".join(texts).rstrip(), file=self._file, flush=True)
 
     def close(self) -> None:
         pass
@@ -185,7 +229,7 @@ class _Lines:
 
 class _Terminal(_Lines):
     moves = True
-    _drawn = 0  # lines
+    _drawn = 0  # lines on the screen
 
     def draw(self, run: Part, beside: Part | None) -> None:
         try:
@@ -222,14 +266,14 @@ class _Notebook(_Lines):
 
 
 def _lines(parts: list[Part], columns: int, smooth: bool) -> list[str]:
-    """A line each; the first with as many whole values as fit, and a shorter bar rather than none."""
+    """Return a line for each part. If no value fits on the first line, its bar gets shorter."""
     first, pad = parts[0].values, max(len(part.label) for part in parts)
     for width in (columns // 10, 5):
         bars = ["  " if part.share is None else f" |{_bar(part.share, width, smooth)}| " for part in parts]
         lines = [f"{p.label:<{pad}}{bar}{'  '.join(p.facts)}" for p, bar in zip(parts, bars, strict=True)]
-        said = [lines[0], *(f"{lines[0]}  {', '.join(first[:n])}" for n in range(1, len(first) + 1))]
-        lines[0] = [line for line in said if len(line) < columns or line is said[0]][-1]
-        if not first or lines[0] is not said[0]:
+        choices = [lines[0], *(f"{lines[0]}  {', '.join(first[:n])}" for n in range(1, len(first) + 1))]
+        lines[0] = [line for line in choices if len(line) < columns or line is choices[0]][-1]
+        if not first or lines[0] is not choices[0]:
             break
     return [line[: columns - 1] for line in lines]
 
@@ -243,8 +287,8 @@ def _bar(share: float, width: int, smooth: bool) -> str:
 
 def _html(part: Part) -> str:
     bar = "" if part.share is None else f'<progress value="{part.share:.4f}" max="1"></progress>'
-    said = html.escape("  ".join([*part.facts, ", ".join(part.values)]))
-    return f'<div style="white-space: pre-wrap">{html.escape(part.label)} {bar} {said}</div>'
+    text = html.escape("  ".join([*part.facts, ", ".join(part.values)]))
+    return f'<div style="white-space: pre-wrap">{html.escape(part.label)} {bar} {text}</div>'
 
 
 def _clock(seconds: float) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ class Loop:
 
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
-        with contextlib.closing(self._stream), contextlib.closing(self._group), self._events.around(self):
+        with closing(self._stream), closing(self._group), closing(self._spans), self._events.around(self):
             self._load()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
             while not self.over:
@@ -384,11 +384,12 @@ class Loop:
 
     def observe(self, observer: Observer) -> None:
         """Tell an observer what the run does from now on, until it ends: compiled calls, waits, handlers, progress."""
-        if not self._spans:
+        timed = bool(self._spans)
+        self._spans.add(observer)
+        if self._spans and not timed:  # the first observer that overrides begin or end
             self._events.observe(self._spans)
             self._stream.observe(self._spans)
             self._windows.observe(self._spans)
-        self._spans.add(observer)
 
     def progress(self, name: str, done: int, total: int | None = None) -> None:
         """Tell observers how far a long task of a callback is.

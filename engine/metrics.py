@@ -53,7 +53,7 @@ class Windows:
 
     def observe(self, spans: Spans) -> None:
         """Report every read as a span from now on."""
-        self.read = spans.wrap(WAIT, self.read)  # type: ignore[method-assign]
+        spans.instrument(self, WAIT, "read")
 
     def read(self) -> None:
         """Read what is pending into the open means. This is the one place that waits for metrics."""

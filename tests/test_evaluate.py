@@ -1,6 +1,7 @@
-"""Evaluation: evaluate(...) by itself, and the Evaluate callback in runs."""
+"""Evaluation: the function `evaluate`, and the callback `Evaluate` in runs."""
 
 import functools
+import itertools
 import zlib
 
 import jax
@@ -11,9 +12,11 @@ from clu import metrics as clu_metrics
 from flax import struct
 from onstep import Batches, Callback, Engine, at, evaluate, every
 from onstep.callbacks import EMA, Evaluate
+from onstep.testing import SizedData
+from onstep.tools import Observer
 
 ROWS = [np.float32([1, 2, 3]), np.float32([10])]
-"""Four examples in two batches, of mean 4."""
+"""Four examples in two batches, with mean 4."""
 
 
 def train(state, batch):
@@ -37,13 +40,13 @@ def draw(state, batch, rng):
 
 
 def endless():
-    """1, 2, ...; whoever reads on and on is stopped."""
+    """Yield 1, 2, ...; reading all of it is an error."""
     yield from range(1, 100)
-    raise AssertionError("read without an end")
+    raise AssertionError("read without end")
 
 
 def counted(function):
-    """The function, and a list that grows whenever it is traced."""
+    """Return the function, and a list that grows whenever it is traced."""
     traces = []
 
     @functools.wraps(function)
@@ -54,27 +57,27 @@ def counted(function):
     return step, traces
 
 
-def test_a_short_last_batch_counts_by_its_examples():
+def test_a_short_last_batch_is_weighted_by_its_examples():
     assert evaluate(mean, None, ROWS) == {"x": 4.0}
 
 
-def test_an_example_is_counted_along_the_leading_axis_of_the_first_array():
+def test_examples_are_counted_along_the_leading_axis_of_the_first_array():
     data = [{"a": np.float32(7), "x": rows, "z": np.zeros((5, 2))} for rows in ROWS]
     assert evaluate(lambda state, batch: {"x": batch["x"].mean()}, None, data) == {"x": 4.0}
 
 
-def test_batches_without_an_axis_count_once():
+def test_scalar_batches_have_equal_weights():
     assert evaluate(lambda state, batch: {"x": batch}, None, [1.0, 3.0, 8.0]) == {"x": 4.0}
 
 
-def test_each_metric_has_its_mean():
+def test_each_metric_has_its_own_mean():
     def step(state, batch):
         return {"x": batch.mean(), "off": abs(batch - state).mean()}
 
     assert evaluate(step, jnp.float32(2), ROWS) == pytest.approx({"x": 4.0, "off": 2.5})
 
 
-def test_a_metric_of_some_batches_is_the_mean_over_those():
+def test_a_metric_of_some_batches_is_averaged_over_these_batches():
     def step(state, batch):
         return {"x": batch["x"].mean()} | ({"error": abs(batch["x"] - batch["y"]).mean()} if "y" in batch else {})
 
@@ -97,14 +100,14 @@ def test_a_collection_of_clu_metrics_merges_exactly():
     assert evaluate(step, None, batches) == {"accuracy": pytest.approx(0.4), "loss": pytest.approx(29 / 5)}
 
 
-def test_a_clu_metric_may_stand_beside_scalars():
+def test_clu_metrics_and_scalars_can_be_mixed():
     def step(state, batch):
         return {"last": clu_metrics.Average.from_model_output(batch), "x": batch.mean()}
 
     assert evaluate(step, None, ROWS) == {"last": 4.0, "x": 4.0}
 
 
-def test_the_state_stays_the_callers():
+def test_the_state_is_not_donated():
     state = {"params": jnp.arange(3.0)}
     first, second = (evaluate(lambda state, batch: {"p": state["params"].sum()}, state, [1, 2]) for _ in range(2))
     assert first == second == {"p": 3.0}
@@ -119,21 +122,21 @@ def test_the_state_stays_the_callers():
         pytest.param(lambda: ROWS, id="a list"),
     ],
 )
-def test_data_is_any_source_of_batches(make):
+def test_data_can_be_any_source_of_batches(make):
     assert evaluate(mean, None, make()) == {"x": 4.0}
 
 
-def test_steps_limits_endless_data_and_draws_no_more():
+def test_steps_limits_how_many_batches_are_drawn():
     source = endless()
     assert evaluate(lambda state, batch: {"x": batch}, None, source, steps=4) == {"x": 2.5}
     assert next(source) == 5
 
 
-def test_steps_beyond_the_data_takes_what_there_is():
+def test_more_steps_than_batches_use_all_batches():
     assert evaluate(mean, None, ROWS, steps=9) == {"x": 4.0}
 
 
-def test_a_step_that_takes_a_key_gets_another_one_for_each_batch():
+def test_a_step_that_takes_a_key_gets_a_different_one_for_each_batch():
     key = jax.random.key(3)
     expected = [float(jax.random.uniform(jax.random.fold_in(key, n))) for n in range(2)]
     assert len(set(expected)) == 2
@@ -141,46 +144,46 @@ def test_a_step_that_takes_a_key_gets_another_one_for_each_batch():
     assert evaluate(draw, None, [1, 1], rng=key) == evaluate(draw, None, [1, 1], rng=key)
 
 
-def test_a_step_that_takes_a_key_needs_one():
+def test_a_step_that_takes_a_key_raises_without_one():
     with pytest.raises(ValueError, match=r"evaluation step takes a random key .* Pass one: rng="):
         evaluate(draw, None, [1])
 
 
 @pytest.mark.parametrize("data", [[], iter(()), lambda epoch: []], ids=["list", "iterator", "callable"])
-def test_data_without_a_batch_is_refused(data):
+def test_data_without_batches_is_an_error(data):
     with pytest.raises(ValueError, match=r"The data to evaluate on yielded no batches"):
         evaluate(mean, None, data)
 
 
 @pytest.mark.parametrize("data", [{"x": np.ones(3)}, "val", 7], ids=["dict", "str", "int"])
-def test_what_is_no_source_of_batches_is_refused(data):
+def test_data_that_is_not_a_source_of_batches_is_an_error(data):
     with pytest.raises(TypeError, match=rf"needs to be an iterable of batches .* got {type(data).__name__}"):
         evaluate(mean, None, data)
 
 
-def test_data_that_leaves_examples_out_is_a_warning():
+def test_data_that_drops_examples_causes_a_warning():
     batches = Batches(np.float32([1, 2, 3, 10, 4]), 2, shuffle=False)
     with pytest.warns(UserWarning, match=r"leaves out 1 example.* drop_last=False"):
         assert evaluate(mean, None, batches) == {"x": 4.0}
 
 
-def test_data_that_leaves_nothing_out_is_no_warning():
+def test_data_that_drops_nothing_causes_no_warning():
     values = np.float32([1, 2, 3, 10])
     assert evaluate(mean, None, Batches(values, 2)) == {"x": 4.0}
     assert evaluate(mean, None, Batches(values, 3, drop_last=False)) == {"x": 4.0}
 
 
-def test_a_metric_that_is_no_scalar_is_refused():
+def test_a_metric_that_is_not_a_scalar_is_an_error():
     with pytest.raises(ValueError, match=r"The evaluation step needs scalar metrics, got shape \(3,\) for 'x'"):
         evaluate(lambda state, batch: {"x": batch}, None, ROWS)
 
 
-def test_a_training_step_is_refused():
+def test_a_training_step_is_an_error():
     with pytest.raises(TypeError, match=r"The evaluation step needs metrics as a dict of scalars by name, got tuple"):
         evaluate(train, {"params": 1.0}, [1])
 
 
-def test_evaluating_again_compiles_nothing_again():
+def test_evaluating_again_does_not_compile_again():
     step, traces = counted(distance)
     for params in (0, 1, 2):
         evaluate(step, {"params": jnp.float32(params)}, [ROWS[0]] * 2)
@@ -197,19 +200,19 @@ def test_a_short_last_batch_compiles_once_more():
 @pytest.mark.parametrize(
     ("when", "steps"),
     [
-        pytest.param({}, [3, 6], id="every epoch without being told"),
+        pytest.param({}, [3, 6], id="every epoch by default"),
         pytest.param({"when": 2}, [2, 4, 6], id="a plain int means steps"),
         pytest.param({"when": every(epochs=2)}, [6], id="every 2 epochs"),
         pytest.param({"when": at(1) | every(epochs=1)}, [1, 3, 6], id="first step and every epoch"),
     ],
 )
-def test_a_run_is_evaluated_when_it_is_due(when, steps):
+def test_a_run_is_evaluated_when_due(when, steps):
     result = run([Evaluate(distance, ROWS, **when)], epochs=2)
     assert result.history.steps("val/x") == steps
     assert result.history["val/x"] == [4.0 - step for step in steps]
 
 
-def test_an_evaluation_sees_its_own_step_and_the_epoch_counted():
+def test_an_evaluation_is_recorded_at_its_step_with_its_epoch_counted():
     records = []
 
     class Note(Callback):
@@ -220,36 +223,36 @@ def test_an_evaluation_sees_its_own_step_and_the_epoch_counted():
     assert records == [(2, 1, {"val/x": 2.0}), (4, 2, {"val/x": 0.0})]
 
 
-def test_sets_have_names():
+def test_data_sets_have_names():
     result = run([Evaluate(mean, ROWS), Evaluate(mean, ROWS[:1], name="test"), Evaluate(mean, ROWS[1:], name="rare")])
     assert dict(result.latest) == {"val/x": 4.0, "test/x": 2.0, "rare/x": 10.0}
 
 
-def test_two_sets_of_one_name_are_refused():
+def test_two_data_sets_with_the_same_name_are_an_error():
     with pytest.raises(ValueError, match="Two callbacks are named 'val'"):
         Engine(train, [Evaluate(mean, ROWS), Evaluate(mean, ROWS)])
 
 
-def test_evaluating_leaves_the_run_as_it_is():
+def test_evaluating_does_not_change_the_run():
     ema = EMA(0.5)
     watched = run([ema, Evaluate(distance, ROWS, when=1), Evaluate(distance, ROWS, name="ema", using=ema, when=1)])
     assert watched.state == run([]).state
 
 
-def test_using_an_average_evaluates_it_instead_of_the_run():
+def test_using_an_average_evaluates_the_average():
     ema = EMA(0.5)
     result = run([ema, Evaluate(distance, ROWS, when=1), Evaluate(distance, ROWS, name="ema", using=ema, when=1)])
     assert result.history["val/x"] == [3.0, 2.0, 1.0]
     assert result.history["ema/x"] == [4 - 0.5, 4 - 1.25, 4 - 2.125]
 
 
-def test_using_an_average_does_not_depend_on_the_place_in_the_list():
+def test_an_average_can_be_listed_before_or_after_its_evaluation():
     ema = EMA(0.5)
     result = run([Evaluate(distance, ROWS, using=ema), ema])
     assert result.latest["val/x"] == 4 - 2.125
 
 
-def test_using_an_average_that_is_not_in_the_run_is_refused_before_the_first_step():
+def test_using_an_average_that_is_not_in_the_run_is_an_error_before_the_first_step():
     seen = []
     engine = Engine(train, [Evaluate(mean, ROWS, using=EMA())])
     engine.on("step_end")(lambda loop: seen.append(loop.step))
@@ -258,7 +261,7 @@ def test_using_an_average_that_is_not_in_the_run_is_refused_before_the_first_ste
     assert seen == []
 
 
-def test_using_takes_anything_that_gives_a_state():
+def test_using_takes_any_object_with_an_apply_method():
     class Zero:
         def apply(self, loop):
             return {"params": 0.0 * loop.state["params"]}
@@ -266,44 +269,44 @@ def test_using_takes_anything_that_gives_a_state():
     assert run([Evaluate(distance, ROWS, using=Zero())]).latest["val/x"] == 4.0
 
 
-def test_every_evaluation_of_a_run_has_the_same_keys():
+def test_every_evaluation_of_a_run_uses_the_same_keys():
     result = run([Evaluate(draw, [1, 1], when=1)], rng=jax.random.key(0))
     assert len(result.history["val/u"]) == 3
     assert len(set(result.history["val/u"])) == 1
 
 
-def test_each_set_has_keys_of_its_own():
+def test_each_data_set_has_its_own_keys():
     key = jax.random.key(0)
     result = run([Evaluate(draw, [1]), Evaluate(draw, [1], name="test")], rng=key)
     assert result.latest["val/u"] != result.latest["test/u"]
-    own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"test")), 0)
-    assert result.latest["test/u"] == float(jax.random.uniform(own))
+    key = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"test")), 0)
+    assert result.latest["test/u"] == float(jax.random.uniform(key))
 
 
-def test_a_step_that_takes_a_key_needs_one_of_the_run():
+def test_a_step_that_takes_a_key_raises_if_the_run_has_none():
     with pytest.raises(ValueError, match=r"takes a random key .* Pass one: rng=") as error:
         run([Evaluate(draw, [1])])
     assert "val.on_" in error.value.__notes__[0]
 
 
-def test_empty_data_ends_the_run():
+def test_empty_data_is_an_error_in_the_run():
     with pytest.raises(ValueError, match=r"The data to evaluate on yielded no batches: list") as error:
         run([Evaluate(mean, [])])
     assert "val.on_step_end at step 3" in error.value.__notes__[0]
 
 
-def test_a_generator_serves_one_evaluation():
+def test_a_generator_is_enough_for_one_evaluation():
     with pytest.raises(ValueError, match=r"yielded no batches: generator. A generator can be read only once") as error:
         run([Evaluate(mean, (rows for rows in ROWS))], epochs=2)
     assert "val.on_step_end at step 6" in error.value.__notes__[0]
 
 
-def test_a_dict_of_data_is_refused():
+def test_a_dict_of_arrays_is_an_error_in_the_run():
     with pytest.raises(TypeError, match=r"needs to be an iterable of batches .* got dict"):
         run([Evaluate(mean, {"x": np.ones(3)})])
 
 
-def test_endless_data_is_evaluated_for_a_number_of_steps():
+def test_endless_data_is_evaluated_for_a_number_of_batches():
     result = run([Evaluate(lambda state, batch: {"x": batch}, endless(), steps=2)], epochs=2)
     assert result.history["val/x"] == [1.5, 3.5]
 
@@ -318,7 +321,38 @@ def test_the_evaluations_of_a_run_compile_once():
     assert len(traces) == 1
 
 
-def test_a_value_that_is_not_finite_is_recorded_as_such():
+def test_a_value_that_is_not_finite_is_recorded():
     result = run([Evaluate(lambda state, batch: {"nan": jnp.log(-batch.mean()), "inf": 1 / (0 * batch.mean())}, ROWS)])
     assert np.isnan(result.latest["val/nan"])
     assert result.latest["val/inf"] == np.inf
+
+
+@pytest.mark.parametrize(
+    ("data", "steps", "total"),
+    [
+        ([1.0, 1.0, 1.0], None, 3),
+        ([1.0, 1.0, 1.0], 2, 2),
+        ([1.0], 3, 1),
+        (itertools.repeat(1.0), 2, 2),
+        (iter([1.0]), None, None),
+        (SizedData([1.0], TypeError("no length")), None, None),
+    ],
+    ids=["all", "some", "fewer", "endless", "iterator", "no length"],
+)
+def test_an_evaluation_reports_its_beginning_and_each_batch(data, steps, total):
+    class Reports(Observer):
+        def progress(self, *report):
+            reports.append(report)
+
+    reports = []
+    engine = Engine(train, [Evaluate(mean, data, name="test", steps=steps)])
+    engine.on("run_begin")(lambda loop: loop.observe(Reports()))
+    engine.run({"params": jnp.float32(0)}, [1], epochs=1)
+    assert reports == [("test", done, total) for done in range((total or 1) + 1)]
+
+
+def test_it_shows_itself_as_the_call_that_made_it():
+    assert repr(Evaluate(mean, [1.0])) == "Evaluate(mean, [1.0])"
+    assert repr(Evaluate(mean, [1.0], name="test", when=2, steps=1)) == (
+        "Evaluate(mean, [1.0], name='test', when=2, steps=1)"
+    )

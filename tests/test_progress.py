@@ -1,7 +1,8 @@
-"""How far a run is: lines in a log, a line that moves in a terminal, a notebook's."""
+"""The progress of a run: lines in a log, a bar in a terminal and in a notebook."""
 
 import contextlib
 import fcntl
+import functools
 import io
 import itertools
 import os
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, evaluate, processes
 from onstep.callbacks import Evaluate, Progress, progress
+from onstep.testing import FakeClock
 
 
 def add(state, batch):
@@ -26,52 +28,47 @@ def loss(state, batch):
     return {"loss": batch}
 
 
-class Clock(Callback):
-    """A clock on which every step takes so many seconds."""
+class StepTime(Callback):
+    """Lets every step take some seconds on a clock."""
 
-    def __init__(self, seconds):
-        self.seconds, self.now = seconds, 0.0
-
-    def __call__(self):
-        return self.now
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
 
     def on_step_begin(self, loop):
-        self.now += self.seconds
+        self.clock.advance(self.seconds)
 
 
 @pytest.fixture
-def clocked(monkeypatch):
-    """Makes an engine, with Progress and other callbacks, whose steps take so many seconds."""
-
-    def make(seconds, *callbacks, **options):
-        clock = Clock(seconds)
-        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=clock))
-        engine = Engine(add, [clock, *callbacks], **options)
-        engine._clock = clock
-        return engine
-
-    return make
+def clock(monkeypatch):
+    """The clock that Progress reads."""
+    clock = FakeClock()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=clock))
+    return clock
 
 
-class Slow:
-    """Data of which each batch takes a second on the clock of an engine.
+def timed_engine(clock, seconds, *callbacks, **options):
+    """An engine whose steps take some seconds."""
+    return Engine(add, [StepTime(clock, seconds), *callbacks], clock=clock, **options)
+
+
+class SlowData:
+    """Data whose batches take a second each.
 
     Args:
-        count: batches.
+        clock: the clock.
+        count: the number of batches.
         look: called when a batch is drawn.
     """
 
-    engine: Engine
-
-    def __init__(self, count, look=lambda: None):
-        self.count, self.look = count, look
+    def __init__(self, clock, count, look=lambda: None):
+        self.clock, self.count, self.look = clock, count, look
 
     def __len__(self):
         return self.count
 
     def __iter__(self):
         for _ in range(self.count):
-            self.engine._clock.now += 1
+            self.clock.advance(1)
             self.look()
             yield 1
 
@@ -84,15 +81,15 @@ class Terminal(io.StringIO):
 # Lines.
 
 
-def test_a_line_is_printed_at_each_interval_and_at_the_end(clocked):
+def test_a_line_is_printed_at_each_interval_and_at_the_end(clock):
     file = io.StringIO()
-    clocked(4, Progress(interval=10, file=file)).run(jnp.int32(0), [1] * 7, epochs=1)
+    timed_engine(clock, 4, Progress(interval=10, file=file)).run(jnp.int32(0), [1] * 7, epochs=1)
     assert re.findall(r"step (\S+)", file.getvalue()) == ["3/7", "6/7", "7/7"]
 
 
-def test_a_line_says_epoch_step_rate_time_left_and_the_newest_metrics(clocked):
+def test_a_line_shows_epoch_step_rate_time_left_and_the_newest_metrics(clock):
     file = io.StringIO()
-    clocked(30, Progress(interval=60, file=file), log_every=2).run(jnp.int32(0), [1, 2, 3], epochs=3)
+    timed_engine(clock, 30, Progress(interval=60, file=file), log_every=2).run(jnp.int32(0), [1, 2, 3], epochs=3)
     assert file.getvalue().splitlines() == [
         "epoch 1/3  step 2/9",
         "epoch 2/3  step 4/9  30.0 s/step  2:30 left  train/loss 1.500",
@@ -102,20 +99,20 @@ def test_a_line_says_epoch_step_rate_time_left_and_the_newest_metrics(clocked):
     ]
 
 
-def test_a_line_says_no_more_than_is_known(clocked):
+def test_a_line_leaves_out_what_is_unknown(clock):
     file = io.StringIO()
-    clocked(0.5, Progress(file=file)).run(jnp.int32(0), (1 for _ in range(4)), epochs=1)
+    timed_engine(clock, 0.5, Progress(file=file)).run(jnp.int32(0), (1 for _ in range(4)), epochs=1)
     assert file.getvalue() == "epoch 1/1  step 4  2.00 steps/s  in 0:02  train/loss 1.000\n"
 
 
-def test_a_target_in_steps_is_the_total(clocked):
+def test_a_target_in_steps_is_the_total(clock):
     file = io.StringIO()
-    clocked(0.5, Progress(file=file)).run(jnp.int32(0), (1 for _ in range(9)), steps=4)
+    timed_engine(clock, 0.5, Progress(file=file)).run(jnp.int32(0), (1 for _ in range(9)), steps=4)
     assert file.getvalue() == "epoch 1  step 4/4  2.00 steps/s  in 0:02  train/loss 1.000\n"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (0.001, "1,000 steps/s  in 0:00"),
         (0.01, "100 steps/s  in 0:00"),
@@ -124,19 +121,19 @@ def test_a_target_in_steps_is_the_total(clocked):
     ],
     ids=["a thousand a second", "a hundred", "seconds", "hours"],
 )
-def test_rates_and_times_are_said_as_one_would(clocked, seconds, said):
+def test_rates_and_times_have_readable_units(clock, seconds, text):
     file = io.StringIO()
-    clocked(seconds, Progress(interval=10**9, file=file)).run(jnp.int32(0), [1] * 4, epochs=1)
-    assert said in file.getvalue()
+    timed_engine(clock, seconds, Progress(interval=10**9, file=file)).run(jnp.int32(0), [1] * 4, epochs=1)
+    assert text in file.getvalue()
 
 
-def test_the_rate_leaves_out_what_comes_before_the_first_line(clocked):
+def test_the_rate_leaves_out_the_time_before_the_first_line(clock):
     file = io.StringIO()
-    engine = clocked(2, Progress(interval=3, file=file))
+    engine = timed_engine(clock, 2, Progress(interval=3, file=file))
 
     @engine.on("step_begin")
     def compile_first(loop):
-        engine._clock.now += 100 * (loop.step == 0)
+        clock.advance(100 * (loop.step == 0))
 
     engine.run(jnp.int32(0), [1] * 9, epochs=1)
     assert "epoch 1/1  step 3/9  0.500 steps/s" not in file.getvalue()
@@ -144,9 +141,9 @@ def test_the_rate_leaves_out_what_comes_before_the_first_line(clocked):
     assert "in 1:58" in file.getvalue()
 
 
-def test_rate_time_left_and_time_spent_survive_a_resume(clocked):
+def test_rate_time_left_and_time_spent_survive_a_resume(clock):
     file = io.StringIO()
-    engine = clocked(2, Progress(interval=4, file=file))
+    engine = timed_engine(clock, 2, Progress(interval=4, file=file))
     first = engine.run(jnp.int32(0), [1] * 100, steps=20)
     before = len(file.getvalue().splitlines())
     engine.run(first, [1] * 100, steps=30)
@@ -155,17 +152,17 @@ def test_rate_time_left_and_time_spent_survive_a_resume(clocked):
     assert lines[-1] == "epoch 1  step 30/30  2.00 s/step  in 1:00  train/loss 1.000"
 
 
-def test_steps_that_were_run_before_do_not_count_for_the_rate(clocked):
+def test_steps_of_a_run_without_progress_do_not_count_for_the_rate(clock):
     file = io.StringIO()
     first = Engine(add).run(jnp.int32(0), [1] * 100, epochs=1)
-    clocked(2, Progress(interval=3, file=file)).run(first, [1] * 100, steps=106)
+    timed_engine(clock, 2, Progress(interval=3, file=file)).run(first, [1] * 100, steps=106)
     assert "epoch 2  step 104/106  2.00 s/step  0:04 left" in file.getvalue()
     assert "epoch 2  step 106/106  2.00 s/step  in 0:12" in file.getvalue()
 
 
-def test_a_fresh_run_counts_from_nothing(clocked):
+def test_a_second_run_counts_from_zero(clock):
     file = io.StringIO()
-    engine = clocked(1, Progress(interval=100, file=file))
+    engine = timed_engine(clock, 1, Progress(interval=100, file=file))
     for _ in range(2):
         engine.run(jnp.int32(0), [1] * 5, epochs=1)
     assert re.findall(r"in \S+", file.getvalue()) == ["in 0:05", "in 0:05"]
@@ -180,17 +177,17 @@ def test_a_fresh_run_counts_from_nothing(clocked):
     ],
     ids=["all but means of epochs", "one", "those that exist"],
 )
-def test_the_metrics_to_show_can_be_chosen(clocked, metrics, shown):
+def test_the_metrics_to_show_can_be_chosen(clock, metrics, shown):
     file = io.StringIO()
-    engine = clocked(1, Progress(file=file, metrics=metrics))
+    engine = timed_engine(clock, 1, Progress(file=file, metrics=metrics))
     engine.on("epoch_end")(lambda loop: loop.log({"val/acc": 0.5}))
     engine.run(jnp.int32(0), [1, 3], epochs=1)
     assert file.getvalue() == f"epoch 1/1  step 2/2  1.00 steps/s  in 0:02  {shown}\n"
 
 
-def test_a_value_that_is_not_finite_is_shown_as_such(clocked):
+def test_a_value_that_is_not_finite_is_shown(clock):
     file = io.StringIO()
-    clocked(1, Progress(file=file)).run(jnp.float32(0), [float("nan")], epochs=1)
+    timed_engine(clock, 1, Progress(file=file)).run(jnp.float32(0), [float("nan")], epochs=1)
     assert file.getvalue().endswith("train/loss nan\n")
 
 
@@ -201,9 +198,9 @@ def test_lines_go_to_stderr_by_default(capsys):
     assert captured.out == ""
 
 
-def test_a_run_that_fails_still_says_how_far_it_came(clocked):
+def test_a_failed_run_shows_the_step_it_reached(clock):
     file = io.StringIO()
-    engine = clocked(1, Progress(file=file))
+    engine = timed_engine(clock, 1, Progress(file=file))
 
     @engine.on("step_end")
     def fail(loop):
@@ -215,10 +212,10 @@ def test_a_run_that_fails_still_says_how_far_it_came(clocked):
     assert file.getvalue() == "epoch 1/1  step 2/3  1.00 steps/s  in 0:02\n"
 
 
-def test_a_long_evaluation_says_how_far_it_is(clocked):
-    file, data = io.StringIO(), Slow(10)
-    data.engine = clocked(1, Evaluate(loss, data), Progress(interval=4, file=file))
-    data.engine.run(jnp.int32(0), [1, 1], epochs=2)
+def test_a_long_evaluation_shows_its_progress(clock):
+    file, data = io.StringIO(), SlowData(clock, 10)
+    engine = timed_engine(clock, 1, Evaluate(loss, data), Progress(interval=4, file=file))
+    engine.run(jnp.int32(0), [1, 1], epochs=2)
     assert file.getvalue().splitlines() == [
         "epoch 1/2  step 2/4  val 4/10, 0:06 left",
         "epoch 1/2  step 2/4  val 8/10, 0:02 left",
@@ -229,17 +226,50 @@ def test_a_long_evaluation_says_how_far_it_is(clocked):
     ]
 
 
-def test_an_evaluation_of_unknown_length_says_how_many_batches_are_done(clocked):
-    file, data = io.StringIO(), Slow(5)
-    data.engine = engine = clocked(1, Progress(interval=4, file=file))
+def test_a_task_of_unknown_length_shows_how_much_is_done(clock):
+    file, data = io.StringIO(), SlowData(clock, 5)
+    engine = timed_engine(clock, 1, Progress(interval=4, file=file))
 
     @engine.on("epoch_end")
     def test(loop):
-        watch = engine.callbacks["Progress"].evaluating(loop, "test")
+        loop.progress("test", 0)
+        watch = functools.partial(loop.progress, "test")
         evaluate(loss, loop.state, (batch for batch in data), watch=watch)
 
     engine.run(jnp.int32(0), [1], epochs=1)
     assert file.getvalue().splitlines()[0] == "epoch 1/1  step 1/1  test 4"
+
+
+def test_a_task_that_does_not_report_its_beginning_is_timed_from_its_first_report(clock):
+    file, data = io.StringIO(), SlowData(clock, 10)
+    engine = timed_engine(clock, 1, Progress(interval=4, file=file))
+    engine.on("epoch_end")(
+        lambda loop: evaluate(loss, loop.state, data, watch=functools.partial(loop.progress, "test"))
+    )
+    engine.run(jnp.int32(0), [1], epochs=2)
+    assert [line for line in file.getvalue().splitlines() if "test" in line] == [
+        "epoch 1/2  step 1/2  test 5/10, 0:05 left",
+        "epoch 1/2  step 1/2  test 9/10, 0:01 left",
+        "epoch 2/2  step 2/2  test 5/10, 0:05 left",
+        "epoch 2/2  step 2/2  test 9/10, 0:01 left",
+    ]
+
+
+def test_evaluating_still_works_and_says_what_replaces_it(clock):
+    file, data = io.StringIO(), SlowData(clock, 5)
+    shown = Progress(interval=4, file=file)
+    engine = timed_engine(clock, 1, shown)
+
+    @engine.on("epoch_end")
+    def test(loop):
+        with pytest.warns(
+            DeprecationWarning, match=r"since onstep 0.2\. Use functools\.partial\(loop\.progress, name\)"
+        ):
+            watch = shown.evaluating(loop, "test")
+        evaluate(loss, loop.state, data, watch=watch)
+
+    engine.run(jnp.int32(0), [1], epochs=1)
+    assert file.getvalue().splitlines()[0] == "epoch 1/1  step 1/1  test 4/5, 0:01 left"
 
 
 @pytest.mark.parametrize(
@@ -247,22 +277,22 @@ def test_an_evaluation_of_unknown_length_says_how_many_batches_are_done(clocked)
     [([1, 1, 1], None, 3), ([1, 1, 1], 2, 2), (itertools.repeat(1), 2, 2), (iter([1, 1]), None, None)],
     ids=["all", "some", "endless", "unknown"],
 )
-def test_an_evaluation_tells_how_many_batches_are_done_and_of_how_many(data, steps, total):
+def test_evaluate_reports_the_batches_done_and_their_total(data, steps, total):
     told = []
     evaluate(loss, 0, data, steps=steps, watch=lambda *done: told.append(done))
     assert told == [(n + 1, total) for n in range(total or 2)]
 
 
-def test_processes_but_the_first_are_silent(clocked, monkeypatch):
+def test_only_the_first_process_prints(clock, monkeypatch):
     monkeypatch.setattr(processes, "writes", lambda: False)
-    file, data = Terminal(), Slow(5)
-    data.engine = clocked(1, Evaluate(loss, data), Progress(interval=0.1, file=file))
-    data.engine.run(jnp.int32(0), [1, 1], epochs=2)
+    file, data = Terminal(), SlowData(clock, 5)
+    engine = timed_engine(clock, 1, Evaluate(loss, data), Progress(interval=0.1, file=file))
+    engine.run(jnp.int32(0), [1, 1], epochs=2)
     assert file.getvalue() == ""
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["lines", "bar"])
-def test_nothing_is_printed_when_nothing_ran(terminal):
+def test_nothing_is_printed_when_no_step_ran(terminal):
     file = Terminal() if terminal else io.StringIO()
     engine = Engine(add, [Progress(file=file)])
     assert file.getvalue() == ""
@@ -272,16 +302,16 @@ def test_nothing_is_printed_when_nothing_ran(terminal):
 
 
 @pytest.mark.parametrize("interval", [0, -1.0])
-def test_an_interval_that_is_not_positive_is_refused(interval):
+def test_an_interval_must_be_positive(interval):
     with pytest.raises(ValueError, match="seconds > 0"):
         Progress(interval=interval)
 
 
-# A line that moves.
+# A bar in a terminal.
 
 
 class Screen:
-    """A terminal, and what a person in front of it sees."""
+    """A terminal, and what its user sees."""
 
     def __init__(self, columns):
         self._end, inside = pty.openpty()
@@ -291,10 +321,10 @@ class Screen:
         self._columns, self._rows, self._row, self._column = columns, [""], 0, 0
 
     def rows(self):
-        """The lines on it now."""
+        """The lines that are visible now."""
         self.file.flush()
         sent = b""
-        with contextlib.suppress(BlockingIOError):  # nothing more is new
+        with contextlib.suppress(BlockingIOError):  # everything is read
             while True:
                 sent += os.read(self._end, 4096)
         for mark, moves, text in re.findall("(\r|\n|\x1b\\[(\\d*)[AJ])|([^\r\n\x1b]+)", sent.decode()):
@@ -324,7 +354,7 @@ class Screen:
 
 @pytest.fixture
 def screen(monkeypatch):
-    """Makes a screen that is so many columns wide."""
+    """Makes a screen of a given width in columns."""
     monkeypatch.setenv("TERM", "xterm")
     made = []
 
@@ -337,22 +367,22 @@ def screen(monkeypatch):
         one.close()
 
 
-def test_a_terminal_sees_one_line_that_moves(clocked, screen):
-    seen, person = [], screen(110)
-    engine = clocked(4, Progress(interval=10, file=person.file), log_every=2)
-    engine.on("step_begin")(lambda loop: seen.append(person.rows()))
+def test_a_terminal_shows_one_line_that_is_updated(clock, screen):
+    seen, user = [], screen(110)
+    engine = timed_engine(clock, 4, Progress(interval=10, file=user.file), log_every=2)
+    engine.on("step_begin")(lambda loop: seen.append(user.rows()))
     engine.run(jnp.int32(0), [1] * 4, epochs=2)
     assert seen[2] == [""]
     assert seen[3] == ["epoch 1/2 |████████▎  | step 3/8  train/loss 1.000"]
     assert seen[6] == ["epoch 2/2 |█████▌     | step 6/8  4.00 s/step  0:08 left  train/loss 1.000"]
-    assert person.rows() == ["epoch 2/2 |███████████| step 8/8  4.00 s/step  in 0:32  train/loss 1.000", ""]
+    assert user.rows() == ["epoch 2/2 |███████████| step 8/8  4.00 s/step  in 0:32  train/loss 1.000", ""]
 
 
-def test_a_long_evaluation_has_a_line_of_its_own_which_is_gone_afterwards(clocked, screen):
-    during, after, person = [], [], screen()
-    data = Slow(10, lambda: during.append(person.rows()))
-    data.engine = engine = clocked(1, Evaluate(loss, data), Progress(interval=2, file=person.file))
-    engine.on("log")(lambda loop, record: after.append(person.rows()))
+def test_a_long_evaluation_has_its_own_line_while_it_lasts(clock, screen):
+    during, after, user = [], [], screen()
+    data = SlowData(clock, 10, lambda: during.append(user.rows()))
+    engine = timed_engine(clock, 1, Evaluate(loss, data), Progress(interval=2, file=user.file))
+    engine.on("log")(lambda loop, record: after.append(user.rows()))
     engine.run(jnp.int32(0), [1] * 4, epochs=2)
     assert during[1] == ["epoch 1/2 |████    | step 2/8"]
     assert during[5] == [
@@ -364,66 +394,66 @@ def test_a_long_evaluation_has_a_line_of_its_own_which_is_gone_afterwards(clocke
         "epoch 2/2 |████████| step 8/8  1.00 steps/s  0:00 left  val/loss 1.000",
         "val       |███▏    | 4/10  0:06 left",
     ]
-    assert person.rows() == ["epoch 2/2 |████████| step 8/8  1.00 steps/s  in 0:28  val/loss 1.000", ""]
+    assert user.rows() == ["epoch 2/2 |████████| step 8/8  1.00 steps/s  in 0:28  val/loss 1.000", ""]
 
 
-def test_short_evaluations_have_no_line(clocked, screen):
-    during, person = [], screen()
-    data = Slow(4, lambda: during.append(person.rows()))
-    data.engine = clocked(1, Evaluate(loss, data), Progress(interval=6, file=person.file))
-    data.engine.run(jnp.int32(0), [1] * 3, epochs=3)
+def test_short_evaluations_have_no_line(clock, screen):
+    during, user = [], screen()
+    data = SlowData(clock, 4, lambda: during.append(user.rows()))
+    engine = timed_engine(clock, 1, Evaluate(loss, data), Progress(interval=6, file=user.file))
+    engine.run(jnp.int32(0), [1] * 3, epochs=3)
     assert max(map(len, during)) == 1
 
 
-def test_no_line_is_left_by_an_evaluation_that_fails(clocked, screen):
-    person = screen()
+def test_a_failed_evaluation_leaves_no_line_behind(clock, screen):
+    user = screen()
 
     def fail():
-        if len(person.rows()) == 2:
+        if len(user.rows()) == 2:
             raise OSError("disk gone")
 
-    data = Slow(10, fail)
-    data.engine = clocked(1, Evaluate(loss, data), Progress(interval=2, file=person.file))
+    data = SlowData(clock, 10, fail)
+    engine = timed_engine(clock, 1, Evaluate(loss, data), Progress(interval=2, file=user.file))
     with pytest.raises(OSError, match="disk gone"):
-        data.engine.run(jnp.int32(0), [1] * 4, epochs=2)
-    line, below = person.rows()
+        engine.run(jnp.int32(0), [1] * 4, epochs=2)
+    line, below = user.rows()
     assert (line[:30], below) == ("epoch 1/2 |████████| step 4/8 ", "")
 
 
-def test_a_narrow_terminal_gets_whole_values_evaluations_first_and_a_shorter_bar(clocked, screen):
+def test_a_narrow_terminal_shows_whole_values_evaluations_first_and_a_shorter_bar(clock, screen):
     narrow = screen(73)
-    engine = clocked(1, Progress(interval=1, file=narrow.file))
+    engine = timed_engine(clock, 1, Progress(interval=1, file=narrow.file))
     engine.on("step_end")(lambda loop: loop.log({"train/first": 1, "val/accuracy": 0.5, "test/very_long_name": 2}))
     engine.run(jnp.int32(0), [1] * 5, epochs=2)
     assert narrow.rows()[0] == "epoch 2/2 |█████| step 10/10  1.00 steps/s  in 0:10  val/accuracy 0.5000"
 
 
-def test_a_line_is_never_wider_than_the_terminal(clocked, screen):
+def test_a_line_is_never_wider_than_the_terminal(clock, screen):
     narrow = screen(30)
-    clocked(1, Progress(interval=1, file=narrow.file)).run(jnp.int32(0), [1] * 5, epochs=2)
+    timed_engine(clock, 1, Progress(interval=1, file=narrow.file)).run(jnp.int32(0), [1] * 5, epochs=2)
     assert narrow.rows() == ["epoch 2/2 |█████| step 10/10", ""]
 
 
-def test_the_bar_is_the_runs_where_epochs_have_no_known_length(clocked, screen):
-    person = screen()
-    engine = clocked(1, Progress(interval=100, file=person.file))
+def test_the_bar_shows_the_run_if_the_length_of_an_epoch_is_unknown(clock, screen):
+    user = screen()
+    engine = timed_engine(clock, 1, Progress(interval=100, file=user.file))
     engine.on("step_end")(lambda loop: loop.stop("enough") if loop.step == 2 else None)
     engine.run(jnp.int32(0), (1 for _ in range(8)), steps=8)
-    assert person.rows()[0] == "epoch 1 |██      | step 2/8  1.00 steps/s  in 0:02  train/loss 1.000"
+    assert user.rows()[0] == "epoch 1 |██      | step 2/8  1.00 steps/s  in 0:02  train/loss 1.000"
 
 
-def test_without_a_known_target_there_is_no_bar(clocked, screen):
-    person = screen()
-    clocked(1, Progress(file=person.file)).run(jnp.int32(0), (1 for _ in range(8)), epochs=1)
-    assert person.rows()[0] == "epoch 1/1  step 8  1.00 steps/s  in 0:08  train/loss 1.000"
+def test_there_is_no_bar_without_a_known_target(clock, screen):
+    user = screen()
+    timed_engine(clock, 1, Progress(file=user.file)).run(jnp.int32(0), (1 for _ in range(8)), epochs=1)
+    assert user.rows()[0] == "epoch 1/1  step 8  1.00 steps/s  in 0:08  train/loss 1.000"
 
 
-def test_what_is_said_before_the_first_step_is_not_mixed_with_the_bar(clocked, screen, monkeypatch):
-    person = screen()
-    monkeypatch.setattr("sys.stderr", person.file)
+def test_messages_before_the_first_step_do_not_mix_with_the_bar(clock, screen, monkeypatch):
+    user = screen()
+    monkeypatch.setattr("sys.stderr", user.file)
     first = Engine(add).run(jnp.int32(0), [1] * 4, steps=6)
-    clocked(1, Progress(interval=1)).run(first, [1] * 4, epochs=3)
-    assert person.rows() == [
+    timed_engine(clock, 1, Progress(interval=1)).run(first, [1] * 4, epochs=3)
+    assert user.rows() == [
         "onstep: going on after step 6, epoch 1 of 3",
         "onstep: skipping 2 batches of the data that were used before",
         "epoch 3/3 |████████| step 12/12  1.00 steps/s  in 0:06  train/loss 1.000",
@@ -431,9 +461,9 @@ def test_what_is_said_before_the_first_step_is_not_mixed_with_the_bar(clocked, s
     ]
 
 
-def test_a_run_whose_first_step_fails_shows_no_bar(clocked, screen):
-    person = screen()
-    engine = clocked(1, Progress(file=person.file))
+def test_a_run_whose_first_step_fails_shows_no_bar(clock, screen):
+    user = screen()
+    engine = timed_engine(clock, 1, Progress(file=user.file))
 
     @engine.on("step_begin")
     def fail(loop):
@@ -441,17 +471,17 @@ def test_a_run_whose_first_step_fails_shows_no_bar(clocked, screen):
 
     with pytest.raises(OSError, match="disk gone"):
         engine.run(jnp.int32(0), [1] * 4, epochs=2)
-    assert person.rows() == [""]
+    assert user.rows() == [""]
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+def test_a_terminal_that_cannot_move_its_cursor_shows_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     file = Terminal()
     Engine(add, [Progress(file=file)]).run(jnp.int32(0), [1, 2], epochs=3)
     assert file.getvalue().startswith("epoch 3/3  step 6/6")
 
 
-def test_a_bar_is_plain_where_the_encoding_has_no_blocks(monkeypatch):
+def test_a_bar_is_plain_ascii_if_the_encoding_has_no_block_characters(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
     file = Terminal()
@@ -459,13 +489,11 @@ def test_a_bar_is_plain_where_the_encoding_has_no_blocks(monkeypatch):
     assert file.getvalue().split("\x1b[J")[-1].startswith("epoch 3/3 |##########| step 6/6")
 
 
-def test_nothing_is_shown_and_no_clock_is_read_between_two_updates(clocked):
-    file = io.StringIO()
-    engine = clocked(1, Progress(interval=1000, file=file), log_every=10**6)
-    reads = []
-    progress.time.monotonic = lambda: reads.append(1) or engine._clock.now
+def test_nothing_is_shown_and_no_clock_is_read_between_two_updates(clock):
+    file, engines = io.StringIO(), FakeClock()
+    engine = Engine(add, [Progress(interval=1000, file=file)], log_every=10**6, clock=engines)
     engine.run(jnp.int32(0), [1] * 900, epochs=1)
-    assert len(reads) < 10
+    assert clock.reads < 10
     assert len(file.getvalue().splitlines()) == 1
 
 
@@ -479,7 +507,7 @@ def test_it_leaves_no_thread_behind():
 
 
 @pytest.mark.slow
-def test_an_executed_notebook_holds_the_last_state_and_no_more():
+def test_an_executed_notebook_contains_only_the_last_state():
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     source = """
@@ -502,6 +530,11 @@ result = engine.run(jnp.int32(0), [1] * 8, epochs=3)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     (shown,) = [output for output in notebook.cells[0].outputs if output.output_type == "display_data"]
-    said = r"epoch 3/3 .* step 24/24  .* steps/s  in 0:0\d  val/loss 1.000"
-    assert re.fullmatch(rf"{said}, train/<loss> 1.000", shown.data["text/plain"])
+    line = r"epoch 3/3 .* step 24/24  .* steps/s  in 0:0\d  val/loss 1.000"
+    assert re.fullmatch(rf"{line}, train/<loss> 1.000", shown.data["text/plain"])
     assert re.search(r'<progress value="1.0000" max="1"></progress> step 24/24 .*&lt;loss&gt;', shown.data["text/html"])
+
+
+def test_it_shows_itself_as_the_call_that_made_it():
+    assert repr(Progress()) == "Progress()"
+    assert repr(Progress(interval=2.0, metrics=["val/loss"])) == "Progress(interval=2.0, metrics=['val/loss'])"

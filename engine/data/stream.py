@@ -67,8 +67,7 @@ class BatchStream:
 
     def observe(self, spans: Spans) -> None:
         """Report the waits for a batch as spans from now on, except those of `take` and `blocks`."""
-        for name in ("begin_epoch", "peek", "epoch_done"):
-            setattr(self, name, spans.wrap(DATA, getattr(self, name)))
+        spans.instrument(self, DATA, "begin_epoch", "peek", "epoch_done")
 
     def begin_epoch(self, epoch: int) -> None:
         """Draw the first batch of an epoch, counted from 0.
