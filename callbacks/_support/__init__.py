@@ -1,0 +1,1 @@
+"""Details of the built-in callbacks that authors of callbacks do not need: pages, text tables, event files."""
