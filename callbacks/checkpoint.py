@@ -1,97 +1,97 @@
-"""Save a run with Orbax and go on from it."""
+"""Save checkpoints with Orbax and resume from them."""
 
 from __future__ import annotations
 
 import functools
 import os
 import warnings
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from onstep import Cadence, Callback, Loop, Record, Snapshot, every, processes
-from onstep.checks import appeared, watched, whole
-from onstep.lock import Lock
-from onstep.snapshot import pack, unpack
-from onstep.storage import Storage
-from onstep.trees import compare, leaves, signature
+from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
+from onstep.tools import check_int, check_mode, require_metric, warn_missing_metric
+
+__all__ = ["Checkpoint", "load", "save"]
 
 
+@dataclass(eq=False, repr=False)
 class Checkpoint(Callback):
-    """Saves the whole run, in the background, and goes on from the newest save.
+    """Saves the whole run in the background, and resumes from the newest checkpoint.
 
-    A checkpoint holds the state, every callback's carry and host state, the counters, the
-    position in the data and the open means: what is resumed ends in the bytes of a run that was
-    never interrupted. One directory is one run: `<directory>/N` is the checkpoint of step N, with
-    checksums that are verified when it is read. A run that is over is left as it is.
+    A checkpoint holds the state, every callback's carry and host state, the counters, the position in the data and
+    the open windows, so a resumed run ends in the same bytes as one that was never interrupted. Use one directory
+    for one run: `<directory>/N` is the checkpoint of step N, with checksums that are verified when it is read.
+    Running the same script again resumes a run that was interrupted, and leaves one that is finished unchanged.
 
     Args:
-        directory: the run's.
-        when: when to save; the end of a run is saved whatever this says.
-        keep: how many of the newest checkpoints stay.
-        best: the metric by which one more stays: the best of those whose own step recorded it.
-        mode: `"min"` or `"max"`, of `best`.
-        resume: True goes on from the newest intact checkpoint, if there is one; a step or `"best"`,
-            from that one, and later ones are moved to `<directory>/aside`. False refuses a
-            directory that holds a run.
-        overwrite: True starts afresh; the checkpoints of an earlier run are moved aside at the
-            first save.
-        strict: False lets callbacks with a carry come and go between runs: one that is new begins
-            afresh, the carry of one that went is left out.
-        skip: False reads the data from their beginning after a resume, for a source that has no
-            position to go to, such as a simulator.
+        directory: of the run.
+        when: when to save; a plain int means steps. The last step is saved in any case.
+        keep: how many of the newest checkpoints to keep.
+        best: a metric; the checkpoint with its best value is kept as well. Only checkpoints at whose step the metric
+            was recorded compete.
+        mode: whether `"min"` or `"max"` of `best` is best.
+        resume: True resumes from the newest intact checkpoint, if there is one. A step or `"best"` resumes from that
+            checkpoint, and moves later ones to `<directory>/archive`. False refuses a directory that holds a run.
+        overwrite: True starts from scratch; the first save moves the checkpoints of an earlier run to
+            `<directory>/archive`.
+        strict: False allows callbacks with a carry to differ between runs: a new one starts from scratch, and the
+            carry of a removed one is ignored.
+        skip: False reads the data from the beginning after a resume, for sources without a position, such as
+            simulators.
         name: the callback's name.
 
     Raises:
         FileExistsError: the directory holds a run, and `resume` is False.
-        FileNotFoundError: there is no checkpoint of the step asked for.
-        RuntimeError: another run that is alive writes the directory; no checkpoint is intact; or a
-            save failed, at the next save or the run's end.
-        ValueError: the checkpoint is of another run or damaged; an argument is out of range; or,
-            when the run ends, the metric `best` never appeared. What was saved stands.
+        FileNotFoundError: there is no checkpoint of the requested step.
+        RuntimeError: another live process is writing to the directory; no checkpoint is intact; or a save failed,
+            raised at the next save or at the end of the run.
+        ValueError: an argument is out of range; the checkpoint is damaged, or of another run; or the metric `best`
+            was never recorded, raised at the end of the run. Saved checkpoints are kept in every case.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> engine = Engine(lambda state, batch: (state + batch, {}), [Checkpoint(directory.name, when=10)])
+    >>> _ = engine.run(jnp.int32(0), range(25), epochs=1)  # as if it were interrupted here
+    >>> engine.run(jnp.int32(0), range(25), epochs=2).step  # resumes at step 25
+    50
+    >>> int(load(directory.name, jnp.int32(0), step=25))
+    300
+    >>> directory.cleanup()
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
-        keep: int = 3,
-        best: str | None = None,
-        mode: str = "min",
-        resume: bool | int | str = True,
-        overwrite: bool = False,
-        strict: bool = True,
-        skip: bool = True,
-        name: str | None = None,
-    ):
-        whole("Checkpoint", "keep", keep, 1)
-        if mode not in ("min", "max"):
-            raise ValueError(f"Checkpoint needs mode 'min' or 'max', got {mode!r}.")
-        if not isinstance(resume, (bool, int)) and not (resume == "best" and best):
-            raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {resume!r}.")
-        self.directory: str = os.path.abspath(directory)
-        self.keep: int = keep
-        self.best: str | None = best
-        self.mode = mode
-        self.overwrite: bool = overwrite
-        self.strict: bool = strict
-        self.skip: bool = skip
-        self.resume = resume
-        self.when: Cadence | int = when
-        self.name: str | None = name
+    directory: str | os.PathLike[str]
+    _: KW_ONLY
+    when: Cadence | int = every(epochs=1)  # noqa: RUF009 (frozen)
+    keep: int = 3
+    best: str | None = None
+    mode: str = "min"
+    resume: bool | int | str = True
+    overwrite: bool = False
+    strict: bool = True
+    skip: bool = True
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_int("Checkpoint", "keep", self.keep, 1)
+        check_mode("Checkpoint", self.mode)
+        if not isinstance(self.resume, (bool, int)) and not (self.resume == "best" and self.best):
+            raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {self.resume!r}.")
+        self.directory = os.path.abspath(self.directory)
         self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
     def on_load(self, loop: Loop) -> None:
-        self._storage, self._lock = Storage(self.directory, self.keep, self.best, self.mode), Lock(self.directory)
+        self._writer = CheckpointWriter(self.directory, keep=self.keep, best=self.best, mode=self.mode)
+        self._lock = Lock(self.directory)
+        loop.checkpoints.append(self._writer.checkpoints)
         processes.first(self._lock.acquire)
-        step = self._storage.spared = processes.first(self._goes_on_from, loop.step)
+        step = processes.first(self._find_resume_step, loop.step)
         if step is not None and not loop.step:
             loop.restore(self._read(step), strict=self.strict, skip=self.skip)
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._recorded, self._began, self._saved = None, loop.step, False
+        self._recorded, self._saved = None, False
 
     def on_log(self, loop: Loop, record: Record) -> None:
         if self.best in record.values:
@@ -99,154 +99,76 @@ class Checkpoint(Callback):
 
     def on_epoch_end(self, loop: Loop) -> None:
         if self.best:
-            watched("Checkpoint", self.best, loop)
+            warn_missing_metric("Checkpoint", self.best, loop)
 
     def on_save(self, loop: Loop) -> None:
         snapshot = loop.snapshot()
         if not self._saved:
-            processes.first(self._move_later)
+            processes.first(self._archive, loop.first_step)
             self._saved = True
         competes = self._recorded is not None and self._recorded[0] == snapshot.step
         metrics = {self.best: self._recorded[1]} if self.best and self._recorded and competes else {}
-        self._storage.save(snapshot.step, snapshot.tree, snapshot.host, metrics)
+        self._writer.save(snapshot.step, snapshot.tree, snapshot.host, metrics)
 
     def on_run_end(self, loop: Loop) -> None:
         try:
-            self._storage.close()
+            self._writer.close()
             if self.best:
-                appeared("Checkpoint", self.best, loop)
-                self._competed(loop, self.best)
+                require_metric("Checkpoint", self.best, loop)
+                self._warn_if_none_is_best(loop, self.best)
         finally:
             self._lock.release()
 
-    def _competed(self, loop: Loop, best: str) -> None:
-        over = loop.error is None and loop.finished and self._saved
-        if over and processes.writes() and best in loop.latest and self._storage.best_step() is None:
+    def _warn_if_none_is_best(self, loop: Loop, best: str) -> None:
+        checkpoints, over = self._writer.checkpoints, loop.error is None and loop.finished and self._saved
+        if over and processes.writes() and best in loop.latest and checkpoints.best_step() is None:
             warnings.warn(
-                f"Checkpoint: none of {self._storage.steps()} in {self.directory} is the best, as no {best!r} was "
-                "recorded at a step that was saved, or none that is finite. Give both the same cadence (when=...).",
+                f"Checkpoint: none of {checkpoints.steps()} in {self.directory} is the best, because {best!r} was not "
+                "recorded at a step that was saved, or was never finite. Give both the same cadence (when=...).",
                 stacklevel=3,
             )
 
-    def _goes_on_from(self, at: int) -> int | None:
-        """The checkpoint that a run at step `at` goes on from, None if it begins anew."""
-        steps = self._storage.steps()
+    def _find_resume_step(self, at: int) -> int | None:
+        """The checkpoint from which a run that is at step `at` resumes, None if it starts from scratch."""
+        checkpoints = self._writer.checkpoints
+        steps = checkpoints.steps()
         if not steps or self.overwrite:
             return None
-        if at and steps[-1] > at:  # the run goes on from a Result
+        if at and steps[-1] > at:  # the run continues from a Result
             raise FileExistsError(
-                f"Checkpoint: {self.directory} holds a run at step {steps[-1]}, beyond the {at} of this one."
+                f"Checkpoint: {self.directory} holds a run at step {steps[-1]}, beyond step {at} of this run."
             )
         if not at and self.resume is False:
             raise FileExistsError(
-                f"Checkpoint: {self.directory} holds a run at step {steps[-1]}. Go on with it (resume=True), "
-                "move it aside (overwrite=True) or give another directory."
+                f"Checkpoint: {self.directory} holds a run at step {steps[-1]}. Resume it (resume=True), "
+                "archive it (overwrite=True) or give another directory."
             )
-        step = self._newest_intact(steps) if at or self.resume is True else self._asked_for(steps)
-        self._storage.run = self._storage.manifest(step)["run"]
+        newest = at or self.resume is True
+        step = self._newest_intact(checkpoints, steps) if newest else self._requested(checkpoints, steps)
+        self._writer.resume_from(step)
         return step
 
-    def _move_later(self) -> None:
-        self._storage.move_aside([step for step in self._storage.steps() if step > self._began or self.overwrite])
+    def _archive(self, first_step: int) -> None:
+        steps = self._writer.checkpoints.steps()
+        self._writer.archive([step for step in steps if step > first_step or self.overwrite])
 
-    def _newest_intact(self, steps: list[int]) -> int:
+    def _newest_intact(self, checkpoints: Checkpoints, steps: list[int]) -> int:
         for step in reversed(steps):
-            damage = self._storage.damage(step)
+            damage = checkpoints.damage(step)
             if damage is None:
                 return step
-            warnings.warn(f"Checkpoint {self._storage.path(step)} is damaged and left out: {damage}.", stacklevel=2)
+            warnings.warn(f"Checkpoint {checkpoints.path(step)} is damaged and is skipped: {damage}.", stacklevel=2)
         raise RuntimeError(f"Checkpoint: none of the checkpoints {steps} in {self.directory} is intact.")
 
-    def _asked_for(self, steps: list[int]) -> int:
-        step = self._storage.best_step() if self.resume == "best" else self.resume
+    def _requested(self, checkpoints: Checkpoints, steps: list[int]) -> int:
+        step = checkpoints.best_step() if self.resume == "best" else self.resume
         if step not in steps:
             raise FileNotFoundError(f"Checkpoint: no step {self.resume} in {self.directory}; it holds {steps}.")
-        if damage := self._storage.damage(step):
-            raise ValueError(f"Checkpoint {self._storage.path(step)} is damaged: {damage}.")
+        if damage := checkpoints.damage(step):
+            raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
         return step
 
     def _read(self, step: int) -> Snapshot:
-        load = functools.partial(self._storage.load, step, partial=not self.strict)
-        return Snapshot(step, load, self._storage.host(step))
-
-
-def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
-    """Saves a pytree of arrays by itself, without a run; returns when it is on disk. All processes call it.
-
-    Raises:
-        FileExistsError: the directory holds that step.
-        ValueError: there is no array in the tree.
-    """
-    storage = Storage(os.fspath(directory))
-    if not any(np.size(leaf) for leaf in jax.tree.leaves(tree)):
-        raise ValueError(f"save needs a tree with arrays in it, got {tree!r:.80}.")
-    trees, lock = {"state": tree}, Lock(storage.directory)
-
-    def begin() -> None:
-        if step in storage.steps():
-            raise FileExistsError(f"save: {storage.directory} holds step {step}. Give another step or directory.")
-        lock.acquire()
-
-    processes.first(begin)
-    try:
-        storage.save(step, trees, pack({"tree": _kinds(trees)}, "save"), {})
-        storage.close()
-    finally:
-        lock.release()
-
-
-def load(directory: str | os.PathLike[str], like: Any = None, step: int | Literal["best"] | None = None) -> Any:
-    """Loads what `save` saved, or the state of a run's checkpoint; verifies its checksums. All processes call it.
-
-    Args:
-        directory: of `save` or of a run.
-        like: a tree of the same structure, shapes and dtypes, of arrays or of what `jax.eval_shape`
-            gives, with a sharding on many devices; without it nested dicts come back.
-            A number or a numpy array in it may have the dtype that JAX makes of it.
-        step: which; the newest without. `"best"`, the best by the metric and mode of the run.
-
-    Raises:
-        FileNotFoundError: there is no such step, or none has a value to be the best by.
-        ValueError: it is damaged; or another tree, shape or dtype than `like`. Nothing is cast.
-    """
-    storage = Storage(os.fspath(directory))
-
-    def find() -> int:
-        steps = storage.steps()
-        found = storage.best_step() if step == "best" else steps[-1] if step is None and steps else step
-        if found is None or found not in steps:
-            raise FileNotFoundError(f"load: no step {step} in {storage.directory}; it holds {steps}.")
-        if damage := storage.damage(found):
-            raise ValueError(f"load: {storage.path(found)} is damaged: {damage}.")
-        return found
-
-    found = processes.first(find)
-    host, likes = storage.host(found), {"state": like}
-    if like is not None and host:  # a tree that `save` of an earlier version wrote has none
-        tree = unpack(host)["tree"]
-        likes = _fitting(likes, {name: tree[name] for name in tree if name.split("/")[0] in likes}, storage.path(found))
-    try:
-        return storage.load(found, likes)["state"]
-    except ValueError as error:
-        raise ValueError(f"load: {storage.path(found)} does not fit like: {error}") from error
-
-
-def _fitting(likes: Any, stored: dict[str, str], path: str) -> Any:
-    """`likes`, where what is stored has the dtype that JAX makes of a number or a numpy array, as JAX makes it.
-
-    Raises:
-        ValueError: something else is stored.
-    """
-    exact, made = _kinds(likes), signature(likes)
-    fits = {name: exact[name] != stored.get(name) == made[name] for name in made}
-    flat = [jnp.zeros_like(leaf) if fits[name] else leaf for name, leaf in leaves(likes).items()]
-    fitting = jax.tree.unflatten(jax.tree.structure(likes), flat)
-    if changed := compare(stored, _kinds(fitting)):
-        raise ValueError(f"load: {path} does not fit like (stored, then like): {changed}.")
-    return fitting
-
-
-def _kinds(tree: Any) -> dict[str, str]:
-    """Shapes and dtypes by name as they are, where `signature` says what JAX makes of them."""
-    arrays = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in leaves(tree).items()}
-    return {name: f"{array.dtype}[{','.join(map(str, array.shape))}]" for name, array in arrays.items()}
+        checkpoints = self._writer.checkpoints
+        tree = functools.partial(checkpoints.load, step, partial=not self.strict)
+        return Snapshot(step, tree, checkpoints.host(step))

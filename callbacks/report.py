@@ -1,4 +1,4 @@
-"""One page about a run: how it ended, its curves, its checkpoints, what it ran on."""
+"""Write one HTML page about a run: how it ended, its curves, its checkpoints, and the hardware and versions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from onstep import Cadence, Callback, Loop, Record, page, plots, processes
+from onstep import Cadence, Callback, Loop, Record, plots, processes
 from onstep.redact import redacted, without_secrets
-from onstep.storage import Storage
+from onstep.storage import Checkpoints
 
-MOST = 1000
-"""Points kept of a name."""
+from ._support import page
+
+MAX_POINTS = 1000
+"""Points kept of each curve."""
 PACKAGES = ("onstep", "jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
 TIMES = ("time/steps_per_second", "time/data", "time/callbacks")
 
@@ -29,20 +31,34 @@ TIMES = ("time/steps_per_second", "time/data", "time/callbacks")
 class Report(Callback):
     """Writes one HTML file about a run at its end, whether it finished, was stopped or failed.
 
-    It opens offline and holds no script: how the run ended, curves of all that was recorded, also
-    before a resume, the last, lowest and highest values, where the time went (with `Timing`), the
-    checkpoints (with `Checkpoint`), the configuration, versions and devices; no environment
-    variables, arguments, or names of users and hosts. Of a name with more than 1,000 points every
-    second is drawn, or every fourth, and so on.
+    The page opens offline and has no scripts. It shows how the run ended; curves of everything that was recorded,
+    also before a resume; last, lowest and highest values; where the time went (with `Timing`); the checkpoints (with
+    `Checkpoint`); the configuration, versions and devices. It shows no environment variables, command-line arguments,
+    user names or host names. A curve keeps at most 1,000 points: every second one is drawn, or every fourth, and so on.
 
-    List it first: then it is the last to end, and knows what the others did at their end. A page
-    that is there is replaced; a run that takes no step writes none.
+    List it first. Callbacks end in reverse order, so it then writes its page when all others have ended. An existing
+    page is replaced; a run that takes no step writes none.
 
     Args:
         path: the file, such as `"runs/digits/report.html"`.
         config: a dict, dataclass or pydantic model to show, with secrets redacted.
         when: when to write the page during the run as well; a plain int means steps.
         name: the callback's name.
+
+    Raises:
+        TypeError: `config` is something else.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> report = Report(os.path.join(directory.name, "report.html"), config={"learning_rate": 0.1})
+    >>> engine = Engine(lambda state, batch: (state + batch, {"loss": batch}), [report])
+    >>> _ = engine.run(jnp.float32(0), [1.0, 2.0, 3.0], epochs=1)
+    >>> with open(report.path) as file:
+    ...     "Finished at step 3" in file.read()
+    True
+    >>> directory.cleanup()
     """
 
     def __init__(
@@ -50,24 +66,24 @@ class Report(Callback):
         path: str | os.PathLike[str],
         *,
         config: Any = None,
-        when: Cadence | int | None = None,
+        when: Cadence | int | None = Cadence(),  # noqa: B008 (frozen)
         name: str | None = None,
     ):
         self.path: str = os.path.abspath(path)
-        self.name: str | None = name
-        self.config: dict[str, Any] = {} if config is None else redacted(config)
+        self.config: dict[str, Any] | None = None if config is None else redacted(config)
         self.when: Cadence | int = Cadence() if when is None else when
-        self._begun: float | None = None  # the time at which this sitting began
-        self.set_state({"curves": {}, "seconds": 0.0, "sittings": 0, "spent": [0.0, 0.0, 0.0]})
+        self.name: str | None = name
+        self._began: float | None = None  # when this session began
+        self.set_state({"curves": {}, "seconds": 0.0, "sessions": 0, "spent": [0.0, 0.0, 0.0]})
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._begun, self._first, self._timed = time.monotonic(), loop.step, loop.step
-        self._sittings += 1
+        self._began, self._timed = time.monotonic(), loop.step
+        self._sessions += 1
 
     def on_log(self, loop: Loop, record: Record) -> None:
         for name, value in record.values.items():
             self._curves.setdefault(name, Curve()).add(record.step, value)
-        if record.values.keys() >= set(TIMES):  # of the steps since the last such record
+        if record.values.keys() >= set(TIMES):  # they describe the steps since the last such record
             rate, *shares = (record.values[name] for name in TIMES)
             seconds = (record.step - self._timed) / rate
             self._spent = [old + seconds * share for old, share in zip(self._spent, (1, *shares), strict=True)]
@@ -77,7 +93,7 @@ class Report(Callback):
         self._write(loop)
 
     def on_run_end(self, loop: Loop) -> None:
-        if loop.step > self._first:
+        if loop.step > loop.first_step:
             self._write(loop)
 
     def get_state(self) -> dict[str, Any]:
@@ -85,32 +101,33 @@ class Report(Callback):
             name: vars(curve) | {"steps": np.asarray(curve.steps), "values": np.asarray(curve.values)}
             for name, curve in self._curves.items()
         }
-        return {"curves": curves, "seconds": self._elapsed(), "sittings": self._sittings, "spent": self._spent}
+        return {"curves": curves, "seconds": self._elapsed(), "sessions": self._sessions, "spent": self._spent}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._curves = {
             name: Curve(**curve | {"steps": curve["steps"].tolist(), "values": curve["values"].tolist()})
             for name, curve in state["curves"].items()
         }
-        self._seconds, self._sittings, self._spent = state["seconds"], state["sittings"], state["spent"]
+        self._seconds, self._spent = state["seconds"], state["spent"]
+        self._sessions: int = state["sittings"] if "sittings" in state else state["sessions"]  # version 0.1
 
     def _elapsed(self) -> float:
-        """Seconds, of this sitting and those before."""
-        return self._seconds + (0 if self._begun is None else time.monotonic() - self._begun)
+        """Seconds that the run took in all sessions."""
+        return self._seconds + (0 if self._began is None else time.monotonic() - self._began)
 
     def _write(self, loop: Loop) -> None:
         if not processes.writes():
             return
         text = page.page(_outcome(loop)[0], self._sections(loop)).encode(errors="xmlcharrefreplace")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        aside = f"{self.path}.{uuid.uuid4().hex}"
+        temporary = f"{self.path}.{uuid.uuid4().hex}"
         try:
-            with open(aside, "wb") as file:
+            with open(temporary, "wb") as file:
                 file.write(text)
-            os.replace(aside, self.path)
+            os.replace(temporary, self.path)
         finally:
-            if os.path.exists(aside):
-                os.unlink(aside)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
 
     def _sections(self, loop: Loop) -> Iterator[str]:
         title, text, kind = _outcome(loop)
@@ -118,7 +135,7 @@ class Report(Callback):
             "step": f"{loop.step:,}" + (f" of {loop.total:,}" if loop.total else ""),
             "epoch": f"{loop.epoch:,}" + (f" of {loop.epochs:,}" if loop.epochs else ""),
             "wall time": _duration(self._elapsed()),
-            "sittings": f"{self._sittings}, the last from step {self._first:,}" if self._sittings > 1 else "",
+            "sessions": f"{self._sessions}, the last from step {loop.first_step:,}" if self._sessions > 1 else "",
             "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         }
         yield page.heading(title, text, kind, facts)
@@ -127,13 +144,11 @@ class Report(Callback):
         names = [name for group in plots.grouped(self._curves).values() for name in group]
         yield page.table("Values", columns, [(name, *self._curves[name].row()) for name in names])
         yield page.table("Time", ("part", "seconds", "%"), self._times())
-        callback: Any
-        for callback in loop.callbacks.values():
-            if all(hasattr(callback, name) for name in ("directory", "keep", "best", "mode")):  # as Checkpoint has
-                storage = Storage(callback.directory, None, callback.best, callback.mode)
-                title = f"Checkpoints in {os.path.basename(storage.directory)}"
-                yield page.table(title, ("step", "MB", storage.best or "", ""), _checkpoints(storage))
-        yield page.table("Configuration", ("name", "value"), [(key, str(value)) for key, value in self.config.items()])
+        for checkpoints in loop.checkpoints:
+            title = f"Checkpoints in {os.path.basename(checkpoints.directory)}"
+            yield page.table(title, ("step", "MB", checkpoints.best or "", ""), _checkpoints(checkpoints))
+        config = [(name, str(value)) for name, value in (self.config or {}).items()]
+        yield page.table("Configuration", ("name", "value"), config)
         yield page.table("Environment", ("name", "value"), _environment(loop))
 
     def _times(self) -> Iterator[tuple[str, float, float]]:
@@ -144,7 +159,7 @@ class Report(Callback):
                 "steps": measured - data - others,
                 "waiting for data": data,
                 "callbacks": others,
-                "not measured: compiling, beginnings, ends": rest,
+                "not measured: compiling, start, end": rest,
             }
             for part, spent in parts.items():
                 yield part, round(spent, 2), round(100 * spent / (measured + rest), 1)
@@ -152,23 +167,26 @@ class Report(Callback):
 
 @dataclass
 class Curve:
-    """A name's points, thinned evenly and by their number alone; the last one and the extremes."""
+    """The points of one curve, thinned evenly, with the last one and the extremes.
+
+    Which points are kept depends only on their number, so a resumed run keeps the same ones.
+    """
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
-    every: int = 1  # one point of so many is kept
+    every: int = 1  # one of `every` points is kept
     count: int = 0
-    bad: int = 0  # values that are not finite
-    last: Sequence[Any] = ()  # a step and a value
+    bad: int = 0  # number of values that are not finite
+    last: Sequence[Any] = ()  # step and value
     low: Sequence[Any] = ()
     high: Sequence[Any] = ()
 
     def add(self, step: int, value: float) -> None:
-        """Takes a new point."""
+        """Add a point."""
         if self.count % self.every == 0:
             self.steps.append(step)
             self.values.append(value)
-        if len(self.steps) > MOST:
+        if len(self.steps) > MAX_POINTS:
             del self.steps[1::2], self.values[1::2]
             self.every *= 2
         self.count += 1
@@ -180,18 +198,18 @@ class Curve:
             self.high = self.last
 
     def points(self) -> page.Points:
-        """The steps and values to draw, up to the last."""
-        newest = (self.count - 1) % self.every == 0  # whether it is among those kept
+        """Return the steps and values to draw, the last ones included."""
+        newest = (self.count - 1) % self.every == 0  # whether the last point was kept
         return (self.steps, self.values) if newest else ([*self.steps, self.last[0]], [*self.values, self.last[1]])
 
     def row(self) -> tuple[Any, ...]:
-        """The last value; the lowest and the highest, with their steps; how many are not finite."""
+        """Return the last value, the lowest and the highest with their steps, and how many are not finite."""
         (low_step, low), (high_step, high) = self.low or ("", ""), self.high or ("", "")
         return self.last[1], low, low_step, high, high_step, self.bad or ""
 
 
 def _outcome(loop: Loop) -> tuple[str, str, str]:
-    """In a few words, why, and whether it is good or bad."""
+    """How the run ended, why, and whether that is good or bad."""
     error, at = loop.error, f"at step {loop.step:,}"
     if error is not None and (isinstance(error, Exception) or loop.stopped is None):
         said = without_secrets("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
@@ -211,13 +229,14 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
-def _checkpoints(storage: Storage) -> Iterator[tuple[Any, ...]]:
-    best = storage.best_step() if storage.best else None
-    for step in storage.steps():
+def _checkpoints(checkpoints: Checkpoints) -> Iterator[tuple[Any, ...]]:
+    best = checkpoints.best_step() if checkpoints.best else None
+    for step in checkpoints.steps():
         try:
-            manifest = storage.manifest(step)
-            size = sum(size for size, _ in manifest["files"].values()) / 1e6
-            yield step, float(f"{size:.3g}"), manifest["metrics"].get(storage.best, ""), "best" if step == best else ""
+            manifest = checkpoints.manifest(step)
+            megabytes = float(f"{sum(size for size, _ in manifest['files'].values()) / 1e6:.3g}")
+            value = manifest["metrics"].get(checkpoints.best, "")
+            yield step, megabytes, value, "best" if step == best else ""
         except (OSError, ValueError):
             yield step, "", "", "damaged"
 

@@ -1,1 +1,1 @@
-"""Private details of pages, text and event files that built-in callbacks share."""
+"""Details of the built-in callbacks that authors of callbacks do not need: pages, text tables, event files."""

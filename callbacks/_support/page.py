@@ -1,4 +1,4 @@
-"""The look of a page: tables, and charts as SVG, which need no package, no script and no network."""
+"""The HTML of a report: tables, and charts as SVG. It needs no package, no script and no network."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from .plots import COLOURS, DASHES, grouped, lines, spans_decades
+from onstep.plots import COLOURS, DASHES, grouped, lines, spans_decades
 
 Points = tuple[Sequence[int], Sequence[float]]
-"""Steps, and the values at them."""
+"""Steps, and the value at each."""
 
 SHOWN = 24
-"""Charts, or rows of a table, that are not folded away."""
+"""The number of charts, or of rows of a table, above which they are folded."""
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 220, 58, 14, 14, 24
 
@@ -76,8 +76,8 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page. What is in `parts` is HTML; the title is text."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"  # should anything slip in, it loads and runs nothing
+    """Return a whole page. `parts` are HTML, the title is text."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"  # even a tag that was not escaped loads and runs nothing
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += '<meta name="viewport" content="width=device-width">'
     head += f"<title>{escape(title)}</title><style>{_STYLE}</style>"
@@ -86,13 +86,19 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def heading(title: str, text: str, kind: str, facts: dict[str, str]) -> str:
-    """How it went: `kind` is good, bad or neither; facts by name, of which empty ones are left out."""
+    """Return the top of a page: how the run ended, why, and facts about it.
+
+    Args:
+        title, text: how the run ended, and why.
+        kind: `"good"`, `"bad"` or `""`, which decides the colour.
+        facts: by name; empty ones are left out.
+    """
     shown = "".join(f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in facts.items() if fact)
     return f'<header class="{kind}"><h1>{escape(title)}</h1><p>{escape(text)}</p></header><dl>{shown}</dl>'
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A section with a table, folded away if it is long; nothing without rows. Numbers keep to the right."""
+    """Return a section with a table, `""` without rows. A long table is folded, and numbers are aligned right."""
     rows = list(rows)
     if not rows:
         return ""
@@ -110,10 +116,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 def charts(curves: dict[str, Points]) -> str:
-    """A section with charts of curves by name, many of them folded away."""
+    """Return a section with charts of curves by name. If there are many, the last ones are folded."""
     kinds = {name: f"c{colour} d{dash}" for name, (colour, dash) in lines(curves).items()}
     ends = [steps[i] for steps, _ in curves.values() for i in (0, -1)]
-    x = _Axis(ends, _LEFT, _WIDTH - _RIGHT, whole=True)
+    x = _Axis(ends, _LEFT, _WIDTH - _RIGHT, steps=True)
     figures = []
     for title, names in grouped(curves).items():
         for i in range(0, len(names), len(COLOURS)):
@@ -132,7 +138,13 @@ def charts(curves: dict[str, Points]) -> str:
 
 
 def _chart(title: str, curves: list[tuple[str, Sequence[int], Sequence[float]]], x: _Axis) -> str:
-    """Curves, each with the CSS classes of its line; where one is not finite it has a gap, and a cross above."""
+    """One chart as SVG. Where a value is not finite, the curve has a gap with a cross above.
+
+    Args:
+        title: for screen readers.
+        curves: each with the CSS classes of its line, its steps and its values.
+        x: the axis of steps, which all charts share.
+    """
     values = [value for _, _, values in curves for value in values if math.isfinite(value)]
     y = _Axis(values, _HEIGHT - _BOTTOM, _TOP, log=spans_decades(values))
     parts = [f'<text x="{_LEFT - 18}" y="{_HEIGHT - 7}" text-anchor="end">step</text>']
@@ -160,24 +172,24 @@ def _chart(title: str, curves: list[tuple[str, Sequence[int], Sequence[float]]],
 
 
 class _Axis:
-    """Puts numbers from `start` to `end`.
+    """Maps numbers to positions in a chart.
 
     Args:
-        values: finite ones, all of which shall have a place.
-        start, end: in the units of the chart.
+        values: finite numbers, all of which get a position between `start` and `end`.
+        start, end: positions of the ends, in units of the chart.
         log: whether the scale is logarithmic.
-        whole: whether the numbers are whole and the outer ones belong to the edges.
+        steps: whether the numbers are steps: integers, with the first and the last at the ends.
     """
 
-    def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False, whole: bool = False):
-        self.start, self.end, self.log, self.whole = start, end, log, whole
+    def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False, steps: bool = False):
+        self.start, self.end, self.log, self.steps = start, end, log, steps
         self.low, self.high = min(map(self._scaled, values), default=0.0), max(map(self._scaled, values), default=1.0)
         size, range_ = max(abs(self.low), abs(self.high)), self.high - self.low
-        if whole:
+        if steps:
             room = 0.0 if range_ else 1.0
         elif range_ > 1e-5 * size and size > 1e-290:
             room = range_ / 25
-        else:  # as good as one value
+        else:  # practically one value
             room = size / 10 if size > 1e-290 else 1.0
         self.low, self.high = self.low - room, self.high + room
 
@@ -185,11 +197,11 @@ class _Axis:
         return self._place(self._scaled(value))
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Round numbers: where they are, and as text."""
+        """Return round numbers: position and text of each."""
         rough = (self.high - self.low) / 6
         power = 10.0 ** math.floor(math.log10(rough))
         step = next((n * power for n in (1, 2, 5) if n * power >= rough), 10 * power)
-        if self.log or self.whole:
+        if self.log or self.steps:
             step = max(1, round(step))
         numbers = [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         return [(self._place(number), _text(10.0**number if self.log else number)) for number in numbers]
@@ -198,7 +210,7 @@ class _Axis:
         return self.start + (scaled - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def _scaled(self, value: float) -> float:
-        value = max(-1e300, min(value, 1e300))  # so that no difference is infinite
+        value = max(-1e300, min(value, 1e300))  # differences stay finite
         return math.log10(value) if self.log else value
 
 

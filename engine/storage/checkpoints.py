@@ -1,0 +1,158 @@
+"""Read-only access to the checkpoints of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import Any
+
+import jax
+
+from ..records import improves
+from .files import names_in
+from .manifest import MANIFEST, find_damage, read_manifest
+from .orbax_trees import from_orbax, to_orbax, without_optional_fields
+
+HOST = "host.npz"
+
+
+def host_name(process: int) -> str:
+    """Return the name of the file with the host state of a process."""
+    return HOST if process == 0 else f"host.{process}.npz"
+
+
+class Checkpoints:
+    """The checkpoints of a run in one directory, to look at and load from. Nothing is locked, written or moved.
+
+    Use it in scripts and notebooks, while the run is going on as well: a checkpoint appears when it is complete.
+    `loop.checkpoints` lists those of a run's `Checkpoint` callbacks.
+
+    Args:
+        directory: of the run; it need not exist.
+        best: the metric of `best_step`; None for the one that the newest checkpoint was saved with.
+        mode: whether `"min"` or `"max"` of that metric is best.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> from onstep.callbacks import Checkpoint
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> engine = Engine(lambda state, batch: (state + batch, {}), [Checkpoint(directory.name, when=10)])
+    >>> _ = engine.run(jnp.int32(0), range(25), epochs=1)
+    >>> checkpoints = Checkpoints(directory.name)
+    >>> checkpoints.steps()
+    [10, 20, 25]
+    >>> checkpoints.damage(20) is None
+    True
+    >>> int(checkpoints.load(20, {"state": jnp.int32(0)})["state"])
+    190
+    >>> directory.cleanup()
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, best: str | None = None, mode: str = "min"):
+        if mode not in ("min", "max"):
+            raise ValueError(f"Checkpoints needs mode 'min' or 'max', got {mode!r}.")
+        self.directory: str = os.path.abspath(directory)
+        self.best: str | None = best
+        self.mode: str = mode
+
+    def __repr__(self) -> str:
+        by = "" if self.best is None else f", best={self.best!r}, mode={self.mode!r}"
+        return f"Checkpoints({self.directory!r}{by})"
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, damaged ones included, in ascending order. Links do not count."""
+        steps = [int(name) for name in names_in(self.directory) if re.fullmatch(r"0|[1-9]\d*", name)]
+        markers = {MANIFEST, "_CHECKPOINT_METADATA"}  # Orbax's own tells a checkpoint whose manifest is lost
+        return sorted(n for n in steps if not os.path.islink(self.path(n)) and markers & names_in(self.path(n)))
+
+    def path(self, *parts: int | str) -> str:
+        """Return a path in the directory: `path(20)` is the checkpoint of step 20."""
+        return os.path.join(self.directory, *map(str, parts))
+
+    def best_step(self) -> int | None:
+        """Return the step with the best value of the metric, None if there is none. The earliest wins a tie."""
+        manifests = {}
+        for step in self.steps():
+            with contextlib.suppress(OSError, ValueError):  # a damaged manifest does not compete
+                manifests[step] = self.manifest(step)
+        used = [manifest["best"] for manifest in manifests.values() if manifest.get("best")]
+        metric, mode = (self.best, self.mode) if self.best or not used else used[-1]
+        best_step, best_value = None, None
+        for step, manifest in manifests.items():
+            value = manifest["metrics"].get(metric)
+            if value is not None and improves(value, best_value, mode=mode):
+                best_step, best_value = step, value
+        return best_step
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Return what was written down when a checkpoint was committed.
+
+        Returns:
+            `run` (an id), `step`, `best` (None, or metric and mode), `metrics` (by name, the values recorded at this
+            step) and `files` (by name, size in bytes and CRC-32).
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is damaged, or belongs to another step.
+        """
+        manifest = read_manifest(self.path(step))
+        if manifest["step"] != step:
+            raise ValueError(f"it belongs to step {manifest['step']}")
+        return manifest
+
+    def damage(self, step: int) -> str | None:
+        """Return what is wrong with a checkpoint, None if all its bytes are as they were written."""
+        try:
+            return find_damage(self.path(step), self.manifest(step)["files"])
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (OSError, ValueError) as error:
+            return f"{MANIFEST} is damaged ({error})"
+
+    def load(self, step: int, likes: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+        """Load trees of a checkpoint by name; all processes call it. Checksums are not verified: see `damage`.
+
+        Args:
+            step: of the checkpoint.
+            likes: by name, a tree of the same structure, shapes and dtypes, of arrays or `jax.ShapeDtypeStruct`;
+                None loads nested dicts. A run saves the trees `"state"` and `"carries"`.
+            partial: True allows the checkpoint to hold more than `likes`.
+
+        Raises:
+            ValueError: a tree has another structure or other shapes.
+        """
+        try:
+            found = self._restore(step, likes, partial)
+        except ValueError:
+            plain = without_optional_fields(likes)
+            if jax.tree.structure(plain) == jax.tree.structure(likes):
+                raise
+            found = self._restore(step, plain, partial)
+        return {
+            name: found[name]["tree"] if like is None else from_orbax(found[name], like) for name, like in likes.items()
+        }
+
+    def _restore(self, step: int, likes: dict[str, Any], partial: bool) -> dict[str, Any]:
+        import orbax.checkpoint as ocp
+
+        items: dict[str, Any] = {}
+        for name, like in likes.items():
+            target = None if like is None else to_orbax(like)
+            if target is None or (jax.tree.leaves(target) and not partial):
+                items[name] = ocp.args.StandardRestore(target)
+            elif jax.tree.leaves(target):
+                how = ocp.checkpoint_utils.construct_restore_args(target)
+                items[name] = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
+        return {name: found[name] if name in items else {"tree": None} for name in likes}
+
+    def host(self, step: int) -> bytes:
+        """Return the bytes that were saved beside the trees: this process's own, if as many processes saved."""
+        names = [host_name(process) for process in range(jax.process_count())]
+        present = names_in(self.path(step))
+        as_many = set(names) <= present and host_name(len(names)) not in present
+        with open(self.path(step, names[jax.process_index()] if as_many else HOST), "rb") as file:
+            return file.read()

@@ -1,0 +1,223 @@
+"""Writing checkpoints: saved in the background, committed by one rename, and deleted when newer ones replace them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from .. import processes
+from .checkpoints import HOST, Checkpoints, host_name
+from .files import names_in
+from .manifest import delete_listed, describe_files, write_manifest
+from .orbax_trees import to_orbax
+
+SAVING, ARCHIVE, TRASH = ".saving", "archive", ".trash"
+ARCHIVE_0_1 = "aside"
+"""The archive's name in version 0.1."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run to one directory, in the background, and deletes old ones.
+
+    `save` returns as soon as the arrays may be changed. A checkpoint is complete, with checksums, before it gets its
+    name. The `Checkpoint` callback is built on this class; use it where a loop of your own saves. It does not lock the
+    directory: take a `Lock` first. With several processes all call `save`, `wait` and `close`.
+
+    Args:
+        directory: of the run; it is created by the first save.
+        keep: how many of the newest checkpoints to keep; None for all.
+        best: the metric by which one more checkpoint is kept, the best.
+        mode: whether `"min"` or `"max"` of that metric is best.
+
+    Attributes:
+        checkpoints: read-only access to the same directory.
+        keep: how many of the newest checkpoints to keep; None for all.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> writer = CheckpointWriter(directory.name, keep=1, best="loss")
+    >>> for step, loss in ((10, 0.3), (20, 0.2), (30, 0.4), (40, 0.5)):
+    ...     writer.save(step, {"state": {"w": jnp.full(2, step)}}, metrics={"loss": loss})
+    >>> writer.close()
+    >>> writer.checkpoints.steps(), writer.checkpoints.best_step()
+    ([20, 40], 20)
+    >>> directory.cleanup()
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        best: str | None = None,
+        mode: str = "min",
+    ):
+        self.checkpoints: Checkpoints = Checkpoints(directory, best=best, mode=mode)
+        self.keep: int | None = keep
+        self._run = uuid.uuid4().hex  # a writer deletes no checkpoint of another run
+        self._resumed: int | None = None
+        self._checkpointer: Any = None
+        self._commit: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._saving: int | None = None  # the step of the last save, until `wait` has seen its end
+
+    def resume_from(self, step: int) -> None:
+        """Continue the run of a checkpoint: its checkpoints may be deleted when newer ones replace them.
+
+        The checkpoint itself is never deleted by this writer, so you can resume from it again.
+
+        Raises:
+            OSError, ValueError: the checkpoint's manifest cannot be read.
+        """
+        self._run, self._resumed = self.checkpoints.manifest(step)["run"], step
+
+    def save(
+        self, step: int, trees: Mapping[str, Any], host: bytes = b"", metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Begin to save; return when the arrays may be changed. The save before is waited for.
+
+        Args:
+            step: of the checkpoint.
+            trees: by name, pytrees of arrays; those without arrays are left out.
+            host: bytes to save beside them; each process may have its own.
+            metrics: by name, the values recorded at this step, which decide about the best.
+
+        Raises:
+            FileExistsError: the name of the checkpoint is taken.
+            RuntimeError: the save before failed.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        items = {name: to_orbax(tree) for name, tree in trees.items()}
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
+        self._saving = step
+        try:
+            processes.first(self._make_room, step)
+            if self._checkpointer is None:
+                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            if not processes.writes():  # before Orbax's own save, whose end all processes wait for
+                with open(self._path(SAVING, f"{step}.{host_name(jax.process_index())}"), "wb") as file:
+                    file.write(host)
+            self._checkpointer.save(self._path(SAVING, step), args=ocp.args.Composite(**args))
+        except FileExistsError:
+            raise
+        except Exception as error:
+            self._failure = error
+            self.wait()
+        self._commit = threading.Thread(
+            target=self._finish, args=(step, host, dict(metrics or {})), name="onstep-commit"
+        )
+        self._commit.start()
+
+    def wait(self) -> None:
+        """Wait until the last save is committed.
+
+        Raises:
+            RuntimeError: it failed; the message has step, path and reason. Earlier checkpoints are intact.
+        """
+        if self._commit is not None:
+            self._commit.join()
+            self._commit = None
+        step, self._saving = self._saving, None
+        if step is None or processes.failed():
+            return
+        error, self._failure = self._failure, None
+        said = None if error is None else f"{type(error).__name__}: {str(error)[:2000]}"
+        said = next((text for text in processes.agree(said, f"the checkpoint of step {step}") if text), None)
+        if said is not None:
+            if processes.writes():
+                with contextlib.suppress(OSError):
+                    self.clean()
+            raise RuntimeError(f"The checkpoint of step {step} in {self._path()} could not be saved: {said}") from error
+
+    def close(self) -> None:
+        """Wait for the last save, and stop Orbax's threads.
+
+        Raises:
+            RuntimeError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            checkpointer, self._checkpointer = self._checkpointer, None
+            if checkpointer is not None:
+                checkpointer.close()
+                with contextlib.suppress(OSError):
+                    os.rmdir(self._path(SAVING))
+
+    def prune(self) -> None:
+        """Delete the checkpoints of this run that are neither among the newest, nor the best, nor resumed from."""
+        steps = self.checkpoints.steps()
+        if not self.keep:
+            return
+        kept = {*steps[-self.keep :], self._resumed, self.checkpoints.best_step() if self.checkpoints.best else None}
+        for step in steps:
+            with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint is not deleted
+                if step not in kept and self.checkpoints.manifest(step)["run"] == self._run:
+                    trash = self._path(f"{step}.{uuid.uuid4().hex}{TRASH}")
+                    os.rename(self._path(step), trash)
+                    delete_listed(trash)
+
+    def clean(self) -> None:
+        """Delete what saves and deletions left when they were killed."""
+        if os.path.isdir(self._path(SAVING)) and not os.path.islink(self._path(SAVING)):
+            shutil.rmtree(self._path(SAVING))
+        for name in names_in(self._path()):
+            if re.fullmatch(rf"\d+(\.[0-9a-f]+)?{re.escape(TRASH)}", name) and not os.path.islink(self._path(name)):
+                with contextlib.suppress(OSError, ValueError):
+                    delete_listed(self._path(name))
+
+    def archive(self, steps: Iterable[int]) -> None:
+        """Move checkpoints to `archive/`, as `N`, or `N.2` and so on if that name was used before."""
+        for step in steps:
+            os.makedirs(self._path(ARCHIVE), exist_ok=True)
+            names = (str(step) if n == 1 else f"{step}.{n}" for n in itertools.count(1))
+            free = next(name for name in names if not self._is_archived(name))
+            os.rename(self._path(step), self._path(ARCHIVE, free))
+
+    def _is_archived(self, name: str) -> bool:
+        return any(os.path.lexists(self._path(folder, name)) for folder in (ARCHIVE, ARCHIVE_0_1))
+
+    def _path(self, *parts: int | str) -> str:
+        return self.checkpoints.path(*parts)
+
+    def _make_room(self, step: int) -> None:
+        if os.path.lexists(self._path(step)):
+            raise FileExistsError(
+                f"{self._path(step)} exists and is not a checkpoint of this run. Move it, or give another directory."
+            )
+        if self._checkpointer is None:
+            self.clean()
+        os.makedirs(self._path(SAVING, "writable"))  # Orbax would wait long for a folder that it cannot create
+        os.rmdir(self._path(SAVING, "writable"))
+
+    def _finish(self, step: int, host: bytes, metrics: dict[str, float]) -> None:
+        """Commit in the background: checksums, manifest, rename. Then old checkpoints are deleted."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if not processes.writes():
+                return
+            path = self._path(SAVING, step)
+            with open(os.path.join(path, HOST), "wb") as file:
+                file.write(host)
+            for process in range(1, jax.process_count()):
+                os.rename(f"{path}.{host_name(process)}", os.path.join(path, host_name(process)))
+            files = describe_files(path)
+            best = [self.checkpoints.best, self.checkpoints.mode] if self.checkpoints.best else None
+            manifest = {"format": 1, "run": self._run, "step": step, "best": best, "metrics": metrics, "files": files}
+            write_manifest(path, manifest)
+            os.rename(path, self._path(step))
+            self.prune()
+        except BaseException as error:
+            self._failure = error
