@@ -141,7 +141,7 @@ class Report(Callback):
         yield page.heading(title, text, kind, facts)
         yield page.charts({name: curve.points() for name, curve in self._curves.items()})
         columns = "name", "last", "lowest", "at step", "highest", "at step", "not finite"
-        names = [name for group in plots.grouped(self._curves).values() for name in group]
+        names = [name for group in plots.group_by_chart(self._curves).values() for name in group]
         yield page.table("Values", columns, [(name, *self._curves[name].row()) for name in names])
         yield page.table("Time", ("part", "seconds", "%"), self._times())
         for checkpoints in loop.checkpoints:

@@ -32,6 +32,7 @@ from .records import History, Record
 from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
+from .storage.checkpoints import Checkpoints
 from .trees import Batch, State, compare_signatures, difference, signature
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Loop:
         self.epochs: int | None = epochs
         self.rng: Any = placement.key(rng)
         self.callbacks: dict[str, Callback] = callbacks
-        self.checkpoints: list[Any] = []
+        self.checkpoints: list[Checkpoints] = []
         self.mesh: NamedSharding | None = placement.batches
 
         self._compiled, self._placement, self._log_every = compiled, placement, options.log_every

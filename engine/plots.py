@@ -56,7 +56,7 @@ def plot(
     names = list(history if names is None else names)
     if not names:
         raise ValueError("plot needs something to draw, but no name was recorded or asked for.")
-    charts, kinds = grouped(names), lines(names)
+    charts, kinds = group_by_chart(names), line_styles(names)
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
     figure = Shown(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
@@ -76,7 +76,7 @@ def plot(
     return figure
 
 
-def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+def group_by_chart(names: Iterable[str]) -> dict[str, list[str]]:
     """Names by what follows their first slash; those of `time/` by themselves, and last."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: name.startswith("time/")):
@@ -85,11 +85,11 @@ def grouped(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def lines(names: Iterable[str]) -> dict[str, tuple[int, int]]:
+def line_styles(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """The colour and the dashes of each name, as indices: the same for all with the same first part."""
     firsts = {name: name.partition("/")[0] if "/" in name else "" for name in names}
     numbers: dict[str, int] = {}
-    for group in grouped(firsts).values():
+    for group in group_by_chart(firsts).values():
         for name in group if len(group) > 1 else ():  # alone in a chart one needs no colour of its own
             numbers.setdefault(firsts[name], len(numbers))
     places = {name: numbers.get(first, 0) for name, first in firsts.items()}

@@ -3,7 +3,7 @@
     python examples/gan.py               draws digits, in under a minute on two CPU cores
     tensorboard --logdir runs/gan        shows the curves, and the samples as they get better
 
-The step trains the discriminator. What is done less often is a callback's pure half with a cadence
+The step trains the discriminator. What is done less often is a callback's compiled half with a cadence
 of its own, compiled into the same call: the generator's update at every second step, and the R1
 penalty (Mescheder et al., 2018) at every eighth, as lazily as in StyleGAN2. `loop.step` counts
 steps; each optimizer counts its own updates, and its schedule goes by that count. Interrupt it

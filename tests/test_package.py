@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import onstep
@@ -52,6 +53,7 @@ LAYERS = """
     storage.writer
     storage.checkpoints
     storage.manifest storage.orbax_trees storage.lock
+    storage.files
     records snapshot representation spans
     placement sharding
     processes
@@ -68,7 +70,7 @@ PUBLIC = {
     "onstep.tools": None,
     "onstep.processes": {"ProcessError", "agree", "first", "writes"},
     "onstep.redact": {"redacted", "without_secrets"},
-    "onstep.plots": {"plot", "group_by_chart", "line_styles", "spans_decades"},
+    "onstep.plots": {"COLOURS", "DASHES", "plot", "group_by_chart", "line_styles", "spans_decades"},
     "onstep.storage": None,
 }
 """What built-in callbacks may import of the engine: public names, so that whatever they do, yours can do as well.
@@ -166,6 +168,18 @@ def test_no_class_reads_private_attributes_of_another_object():
         found.update((module, text) for text in private_reads(path))
     assert set(found) == set(PRIVATE)
     assert found.total() <= 10
+
+
+def test_every_folder_of_the_package_is_installed():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        installed = tomllib.load(file)["tool"]["setuptools"]
+    folders = {
+        str(init.parent.relative_to(ROOT))
+        for top in ("engine", "callbacks")
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(installed["package-dir"].values()) == folders
+    assert set(installed["package-dir"]) == set(installed["packages"])
 
 
 def test_nothing_imports_the_folders_by_their_own_names():

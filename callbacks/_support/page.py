@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from onstep.plots import COLOURS, DASHES, grouped, lines, spans_decades
+from onstep.plots import COLOURS, DASHES, group_by_chart, line_styles, spans_decades
 
 Points = tuple[Sequence[int], Sequence[float]]
 """Steps, and the value at each."""
@@ -117,11 +117,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 def charts(curves: dict[str, Points]) -> str:
     """Return a section with charts of curves by name. If there are many, the last ones are folded."""
-    kinds = {name: f"c{colour} d{dash}" for name, (colour, dash) in lines(curves).items()}
+    kinds = {name: f"c{colour} d{dash}" for name, (colour, dash) in line_styles(curves).items()}
     ends = [steps[i] for steps, _ in curves.values() for i in (0, -1)]
     x = _Axis(ends, _LEFT, _WIDTH - _RIGHT, steps=True)
     figures = []
-    for title, names in grouped(curves).items():
+    for title, names in group_by_chart(curves).items():
         for i in range(0, len(names), len(COLOURS)):
             some = {name: (kinds[name], *curves[name]) for name in names[i : i + len(COLOURS)]}
             keys = "".join(

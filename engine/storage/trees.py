@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import processes
 from ..snapshot import pack, unpack
-from ..trees import compare, leaves, signature
+from ..trees import compare_signatures, named_leaves, signature
 from .checkpoints import Checkpoints
 from .lock import Lock
 from .writer import CheckpointWriter
@@ -114,14 +114,14 @@ def _fitting(likes: Any, stored: dict[str, str], path: str) -> Any:
     """
     exact, converted = _exact_signature(likes), signature(likes)
     fits = {name: exact[name] != stored.get(name) == converted[name] for name in converted}
-    flat = [jnp.zeros_like(leaf) if fits[name] else leaf for name, leaf in leaves(likes).items()]
+    flat = [jnp.zeros_like(leaf) if fits[name] else leaf for name, leaf in named_leaves(likes).items()]
     fitting = jax.tree.unflatten(jax.tree.structure(likes), flat)
-    if changed := compare(stored, _exact_signature(fitting)):
+    if changed := compare_signatures(stored, _exact_signature(fitting)):
         raise ValueError(f"load: {path} does not fit like (stored, then like): {changed}.")
     return fitting
 
 
 def _exact_signature(tree: Any) -> dict[str, str]:
     """Shapes and dtypes by name as they are; `signature` has the dtypes to which JAX converts them."""
-    arrays = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in leaves(tree).items()}
+    arrays = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
     return {name: f"{array.dtype}[{','.join(map(str, array.shape))}]" for name, array in arrays.items()}

@@ -14,7 +14,7 @@ from onstep.callbacks import Checkpoint, GracefulExit, Progress, TensorBoard
 class SkipSpikes(Callback):
     """Undoes steps whose loss is not `<= mean + width * deviation`, as of a batch that went wrong.
 
-    Mean and deviation are moving ones, of the steps that stand. The pure half undoes; the host half
+    Mean and deviation are moving ones, of the steps that stand. The compiled half undoes; the host half
     records `skipped`, the steps undone so far, with the training metrics, and stops the run where
     too many in a row are: then it is not a batch that is wrong. List it before callbacks that
     keep averages of the state.
