@@ -20,7 +20,7 @@ def stay(state, batch):
 
 
 def written(directory):
-    """Return what TensorBoard shows: by name, the histogram of each step."""
+    """Return the histograms that TensorBoard shows, by name and step."""
     reader = EventAccumulator(str(directory), size_guidance={"histograms": 0})
     reader.Reload()
     tags = reader.Tags()["histograms"]
