@@ -34,7 +34,8 @@ class GuardCarry(NamedTuple):
     @classmethod
     def unpack(cls, carry: Any) -> GuardCarry:
         """Return the parts of an array that `pack` made."""
-        return cls(*carry[:4], carry[4:])
+        step, code, skipped, in_a_row = carry[:4]
+        return cls(step, code, skipped, in_a_row, carry[4:])
 
 
 class NaNGuard(Callback):

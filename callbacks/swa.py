@@ -15,7 +15,8 @@ class SwaCarry(NamedTuple):
     """What `SWA` keeps on the device."""
 
     average: Any  # a tree like the averaged field, with 16-bit floats as float32
-    count: jax.Array  # int32 scalar, the number of weights averaged so far
+    # The name, which version 0.1 saved, hides tuple.count.
+    count: jax.Array  # type: ignore[assignment]  # int32 scalar, the number of points averaged so far
 
 
 @dataclass(eq=False, repr=False)

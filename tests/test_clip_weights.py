@@ -1,4 +1,4 @@
-"""ClipWeights: what is clipped, when, and what is left alone."""
+"""ClipWeights: what is clipped, when, and what stays unchanged."""
 
 import math
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.training.train_state import TrainState
 from onstep import Engine, at
-from onstep.callbacks.clip_weights import ClipWeights
+from onstep.callbacks import ClipWeights
 
 
 def add(state, batch):
@@ -19,7 +19,7 @@ def run(clip, params, batches, **options):
     return Engine(add, [clip], log_every=1, **options).run({"params": params}, batches, epochs=1)
 
 
-def test_weights_are_those_of_numpy_after_every_step():
+def test_weights_match_numpy_after_every_step():
     expected = params = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     batches = np.random.default_rng(1).normal(size=(5, 4, 3)).astype(np.float32)
     for batch in batches:
@@ -35,12 +35,12 @@ def test_weights_are_those_of_numpy_after_every_step():
         pytest.param(at(3), [0, 3, 6, 2], id="at step 3"),
     ],
 )
-def test_weights_are_clipped_when_it_is_due(when, before):
+def test_weights_are_clipped_at_due_steps(when, before):
     assert run(ClipWeights(-2, 2, when=when), np.float32([0]), [3.0] * 4).history["train/before"] == before
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [(0, math.inf, [0, 9]), (-math.inf, 0, [-9, 0])])
-def test_one_side_alone_can_be_clipped(low, high, expected):
+def test_one_bound_may_be_infinite(low, high, expected):
     assert run(ClipWeights(low, high), np.float32([-9, 9]), [0]).state["params"].tolist() == expected
 
 
@@ -54,11 +54,11 @@ def test_only_real_floats_of_the_field_are_clipped():
     assert after["critic"]["params"]["half"].dtype == jnp.bfloat16
 
 
-def test_a_nan_stays_one():
+def test_nan_stays_nan():
     assert np.isnan(run(ClipWeights(-1, 1), np.float32([math.nan]), [0]).state["params"]).all()
 
 
-def test_the_critic_of_a_train_state_is_clipped_after_its_optimizer():
+def test_train_state_is_clipped_after_its_optimizer():
     import optax
 
     state = TrainState.create(apply_fn=None, params={"w": jnp.float32(0)}, tx=optax.sgd(1.0))
@@ -66,7 +66,7 @@ def test_the_critic_of_a_train_state_is_clipped_after_its_optimizer():
     assert engine.run(state, [5.0, -0.005], epochs=1).state.params == {"w": np.float32(-0.01) + np.float32(0.005)}
 
 
-def test_a_run_that_goes_on_ends_in_the_same_bytes():
+def test_resumed_run_ends_in_the_same_bytes():
     batches = np.random.default_rng(1).normal(size=(7, 9)).astype(np.float32)
     engine = Engine(add, [ClipWeights(-0.5, 0.5, when=2)])
     whole = engine.run({"params": np.zeros(9)}, batches, steps=7).state["params"]
@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes():
 
 
 @pytest.mark.parametrize("options", [{"jit": False}, {"steps_per_call": 4}], ids=["uncompiled", "in blocks"])
-def test_however_it_is_run_the_weights_are_the_same(options):
+def test_weights_are_the_same_in_every_execution_mode(options):
     plain, other = (
         run(ClipWeights(-2, 2, when=2), np.float32([0]), [3.0] * 5, **how).state["params"]
         for how in ({"steps_per_call": 1}, options)
@@ -83,12 +83,17 @@ def test_however_it_is_run_the_weights_are_the_same(options):
     assert plain == other == 5
 
 
-def test_a_field_that_is_not_there_is_refused_with_those_that_are():
+def test_unknown_field_raises_an_error_that_lists_the_fields():
     with pytest.raises(ValueError, match=r"ClipWeights needs 'critic' in the state, but dict has \['params'\]"):
         run(ClipWeights(-1, 1, of="critic"), np.float32([0]), [0])
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, -1), (0, 0), (math.nan, 1)])
-def test_bounds_that_mean_nothing_are_refused(low, high):
+def test_bounds_in_the_wrong_order_raise(low, high):
     with pytest.raises(ValueError, match=f"ClipWeights needs low < high, got {low} and {high}"):
         ClipWeights(low, high)
+
+
+def test_repr_reads_like_the_call():
+    assert repr(ClipWeights(-0.01, 0.01)) == "ClipWeights(-0.01, 0.01)"
+    assert repr(ClipWeights(-1, math.inf, of="critic.params")) == "ClipWeights(-1, inf, of='critic.params')"

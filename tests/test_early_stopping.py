@@ -1,4 +1,4 @@
-"""EarlyStopping: the decision by itself, and in runs with scripted values."""
+"""EarlyStopping: the decision alone, and in runs with scripted values."""
 
 import math
 
@@ -7,39 +7,31 @@ import pytest
 from onstep import Callback, Engine, at, every, improves
 from onstep.callbacks import EarlyStopping, Evaluate
 from onstep.snapshot import unpack
+from onstep.testing import LogValues, RaiseIn, Restore, StopAt
 
 NAN, INF = math.nan, math.inf
 
 
-class Script(Callback):
-    """Logs one value of a list at each due step; None logs nothing."""
-
-    def __init__(self, values, metric="val/loss", when=1):
-        self.values, self.metric, self.when = values, metric, when
-
-    def on_step_end(self, loop):
-        value = self.values[loop.step - 1]
-        if value is not None:
-            loop.log({self.metric: value})
+def scripted(values, metric="val/loss"):
+    """Return a callback that logs one value of the list after each step; None logs nothing."""
+    return LogValues({step: {metric: value} for step, value in enumerate(values, 1) if value is not None})
 
 
 def step(state, batch):
     return state + batch, {"loss": state}
 
 
-def plain_engine(callbacks):
-    """An engine whose step does nothing: what counts here is the script."""
-    engine = Engine(step, callbacks)
-    engine._compiled.call = lambda bundle, batch, key, due: (bundle, {})
-    return engine
+def idle(state, batch):
+    """Change and return nothing: these tests are about the scripted values."""
+    return state, {}
 
 
 def run(callbacks, steps):
-    return plain_engine(callbacks).run(jnp.int32(0), [1] * steps, steps=steps)
+    return Engine(idle, callbacks).run(jnp.int32(0), [1] * steps, steps=steps)
 
 
 def stops_at(stopper, values):
-    """The number, from 1, of the value at which patience runs out; None if it never does."""
+    """Return the number, from 1, of the value at which patience runs out; None if it never does."""
     return next((number for number, value in enumerate(values, 1) if stopper.stalled(value)), None)
 
 
@@ -94,9 +86,11 @@ def test_patience_runs_out_at_this_value(mode, patience, min_delta, values, expe
 
 
 @pytest.mark.parametrize(("mode", "patience", "min_delta", "values", "expected"), TABLE)
-def test_a_run_stops_at_this_step(mode, patience, min_delta, values, expected):
+def test_run_stops_at_this_step(mode, patience, min_delta, values, expected):
     stopper = EarlyStopping("val/loss", patience=patience, mode=mode, min_delta=min_delta)
-    result = plain_engine([Script(values), stopper]).run(jnp.int32(0), lambda epoch: iter([1] * 20), steps=len(values))
+    result = Engine(idle, [scripted(values), stopper]).run(
+        jnp.int32(0), lambda epoch: iter([1] * 20), steps=len(values)
+    )
     assert result.step == (expected or len(values))
     assert (result.stopped is not None) == (expected is not None)
 
@@ -114,13 +108,13 @@ def test_a_run_stops_at_this_step(mode, patience, min_delta, values, expected):
         pytest.param(INF, 0.0, False, id="infinity"),
     ],
 )
-def test_an_improvement_is_finite_and_exceeds_min_delta(value, best, better):
+def test_improvement_is_finite_and_exceeds_min_delta(value, best, better):
     assert improves(value, best, mode="max", min_delta=0.5) == better
     mirrored = None if best is None else -best
     assert improves(-value, mirrored, mode="min", min_delta=0.5) == better
 
 
-def test_the_best_value_stays_while_others_creep_towards_it():
+def test_best_value_stays_until_min_delta_is_exceeded():
     stopper = EarlyStopping("val/score", patience=3, mode="max", min_delta=0.5)
     seen = []
     for value in [1, 1.4, 1.8, 2.2]:
@@ -129,30 +123,30 @@ def test_the_best_value_stays_while_others_creep_towards_it():
     assert seen == [(1, 0), (1, 1), (1.8, 0), (1.8, 1)]
 
 
-def test_the_result_says_why_the_run_stopped():
-    result = run([Script([3.0, 0.5, 0.6, 0.7, 0.1]), EarlyStopping("val/loss", patience=2)], 5)
+def test_result_says_why_the_run_stopped():
+    result = run([scripted([3.0, 0.5, 0.6, 0.7, 0.1]), EarlyStopping("val/loss", patience=2)], 5)
     assert result.step == 4
     assert result.stopped == "val/loss has not improved on 0.5 in 2 evaluations"
 
 
-def test_a_run_that_does_not_stop_early_gives_no_reason():
-    result = run([Script([3, 2, 1]), EarlyStopping("val/loss", patience=1)], 3)
+def test_run_that_does_not_stop_early_has_no_reason():
+    result = run([scripted([3, 2, 1]), EarlyStopping("val/loss", patience=1)], 3)
     assert (result.step, result.stopped) == (3, None)
 
 
-def test_a_stop_counts_evaluations_not_steps():
-    script = Script([None, None, 1.0, None, None, 2.0, None, None, 3.0, None, None, 4.0])
+def test_patience_counts_evaluations_and_not_steps():
+    script = scripted([None, None, 1.0, None, None, 2.0, None, None, 3.0, None, None, 4.0])
     result = run([script, EarlyStopping("val/loss", patience=2)], 12)
     assert result.step == 9
 
 
-def test_records_of_other_metrics_leave_the_count_alone():
+def test_records_of_other_metrics_are_not_counted():
     stopper = EarlyStopping("val/loss", patience=2)
-    run([Script([1.0, 2.0, None, None, None]), Script([5.0] * 5, "val/other"), stopper], 5)
+    run([scripted([1.0, 2.0, None, None, None]), scripted([5.0] * 5, "val/other"), stopper], 5)
     assert (stopper.best, stopper.misses) == (1.0, 1)
 
 
-def test_a_mean_of_the_training_metrics_can_be_watched():
+def test_epoch_mean_of_a_training_metric_can_be_watched():
     def constant(state, batch):
         return state, {"loss": jnp.float32(2.0)}
 
@@ -161,39 +155,39 @@ def test_a_mean_of_the_training_metrics_can_be_watched():
     assert result.history["epoch/loss"] == [2.0, 2.0, 2.0]
 
 
-def test_a_device_scalar_can_be_watched():
-    result = run([Script([jnp.float32(1), jnp.float32(2), jnp.float32(3)]), EarlyStopping("val/loss", patience=1)], 3)
+def test_device_scalar_can_be_watched():
+    result = run([scripted([jnp.float32(1), jnp.float32(2), jnp.float32(3)]), EarlyStopping("val/loss", patience=1)], 3)
     assert result.step == 2
 
 
 @pytest.mark.parametrize("first", ["stopper", "script"])
-def test_a_stop_does_not_depend_on_the_place_in_the_list(first):
-    callbacks = [Script([1.0, 2.0, 3.0, 4.0]), EarlyStopping("val/loss", patience=2)]
+def test_stop_does_not_depend_on_the_place_in_the_list(first):
+    callbacks = [scripted([1.0, 2.0, 3.0, 4.0]), EarlyStopping("val/loss", patience=2)]
     result = run(callbacks if first == "script" else callbacks[::-1], 4)
     assert result.step == 3
 
 
-@pytest.mark.parametrize("order", [1, -1], ids=["the hasty one first", "the patient one first"])
-def test_of_two_stoppers_the_first_to_run_out_of_patience_ends_the_run(order):
-    scripts = [Script([1, 2, 3, 4, 5, 6]), Script([6, 5, 4, 3, 2, 1], "val/error")]
+@pytest.mark.parametrize("order", [1, -1], ids=["hasty first", "patient first"])
+def test_first_of_two_stoppers_to_run_out_of_patience_ends_the_run(order):
+    scripts = [scripted([1, 2, 3, 4, 5, 6]), scripted([6, 5, 4, 3, 2, 1], "val/error")]
     stoppers = [EarlyStopping("val/loss", patience=2), EarlyStopping("val/error", patience=2)]
     result = run([*scripts, *stoppers[::order]], 6)
     assert result.step == 3
     assert result.stopped.startswith("val/loss has not improved")
 
 
-def test_two_stoppers_of_one_metric_count_by_themselves():
+def test_two_stoppers_of_one_metric_count_separately():
     stoppers = [
         EarlyStopping("val/loss", patience=4),
         EarlyStopping("val/loss", patience=2, min_delta=1.0, name="steep"),
     ]
-    result = run([Script([5.0, 4.5, 4.2, 4.1]), *stoppers], 4)
+    result = run([scripted([5.0, 4.5, 4.2, 4.1]), *stoppers], 4)
     assert result.step == 3
     assert [(stopper.best, stopper.misses) for stopper in stoppers] == [(4.2, 0), (5.0, 2)]
 
 
-def test_a_stop_is_final_and_going_on_runs_no_step(capsys):
-    engine = plain_engine([Script([1, 2, 3, 4, 5, 6, 7, 8]), EarlyStopping("val/loss", patience=2)])
+def test_stop_is_final_and_a_resume_runs_no_step(capsys):
+    engine = Engine(idle, [scripted([1, 2, 3, 4, 5, 6, 7, 8]), EarlyStopping("val/loss", patience=2)])
     data = [1] * 4
     result = engine.run(jnp.int32(0), data, epochs=1)
     again = engine.run(result, data, epochs=2)
@@ -202,26 +196,22 @@ def test_a_stop_is_final_and_going_on_runs_no_step(capsys):
     assert "stopped for good at step 3" in capsys.readouterr().err
 
 
-def test_a_stop_is_final_for_an_engine_that_restores_the_run():
-    class GoOn(Callback):
-        def on_load(self, loop):
-            loop.restore(result.snapshot)
-
-    result = run([Script([1, 2, 3]), EarlyStopping("val/loss", patience=1)], 3)
-    again = run([GoOn(), Script([1, 2, 3]), EarlyStopping("val/loss", patience=1)], 3)
+def test_stop_is_final_for_an_engine_that_restores_the_run():
+    result = run([scripted([1, 2, 3]), EarlyStopping("val/loss", patience=1)], 3)
+    again = run([Restore(result), scripted([1, 2, 3]), EarlyStopping("val/loss", patience=1)], 3)
     assert (again.step, again.stopped) == (2, result.stopped)
 
 
-def test_a_run_that_goes_on_counts_on():
+def test_resumed_run_continues_to_count():
     values = [3, 2, 1, 4, 5, 6, 7]
-    engine = plain_engine([Script(values), EarlyStopping("val/loss", patience=3)])
+    engine = Engine(idle, [scripted(values), EarlyStopping("val/loss", patience=3)])
     result = engine.run(jnp.int32(0), [1] * 7, steps=4)
     result = engine.run(result, [1] * 7, steps=7)
     assert (result.step, result.stopped) == (6, "val/loss has not improved on 1 in 3 evaluations")
 
 
 @pytest.mark.parametrize("cut", range(7))
-def test_the_count_survives_in_another_stopper(cut):
+def test_state_can_be_moved_to_another_stopper(cut):
     values = [5, 4, NAN, 3, 3, 4, 2]
     first, second = EarlyStopping("val/loss", patience=2), EarlyStopping("val/loss", patience=2)
     before = stops_at(first, values[:cut])
@@ -231,42 +221,42 @@ def test_the_count_survives_in_another_stopper(cut):
 
 
 @pytest.mark.parametrize("first", ["stopper", "script"])
-def test_a_save_holds_the_count_of_its_own_step(first):
+def test_snapshot_holds_the_count_of_its_own_step(first):
     saved = []
 
     class Save(Callback):
         def on_save(self, loop):
             saved.append(unpack(loop.snapshot().host)["callbacks"]["EarlyStopping"])
 
-    callbacks = [Script([3, 4, 2]), EarlyStopping("val/loss", patience=5)]
+    callbacks = [scripted([3, 4, 2]), EarlyStopping("val/loss", patience=5)]
     run([Save(), *(callbacks if first == "script" else callbacks[::-1])], 3)
     assert [(state["best"], state["misses"]) for state in saved] == [(3, 0), (3, 1), (2, 0)]
 
 
-def test_a_second_run_starts_afresh():
-    engine = plain_engine([Script([1, 2, 3, 4]), EarlyStopping("val/loss", patience=2)])
+def test_second_run_starts_from_scratch():
+    engine = Engine(idle, [scripted([1, 2, 3, 4]), EarlyStopping("val/loss", patience=2)])
     first, second = (engine.run(jnp.int32(0), [1] * 4, epochs=1) for _ in range(2))
     assert (first.step, second.step) == (3, 3)
     assert first.stopped == second.stopped
 
 
-def test_a_stopper_starts_afresh_in_another_engine():
+def test_stopper_starts_from_scratch_in_another_engine():
     stopper = EarlyStopping("val/loss", patience=2)
-    first = run([Script([1, 2, 3, 4]), stopper], 4)
-    second = run([Script([9, 8, 7, 8]), stopper], 4)
+    first = run([scripted([1, 2, 3, 4]), stopper], 4)
+    second = run([scripted([9, 8, 7, 8]), stopper], 4)
     assert (first.step, second.step, second.stopped) == (3, 4, None)
     assert (stopper.best, stopper.misses) == (7, 1)
 
 
-def test_a_best_value_set_beforehand_is_a_baseline_for_every_run():
+def test_best_value_set_before_the_run_is_a_baseline_for_every_run():
     stopper = EarlyStopping("val/loss", patience=5)
     stopper.best = 0.5
-    engine = plain_engine([Script([0.9, 0.8, 0.7, 0.71, 0.72, 0.73]), stopper])
+    engine = Engine(idle, [scripted([0.9, 0.8, 0.7, 0.71, 0.72, 0.73]), stopper])
     assert [engine.run(jnp.int32(0), [1] * 6, epochs=1).step for _ in range(2)] == [5, 5]
 
 
-def test_a_metric_that_never_appears_is_a_warning_and_then_an_error():
-    engine = Engine(step, [Script([1.0] * 6, "val/accuracy"), EarlyStopping("val/loss", patience=2)])
+def test_metric_that_never_appears_is_a_warning_and_then_an_error():
+    engine = Engine(step, [scripted([1.0] * 6, "val/accuracy"), EarlyStopping("val/loss", patience=2)])
     message = r"EarlyStopping watches 'val/loss', but the records hold \['epoch/loss', .*'val/accuracy'\]. Add Evaluate"
     with (
         pytest.raises(ValueError, match=message) as error,
@@ -276,74 +266,70 @@ def test_a_metric_that_never_appears_is_a_warning_and_then_an_error():
     assert "EarlyStopping.on_run_end at step 6" in error.value.__notes__[0]
 
 
-def test_the_warning_about_a_metric_comes_once():
-    engine = plain_engine([Script([None] * 5 + [1.0]), EarlyStopping("val/loss", patience=2)])
+def test_missing_metric_is_warned_about_once():
+    engine = Engine(idle, [scripted([None] * 5 + [1.0]), EarlyStopping("val/loss", patience=2)])
     with pytest.warns(UserWarning, match="watches 'val/loss'") as warned:
         engine.run(jnp.int32(0), [1] * 2, epochs=3)
     assert len(warned) == 1
 
 
-def test_a_metric_that_appears_in_the_first_epoch_warns_of_nothing():
-    script = Script([None, 1.0, None, None])
-    result = plain_engine([script, EarlyStopping("val/loss", patience=2)]).run(jnp.int32(0), [1] * 2, epochs=2)
+def test_metric_that_appears_in_the_first_epoch_causes_no_warning():
+    script = scripted([None, 1.0, None, None])
+    result = Engine(idle, [script, EarlyStopping("val/loss", patience=2)]).run(jnp.int32(0), [1] * 2, epochs=2)
     assert result.step == 4
 
 
-def test_a_metric_of_a_later_evaluation_warns_of_nothing():
+def test_metric_of_a_later_evaluation_causes_no_warning():
     evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1], when=every(epochs=2))
-    result = plain_engine([evaluate, EarlyStopping("val/loss", patience=3)]).run(jnp.int32(0), [1] * 2, epochs=4)
+    result = Engine(idle, [evaluate, EarlyStopping("val/loss", patience=3)]).run(jnp.int32(0), [1] * 2, epochs=4)
     assert result.history.steps("val/loss") == [4, 8]
 
 
-def test_a_metric_that_a_later_evaluation_did_not_record_is_still_an_error():
+def test_metric_that_a_later_evaluation_did_not_record_is_an_error():
     evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1], when=every(epochs=2))
-    engine = plain_engine([evaluate, EarlyStopping("val/acc", patience=3)])
+    engine = Engine(idle, [evaluate, EarlyStopping("val/acc", patience=3)])
     with pytest.raises(ValueError, match=r"watches 'val/acc', but the records hold .*'val/loss'\]"):
         engine.run(jnp.int32(0), [1] * 2, epochs=2)
 
 
-def test_a_metric_that_an_evaluation_did_not_record_at_its_first_time_is_a_warning():
+def test_metric_that_the_first_evaluation_did_not_record_is_a_warning():
     evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1])
-    engine = plain_engine([evaluate, EarlyStopping("val/acc", patience=3)])
+    engine = Engine(idle, [evaluate, EarlyStopping("val/acc", patience=3)])
     engine.on("step_end", when=at(3))(lambda loop: loop.log({"val/acc": 1.0}))
     with pytest.warns(UserWarning, match=r"watches 'val/acc', but the records hold .*'val/loss'\]"):
         engine.run(jnp.int32(0), [1] * 2, epochs=2)
 
 
-def test_a_training_mean_over_more_than_an_epoch_warns_of_nothing():
+def test_training_window_longer_than_an_epoch_causes_no_warning():
     engine = Engine(step, [EarlyStopping("train/loss", patience=3)], log_every=3)
     assert engine.run(jnp.int32(0), [1] * 2, epochs=3).history.steps("train/loss") == [3, 6]
 
 
-def test_a_misspelt_training_mean_is_a_warning():
+def test_misspelt_training_metric_is_a_warning():
     engine = Engine(step, [EarlyStopping("train/lss", patience=3)], log_every=3)
     engine.on("step_end", when=at(3))(lambda loop: loop.log({"train/lss": 1.0}))
     with pytest.warns(UserWarning, match="watches 'train/lss'"):
         engine.run(jnp.int32(0), [1] * 2, epochs=2)
 
 
-def test_a_stopper_that_saw_its_metric_before_a_resume_is_content():
-    engine = plain_engine([Script([1.0, None, None]), EarlyStopping("val/loss", patience=2)])
+def test_metric_that_appeared_before_a_resume_is_enough():
+    engine = Engine(idle, [scripted([1.0, None, None]), EarlyStopping("val/loss", patience=2)])
     result = engine.run(jnp.int32(0), [1] * 3, steps=2)
     assert engine.run(result, [1] * 3, steps=3).step == 3
 
 
-def test_an_absent_metric_does_not_hide_the_error_that_ended_the_run():
-    engine = plain_engine([EarlyStopping("val/loss", patience=2)])
-
-    @engine.on("step_end", when=at(3))
-    def fail(loop):
-        raise RuntimeError("out of patience in another way")
-
-    with pytest.raises(RuntimeError, match="another way") as error:
+def test_missing_metric_does_not_hide_the_error_that_ended_the_run():
+    failing = RaiseIn("step_end", RuntimeError("another failure"), step=3)
+    engine = Engine(idle, [EarlyStopping("val/loss", patience=2), failing])
+    with pytest.raises(RuntimeError, match="another failure") as error:
         engine.run(jnp.int32(0), [1] * 3, epochs=1)
     assert not any("val/loss" in note for note in error.value.__notes__)
 
 
 @pytest.mark.parametrize("final", [True, False])
-def test_a_stop_may_come_before_the_metric(final):
-    engine = plain_engine([EarlyStopping("val/loss", patience=2)])
-    engine.on("step_end", when=at(2))(lambda loop: loop.stop("a signal", final=final))
+def test_run_may_stop_before_the_metric_appears(final):
+    stop = StopAt(2, reason="a signal", final=final)
+    engine = Engine(idle, [EarlyStopping("val/loss", patience=2), stop])
     assert engine.run(jnp.int32(0), [1] * 3, epochs=1).stopped == "a signal"
 
 
@@ -355,18 +341,39 @@ def test_a_stop_may_come_before_the_metric(final):
         pytest.param({"patience": 2.0}, "needs patience >= 1.* got 2.0", id="float patience"),
         pytest.param({"patience": True}, "needs patience >= 1.* got True", id="bool patience"),
         pytest.param({"patience": 1, "mode": "auto"}, "needs mode 'min' or 'max', got 'auto'", id="unknown mode"),
-        pytest.param({"patience": 1, "min_delta": -0.1}, "needs min_delta >= 0.* got -0.1", id="negative min_delta"),
-        pytest.param({"patience": 1, "min_delta": NAN}, "needs min_delta >= 0.* got nan", id="NaN min_delta"),
-        pytest.param({"patience": 1, "min_delta": INF}, "needs min_delta >= 0.* got inf", id="infinite min_delta"),
+        pytest.param(
+            {"patience": 1, "min_delta": -0.1}, "needs a finite min_delta >= 0, got -0.1", id="negative min_delta"
+        ),
+        pytest.param({"patience": 1, "min_delta": NAN}, "needs a finite min_delta >= 0, got nan", id="NaN min_delta"),
+        pytest.param(
+            {"patience": 1, "min_delta": INF}, "needs a finite min_delta >= 0, got inf", id="infinite min_delta"
+        ),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(arguments, message):
+def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match="EarlyStopping " + message):
         EarlyStopping("val/loss", **arguments)
 
 
-def test_evaluations_may_come_at_any_cadence():
-    script = Script(list(range(1, 21)), when=every(4) | every(epochs=1))
-    result = plain_engine([script, EarlyStopping("val/loss", patience=3)]).run(jnp.int32(0), [1] * 6, epochs=3)
+def test_evaluations_may_have_any_cadence():
+    engine = Engine(idle, [EarlyStopping("val/loss", patience=3)])
+    engine.on("step_end", when=every(4) | every(epochs=1))(lambda loop: loop.log({"val/loss": loop.step}))
+    result = engine.run(jnp.int32(0), [1] * 6, epochs=3)
     assert result.history.steps("val/loss") == [4, 6, 8, 12]
     assert result.step == 12
+
+
+@pytest.mark.parametrize(
+    ("stopping", "text"),
+    [
+        pytest.param(EarlyStopping("val/loss", patience=3), "EarlyStopping('val/loss', patience=3)", id="defaults"),
+        pytest.param(
+            EarlyStopping("val/acc", patience=1, mode="max", min_delta=0.1),
+            "EarlyStopping('val/acc', patience=1, mode='max', min_delta=0.1)",
+            id="more",
+        ),
+    ],
+)
+def test_repr_reads_like_the_call(stopping, text):
+    stopping.stalled(0.5)  # the state of a run is no part of it
+    assert repr(stopping) == text

@@ -1,4 +1,4 @@
-"""EMA: the average against its closed form, of which part of which state, and where it is kept."""
+"""EMA: the average against its closed form, the fields that it covers, and how it is stored and resumed."""
 
 import functools
 from typing import NamedTuple
@@ -12,7 +12,10 @@ from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
 from onstep import Callback, Engine, at, evaluate, every
-from onstep.callbacks import EMA
+from onstep.callbacks import EMA, Checkpoint
+from onstep.callbacks.ema import EmaCarry, EmaWarmupCarry
+from onstep.testing import same_bytes
+from onstep.tools import signature
 
 
 def follow(state, batch):
@@ -26,20 +29,20 @@ def grow(state, batch):
 
 
 def closed_form(decay, points):
-    """The average of points p_0 ... p_n: d^n p_0 + (1 - d) times the sum of d^(n - i) p_i."""
+    """Return the average of points p_0 ... p_n: d^n p_0 + (1 - d) times the sum of d^(n - i) p_i."""
     n = len(points) - 1
     return decay**n * points[0] + (1 - decay) * sum(decay ** (n - i) * points[i] for i in range(1, n + 1))
 
 
 def average(ema, points, **options):
-    """The average after a run in which the parameters take these values, the first before it."""
+    """Return the average after a run whose parameters take these values; the first is the initial one."""
     data = [np.float32(point) for point in points[1:]]
     result = Engine(follow, [ema], **options).run({"params": np.float32(points[0])}, data, epochs=1)
     return float(ema.params(result))
 
 
 class Averages(Callback):
-    """Notes the average after each step."""
+    """Collects the average after each step."""
 
     def __init__(self, ema):
         self.ema, self.seen = ema, []
@@ -49,7 +52,7 @@ class Averages(Callback):
 
 
 def averages(ema, points):
-    """The averages after each step of such a run."""
+    """Return the averages after each step of such a run."""
     noted = Averages(ema)
     data = [np.float32(point) for point in points[1:]]
     Engine(follow, [ema, noted]).run({"params": np.float32(points[0])}, data, epochs=1)
@@ -57,13 +60,13 @@ def averages(ema, points):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_the_average_is_exact_where_its_numbers_are(decay):
+def test_average_is_exact_for_numbers_that_floats_hold_exactly(decay):
     points = [3, 1, 4, -1, 5, 9, 2, -6]
     assert average(EMA(decay), points) == closed_form(decay, points)
 
 
 @pytest.mark.parametrize("decay", [0.1, 0.9, 0.99, 0.999])
-def test_the_average_is_its_closed_form(decay):
+def test_average_matches_its_closed_form(decay):
     points = np.random.default_rng(0).normal(size=33)
     assert average(EMA(decay), points) == pytest.approx(closed_form(decay, points), rel=1e-5, abs=1e-6)
 
@@ -78,11 +81,11 @@ def test_the_average_is_its_closed_form(decay):
         pytest.param(at(9), 1.0, id="never in this run"),
     ],
 )
-def test_the_average_is_updated_when_it_is_due(when, expected):
+def test_average_is_updated_at_due_steps(when, expected):
     assert average(EMA(0.5, when=when), [1, 2, 3, 4, 5]) == expected
 
 
-def test_the_average_starts_as_the_first_parameters():
+def test_average_starts_as_the_first_parameters():
     seen = []
     ema = EMA(0.9)
     engine = Engine(follow, [ema])
@@ -91,21 +94,21 @@ def test_the_average_starts_as_the_first_parameters():
     assert seen == [7.0]
 
 
-def test_a_half_life_is_a_decay():
+def test_half_life_can_be_given_as_a_decay():
     half_life, points = 10, [1.0] + [0.0] * 10
     assert average(EMA(2 ** (-1 / half_life)), points) == pytest.approx(0.5, rel=1e-5)
     assert averages(EMA(2 ** (-1 / half_life)), points)[0] == pytest.approx(0.933, abs=5e-4)
 
 
 @pytest.mark.parametrize("start", [1, 2, 5])
-def test_the_average_follows_the_parameters_exactly_until_start(start):
+def test_average_equals_the_parameters_until_start(start):
     points = [8, 3, 1, 4, 1, 5]
     seen = averages(EMA(0.5, start=start), points)
     assert seen[:start] == points[1 : start + 1]
     assert seen[-1] == closed_form(0.5, points[start:])
 
 
-def test_warmup_lets_early_averages_forget_the_first_parameters():
+def test_warmup_forgets_the_first_parameters_early():
     points, expected = [100, 1, 2, 3, 4, 5], 100.0
     seen = averages(EMA(0.6, warmup=3), points)
     for n, point in enumerate(points[1:], 1):
@@ -114,22 +117,22 @@ def test_warmup_lets_early_averages_forget_the_first_parameters():
         assert seen[n - 1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_warmup_counts_updates_not_steps():
+def test_warmup_counts_updates_and_not_steps():
     seen = averages(EMA(0.9, warmup=1, when=2), [8, 8, 0, 0, 0])
     assert seen == pytest.approx([8, 4, 4, 8 / 3])
 
 
-def test_warmup_begins_where_start_ends():
+def test_warmup_begins_at_start():
     seen = averages(EMA(0.9, warmup=1, start=2), [5, 3, 8, 0, 0])
     assert seen == pytest.approx([3, 8, 4, 8 / 3])
 
 
-def test_a_name_of_its_own_leaves_warmup_as_it_is():
+def test_custom_name_does_not_change_warmup():
     points = [9, 1, 2, 3]
     assert averages(EMA(0.9, warmup=2, name="slow"), points) == averages(EMA(0.9, warmup=2), points)
 
 
-def test_a_nested_field_is_averaged_alone():
+def test_nested_field_is_averaged_and_nothing_else():
     ema = EMA(0.5, of="gen.params")
     state = {"gen": {"params": {"w": jnp.float32(0)}, "count": 0}, "disc": {"params": jnp.float32(1)}}
     result = Engine(grow, [ema]).run(state, [2], epochs=1)
@@ -137,7 +140,7 @@ def test_a_nested_field_is_averaged_alone():
     assert ema.apply(result) == {"gen": {"params": {"w": 1.0}, "count": 2}, "disc": {"params": 3.0}}
 
 
-def test_several_fields_are_averaged_side_by_side():
+def test_several_fields_are_averaged():
     ema = EMA(0.5, of=("gen.params", "disc"))
     state = {"gen": {"params": jnp.float32(0)}, "disc": jnp.float32(10), "step": 0}
     result = Engine(grow, [ema]).run(state, [2, 2], epochs=1)
@@ -145,7 +148,7 @@ def test_several_fields_are_averaged_side_by_side():
     assert ema.apply(result) == {"gen": {"params": 2.5}, "disc": 12.5, "step": 4}
 
 
-def test_none_averages_the_whole_state_and_copies_what_is_no_float():
+def test_none_averages_the_floats_of_the_whole_state_and_copies_the_rest():
     ema = EMA(0.5, of=None)
     state = {"w": jnp.float32(1), "mean": jnp.float32(1), "count": jnp.int32(0), "on": jnp.array(False)}
     result = Engine(grow, [ema]).run(state, [1] * 4, epochs=1)
@@ -153,7 +156,7 @@ def test_none_averages_the_whole_state_and_copies_what_is_no_float():
     assert ema.apply(result)["count"].dtype == jnp.int32
 
 
-def test_a_random_key_in_the_state_is_copied():
+def test_random_key_in_the_state_is_copied():
     def draw(state, batch):
         key, _ = jax.random.split(state["key"])
         return {"w": state["w"] + batch, "key": key}, {}
@@ -166,11 +169,11 @@ def test_a_random_key_in_the_state_is_copied():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_16_bit_floats_are_averaged_in_32_bits_and_given_back_in_16(dtype):
+def test_16_bit_floats_are_averaged_in_32_bits_and_returned_in_16(dtype):
     ema = EMA(0.99)
     points = [jnp.asarray(1, dtype)] + [1 + jnp.finfo(dtype).eps] * 10
     result = Engine(follow, [ema]).run({"params": points[0]}, points[1:], epochs=1)
-    kept = result.carry(ema)["average"]
+    kept = result.carry(ema).average
     assert (kept.dtype, ema.params(result).dtype) == (jnp.float32, dtype)
     assert float(kept) == pytest.approx(1 + (1 - 0.99**10) * float(jnp.finfo(dtype).eps), rel=1e-6)
 
@@ -182,7 +185,7 @@ def test_two_averages_of_one_run_are_independent():
     assert list(result.snapshot.tree["carries"]) == ["EMA", "EMA_2"]
 
 
-def test_the_order_of_the_list_decides_what_is_averaged():
+def test_order_of_the_callbacks_decides_what_is_averaged():
     class Double(Callback):
         def update(self, carry, ctx):
             return carry, ctx.replace(state={"params": 2 * ctx.state["params"]})
@@ -192,7 +195,7 @@ def test_the_order_of_the_list_decides_what_is_averaged():
     assert (before.params(result), after.params(result), result.state["params"]) == (3.0, 6.0, 6.0)
 
 
-def test_the_run_does_not_see_its_average():
+def test_average_does_not_change_the_run():
     state, data = {"params": jnp.arange(4.0) / 7, "count": 0}, [0.1, 0.2, 0.3]
     ema = EMA(0.9)
 
@@ -206,14 +209,14 @@ def test_the_run_does_not_see_its_average():
     assert averaged.state["count"] == plain.state["count"]
 
 
-def test_the_average_in_an_event_is_the_average_of_the_result():
+def test_average_read_in_an_event_equals_that_of_the_result():
     ema = EMA(0.9)
     noted = Averages(ema)
     result = Engine(follow, [noted, ema]).run({"params": np.float32(1)}, [np.float32(5), np.float32(7)], epochs=1)
     assert noted.seen[-1] == float(ema.params(result))
 
 
-def test_the_average_stands_beside_the_state_in_a_snapshot():
+def test_snapshot_holds_the_average_beside_the_state():
     saved = []
     ema = EMA(0.5)
     engine = Engine(grow, [ema])
@@ -222,13 +225,13 @@ def test_the_average_stands_beside_the_state_in_a_snapshot():
     def save(loop):
         ema.apply(loop)
         tree = loop.snapshot().tree
-        saved.append((float(tree["state"]["params"]), float(tree["carries"]["EMA"]["average"])))
+        saved.append((float(tree["state"]["params"]), float(tree["carries"]["EMA"].average)))
 
     engine.run({"params": jnp.float32(1)}, [1, 1], epochs=1)
     assert saved == [(2.0, 1.5), (3.0, 2.25)]
 
 
-def test_a_run_that_goes_on_averages_on():
+def test_resumed_run_continues_the_average():
     points = [3, 1, 4, 1, 5, 9]
     data = [np.float32(point) for point in points[1:]]
     ema = EMA(0.5, warmup=2, when=2)
@@ -240,7 +243,7 @@ def test_a_run_that_goes_on_averages_on():
     assert float(ema.params(first)) == middle
 
 
-def test_uncompiled_the_average_is_the_same():
+def test_average_without_jit_is_the_same():
     points = [3, 1, 4, -1, 5]
     assert average(EMA(0.5, when=2), points, jit=False) == average(EMA(0.5, when=2), points)
 
@@ -249,12 +252,12 @@ def test_uncompiled_the_average_is_the_same():
     "ema",
     [
         pytest.param(EMA(0.0, of=None), id="no decay"),
-        pytest.param(EMA(0.9, of=None, start=100), id="following exactly"),
+        pytest.param(EMA(0.9, of=None, start=100), id="before start"),
         pytest.param(EMA(0.9, of=None, when=2), id="every 2 steps"),
         pytest.param(EMA(0.9, of=None, warmup=3), id="warmup"),
     ],
 )
-def test_no_average_shares_a_buffer_with_the_state(ema):
+def test_average_shares_no_buffer_with_the_state(ema):
     shared = []
 
     class Compare(Callback):
@@ -287,7 +290,7 @@ def make_train_state(w):
         pytest.param(lambda w: nnx.State({"params": {"w": nnx.Param(w)}, "count": nnx.Variable(0)}), id="NNX State"),
     ],
 )
-def test_apply_gives_the_same_kind_of_state(make):
+def test_apply_returns_the_same_kind_of_state(make):
     ema = EMA(0.5)
     state = make(jnp.float32(0))
     result = Engine(grow, [ema]).run(state, [2], epochs=1)
@@ -298,7 +301,7 @@ def test_apply_gives_the_same_kind_of_state(make):
     assert jax.tree.leaves(result.state) == [2, 2]
 
 
-def test_the_params_of_a_train_state_are_averaged():
+def test_params_of_a_train_state_are_averaged():
     def descend(state, batch):
         return state.apply_gradients(grads={"w": batch}), {}
 
@@ -309,7 +312,7 @@ def test_the_params_of_a_train_state_are_averaged():
     assert (averaged.step, averaged.tx) == (2, result.state.tx)
 
 
-def test_the_average_of_an_nnx_model_can_be_merged_and_called():
+def test_averaged_nnx_model_can_be_merged_and_called():
     graph, state = nnx.split(nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0)))
     state = jax.tree.map(jnp.zeros_like, state)
     whole, kernel = EMA(0.5, of=None), EMA(0.5, of="kernel")
@@ -320,7 +323,7 @@ def test_the_average_of_an_nnx_model_can_be_merged_and_called():
     assert nnx.merge(graph, result.state)(jnp.ones((1, 2))) == 4.0
 
 
-def test_the_layers_of_an_nnx_model_are_fields():
+def test_layers_of_an_nnx_model_are_fields():
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.inner = nnx.Linear(1, 1, use_bias=False, rngs=rngs)
@@ -333,7 +336,7 @@ def test_the_layers_of_an_nnx_model_are_fields():
     assert (averaged.inner.kernel[...], averaged.outer.kernel[...]) == (1.0, 2.0)
 
 
-def test_an_averaged_state_can_be_evaluated_by_itself():
+def test_averaged_state_can_be_evaluated_after_the_run():
     ema = EMA(0.5)
     result = Engine(grow, [ema]).run({"params": jnp.float32(0)}, [2], epochs=1)
     value = functools.partial(evaluate, lambda state, batch: {"w": state["params"]}, data=[1])
@@ -350,12 +353,12 @@ def test_an_averaged_state_can_be_evaluated_by_itself():
         pytest.param(make_train_state(1.0), "ema", r"'ema' .* TrainState has \['step', .*'params'", id="TrainState"),
     ],
 )
-def test_a_field_that_is_not_there_is_refused_with_those_that_are(state, of, message):
+def test_unknown_field_raises_an_error_that_lists_the_fields(state, of, message):
     with pytest.raises(ValueError, match=f"EMA needs {message}"):
         Engine(grow, [EMA(of=of)]).run(state, [1], epochs=1)
 
 
-def test_an_average_of_another_run_is_refused():
+def test_asking_for_the_average_of_another_run_raises():
     result = Engine(grow, [EMA(name="fast")]).run({"params": 1.0}, [1], epochs=1)
     with pytest.raises(ValueError, match=r"This EMA is not among the run's callbacks \['fast'\]"):
         EMA().params(result)
@@ -374,6 +377,56 @@ def test_an_average_of_another_run_is_refused():
         pytest.param({"start": 1.5}, "start >= 0.* got 1.5", id="fractional start"),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(arguments, message):
+def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=f"EMA needs {message}"):
         EMA(**arguments)
+
+
+@pytest.mark.parametrize(("warmup", "more"), [(0, {}), (3, {"updates": "int32[]"})], ids=["plain", "warmup"])
+def test_carry_has_the_leaves_of_version_0_1(warmup, more):
+    ema = EMA(warmup=warmup)
+    result = Engine(grow, [ema]).run({"params": {"w": jnp.zeros(3, jnp.bfloat16)}}, [1], epochs=1)
+    assert signature(result.carry(ema)) == {"average/w": "float32[3]", **more}
+
+
+class DictEMA(EMA):
+    """Keeps its carry in a dict, as version 0.1 did."""
+
+    def init(self, state):
+        return super().init(state)._asdict()
+
+    def update(self, carry, ctx):
+        carry, ctx = super().update((EmaWarmupCarry if self.warmup else EmaCarry)(**carry), ctx)
+        return carry._asdict(), ctx
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_checkpoint_of_version_0_1_resumes_to_the_same_bytes(warmup, tmp_path):
+    def run(ema, steps, *callbacks):
+        state, data = {"params": {"w": jnp.float32([1, 2])}}, [0.1, 0.2, 0.3, 0.4]
+        return Engine(grow, [ema, *callbacks]).run(state, data, steps=steps)
+
+    def ema(kind):
+        return kind(0.9, warmup=warmup, name="EMA")
+
+    whole = run(ema(EMA), 4)
+    run(ema(DictEMA), 2, Checkpoint(tmp_path, when=2))
+    resumed = run(ema(EMA), 4, Checkpoint(tmp_path, when=2))
+    assert same_bytes(resumed.state, whole.state)
+    assert same_bytes(resumed.snapshot.tree["carries"], whole.snapshot.tree["carries"])
+
+
+@pytest.mark.parametrize(
+    ("ema", "text"),
+    [
+        pytest.param(EMA(), "EMA()", id="defaults"),
+        pytest.param(EMA(0.9), "EMA(decay=0.9)", id="decay"),
+        pytest.param(
+            EMA(of=("gen.params", "disc"), warmup=9, when=every(epochs=1), name="slow"),
+            "EMA(of=('gen.params', 'disc'), warmup=9, when=every(epochs=1), name='slow')",
+            id="all",
+        ),
+    ],
+)
+def test_repr_reads_like_the_call(ema, text):
+    assert repr(ema) == text

@@ -1,4 +1,4 @@
-"""GradNorm: norms of gradients, updates and parameters against numpy and optax, and when they are there."""
+"""GradNorm: norms of gradients, updates and parameters against numpy and optax, and when they are logged."""
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,18 @@ def descend(state, batch):
 
 
 def run(grad_norm, grads, params=None, **options):
-    """A run whose steps have these gradients, from parameters that are zero if not given."""
+    """Run steps with these gradients; the parameters are zeros by default."""
     params = jax.tree.map(jnp.zeros_like, grads[0]) if params is None else params
     return Engine(descend, [grad_norm], log_every=1, **options).run({"params": params}, grads, epochs=1)
 
 
 def history(result):
-    """What was logged step by step."""
+    """Return the training metrics of every step."""
     return {name: values for name, values in result.history.items() if name.startswith("train/")}
 
 
 class Present(Callback):
-    """Notes at which steps the metrics hold a norm."""
+    """Collects the steps whose metrics hold a norm."""
 
     def __init__(self):
         self.steps = []
@@ -38,12 +38,12 @@ class Present(Callback):
             self.steps.append(loop.step)
 
 
-def test_the_norm_is_that_of_all_gradients_together():
+def test_norm_covers_all_gradients_together():
     grads = [{"w": np.float32([3, 0]), "b": np.float32(4)}, {"w": np.float32([6, 0]), "b": np.float32(8)}]
     assert history(run(GradNorm(), grads)) == {"train/grad_norm": [5.0, 10.0]}
 
 
-def test_the_norm_is_that_of_numpy_and_optax():
+def test_norm_matches_numpy_and_optax():
     rng = np.random.default_rng(0)
     grads = {"a": rng.normal(size=(7, 3)).astype(np.float32), "b": [rng.normal(size=5).astype(np.float32)]}
     (got,) = run(GradNorm(), [grads]).history["train/grad_norm"]
@@ -52,7 +52,7 @@ def test_the_norm_is_that_of_numpy_and_optax():
     assert got == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
 
 
-def test_by_module_gives_each_network_its_norm():
+def test_by_module_logs_a_norm_for_each_network():
     grads = {"gen": {"w": np.float32([3, 4])}, "disc": {"w": np.float32(0), "b": np.float32(12)}}
     assert history(run(GradNorm(by_module=True), [grads])) == {
         "train/grad_norm": [13.0],
@@ -61,7 +61,7 @@ def test_by_module_gives_each_network_its_norm():
     }
 
 
-def test_by_module_looks_below_an_entry_that_stands_alone():
+def test_by_module_looks_below_a_single_top_level_entry():
     grads = {"params": {"dense": {"w": np.float32(3)}, "head": {"w": np.float32(4)}}}
     assert history(run(GradNorm(by_module=True), [grads])) == {
         "train/grad_norm": [5.0],
@@ -75,11 +75,11 @@ def test_by_module_numbers_the_entries_of_a_tuple():
     assert (result.latest["train/grad_norm/0"], result.latest["train/grad_norm/1"]) == (3.0, 4.0)
 
 
-def test_by_module_adds_nothing_to_gradients_that_are_one_array():
+def test_by_module_adds_nothing_if_the_gradients_are_one_array():
     assert history(run(GradNorm(by_module=True), [np.float32([3, 4])])) == {"train/grad_norm": [5.0]}
 
 
-def test_the_update_norm_is_that_of_the_change_of_the_parameters():
+def test_update_norm_is_the_norm_of_the_change_of_the_parameters():
     def half(state, batch):
         return {"params": state["params"] - 0.5 * batch}, {}, {"grads": batch}
 
@@ -88,12 +88,12 @@ def test_the_update_norm_is_that_of_the_change_of_the_parameters():
     assert history(result) == {"train/grad_norm": [10.0], "train/update_norm": [5.0]}
 
 
-def test_the_param_norm_is_that_after_the_step():
+def test_param_norm_is_taken_after_the_step():
     result = run(GradNorm(params=True), [np.float32([-3, -4])] * 2)
     assert history(result) == {"train/grad_norm": [5.0, 5.0], "train/param_norm": [5.0, 10.0]}
 
 
-def test_all_norms_of_a_train_state():
+def test_all_norms_work_with_a_train_state():
     def train(state, batch):
         return state.apply_gradients(grads=batch), {"loss": jnp.float32(0)}, {"grads": batch}
 
@@ -103,7 +103,7 @@ def test_all_norms_of_a_train_state():
     assert [latest[f"train/{name}"] for name in ("loss", "grad_norm", "update_norm", "param_norm")] == [0, 10, 5, 7.5]
 
 
-def test_of_names_the_field_of_the_parameters():
+def test_of_names_the_field_with_the_parameters():
     def train(state, batch):
         return {"gen": {"weights": state["gen"]["weights"] + 2 * batch}}, {}, {"grads": batch}
 
@@ -113,20 +113,20 @@ def test_of_names_the_field_of_the_parameters():
 
 
 @pytest.mark.parametrize("which", ["updates", "params"])
-def test_a_field_that_is_not_there_is_refused_with_those_that_are(which):
+def test_unknown_field_raises_an_error_that_lists_the_fields(which):
     with pytest.raises(ValueError, match=r"GradNorm needs 'weights' in the state, but dict has \['params'\]"):
         run(GradNorm(of="weights", **{which: True}), [np.float32(1)])
 
 
-def test_the_field_is_not_looked_at_for_gradients_alone():
+def test_norm_of_the_gradients_does_not_need_the_field():
     assert history(run(GradNorm(of="weights"), [np.float32(3)])) == {"train/grad_norm": [3.0]}
 
 
-def test_16_bit_gradients_do_not_overflow_their_norm():
+def test_norm_of_16_bit_gradients_does_not_overflow():
     assert history(run(GradNorm(), [np.float16([300, 400])])) == {"train/grad_norm": [500.0]}
 
 
-def test_a_norm_that_is_not_finite_is_recorded_as_such():
+def test_norm_that_is_not_finite_is_recorded():
     values = history(run(GradNorm(), [np.float32([1, np.inf]), np.float32([1, np.nan])]))["train/grad_norm"]
     assert values[0] == np.inf
     assert np.isnan(values[1])
@@ -141,7 +141,7 @@ def test_a_norm_that_is_not_finite_is_recorded_as_such():
         pytest.param(every(epochs=1), [6], id="every epoch"),
     ],
 )
-def test_the_norm_is_there_only_at_the_steps_at_which_it_is_due(when, due):
+def test_norm_is_logged_only_at_due_steps(when, due):
     present = Present()
     engine = Engine(descend, [GradNorm(when=when), present], log_every=1)
     result = engine.run({"params": jnp.float32(0)}, [np.float32(n) for n in range(1, 7)], epochs=1)
@@ -149,21 +149,21 @@ def test_the_norm_is_there_only_at_the_steps_at_which_it_is_due(when, due):
     assert result.history["train/grad_norm"] == [float(n) for n in due]
 
 
-def test_the_mean_counts_the_steps_at_which_the_norm_was_there():
+def test_mean_counts_only_the_steps_with_a_norm():
     engine = Engine(descend, [GradNorm(when=2)], log_every=4)
     result = engine.run({"params": jnp.float32(0)}, [np.float32(n) for n in (100, 2, 100, 4, 100, 6)], epochs=1)
     assert result.history["train/grad_norm"] == [3.0, 6.0]
     assert result.history["epoch/grad_norm"] == [4.0]
 
 
-def test_a_window_without_a_due_step_has_no_norm():
+def test_window_without_a_due_step_has_no_norm():
     engine = Engine(descend, [GradNorm(when=at(1))], log_every=2)
     result = engine.run({"params": jnp.float32(0)}, [np.float32(n) for n in (7, 1, 1, 1)], epochs=1)
     assert result.history.steps("train/grad_norm") == [2]
     assert result.history["train/grad_norm"] == [7.0]
 
 
-def test_the_norm_leaves_the_run_as_it_is():
+def test_norms_do_not_change_the_run():
     rng = np.random.default_rng(0)
     grads = [{"w": rng.normal(size=9).astype(np.float32)} for _ in range(5)]
     plain = Engine(descend).run({"params": {"w": jnp.ones(9)}}, grads, epochs=1)
@@ -171,27 +171,27 @@ def test_the_norm_leaves_the_run_as_it_is():
     assert np.array_equal(plain.state["params"]["w"], normed.state["params"]["w"])
 
 
-def test_uncompiled_the_norms_are_the_same():
+def test_norms_without_jit_are_the_same():
     grads = [np.float32([3, 4]), np.float32([6, 8])]
     norms = GradNorm(updates=True, params=True, when=2)
     assert history(run(norms, grads, jit=False)) == history(run(norms, grads))
 
 
 @pytest.mark.parametrize("when", [1, 2, at(100)], ids=["every step", "every 2 steps", "never in this run"])
-def test_a_step_without_gradients_is_refused_with_what_to_return(when):
+def test_step_without_gradients_raises_an_error_that_says_what_to_return(when):
     message = r"GradNorm needs aux\['grads'\], got aux with \[\]. Return it from the step: .*\{\"grads\": grads\}"
     engine = Engine(lambda state, batch: (state, {}), [GradNorm(when=when)])
     with pytest.raises(ValueError, match=message):
         engine.run(jnp.float32(0), [np.float32(1)], epochs=1)
 
 
-def test_what_is_in_aux_instead_is_named():
+def test_error_lists_the_entries_of_aux():
     engine = Engine(lambda state, batch: (state, {}, {"gradients": batch}), [GradNorm()])
     with pytest.raises(ValueError, match=r"got aux with \['gradients'\]"):
         engine.run(jnp.float32(0), [np.float32(1)], epochs=1)
 
 
-def test_a_metric_of_the_step_with_the_same_name_is_refused():
+def test_metric_of_the_step_with_the_same_name_raises():
     def step(state, batch):
         return state, {"grad_norm": batch}, {"grads": batch}
 
@@ -199,6 +199,17 @@ def test_a_metric_of_the_step_with_the_same_name_is_refused():
         Engine(step, [GradNorm()]).run(jnp.float32(0), [np.float32(1)], epochs=1)
 
 
-def test_a_when_that_is_no_cadence_is_refused():
+def test_invalid_when_raises():
     with pytest.raises(ValueError, match=r"GradNorm.update_when needs a cadence .* got 0"):
         Engine(descend, [GradNorm(when=0)])
+
+
+@pytest.mark.parametrize(
+    ("norms", "text"),
+    [
+        pytest.param(GradNorm(), "GradNorm()", id="defaults"),
+        pytest.param(GradNorm(updates=True, when=every(5)), "GradNorm(updates=True, when=every(steps=5))", id="more"),
+    ],
+)
+def test_repr_reads_like_the_call(norms, text):
+    assert repr(norms) == text

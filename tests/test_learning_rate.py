@@ -1,4 +1,4 @@
-"""LearningRate: the rate that was applied, found in any optimizer, at the steps of the training records."""
+"""LearningRate: the rate that was applied, for every kind of optimizer, at the steps of the training records."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from onstep import Callback, Engine
-from onstep.callbacks.learning_rate import LearningRate
+from onstep import Callback, Engine, Loop
+from onstep.callbacks import LearningRate
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.5, 3, 10)
 
 
 def descend(tx):
-    """A step of this optimizer on gradients of one; the metric is what an SGD rate would have been."""
+    """Return a step of this optimizer with gradients of one; the metric is the rate, if the optimizer is SGD."""
 
     def step(state, batch):
         grads = jax.tree.map(lambda param: batch * jnp.ones_like(param), state["params"])
@@ -38,7 +38,7 @@ def run(rate, tx, *, steps=6, log_every=1, params=None, data=None):
         pytest.param(LearningRate(), optax.inject_hyperparams(optax.sgd)(learning_rate=SCHEDULE), id="injected"),
     ],
 )
-def test_the_rate_is_the_one_that_the_step_applied(rate, tx):
+def test_recorded_rate_is_the_one_that_the_step_applied(rate, tx):
     history = run(rate, tx).history
     assert history["lr"] == history["train/applied"] == pytest.approx([float(SCHEDULE(n)) for n in range(6)])
     assert history.steps("lr") == [1, 2, 3, 4, 5, 6]
@@ -49,22 +49,22 @@ def test_the_rate_is_the_one_that_the_step_applied(rate, tx):
     [
         pytest.param(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(SCHEDULE)), id="adamw"),
         pytest.param(optax.adafactor(SCHEDULE), id="adafactor"),
-        pytest.param(optax.chain(optax.sgd(SCHEDULE), optax.contrib.reduce_on_plateau()), id="another count behind"),
-        pytest.param(optax.sgd(SCHEDULE, momentum=0.9), id="parameters of that name before"),
+        pytest.param(optax.chain(optax.sgd(SCHEDULE), optax.contrib.reduce_on_plateau()), id="another count after it"),
+        pytest.param(optax.sgd(SCHEDULE, momentum=0.9), id="parameters of that name before it"),
     ],
 )
-def test_the_count_is_found_in_any_optimizer(tx):
+def test_count_is_found_in_every_optimizer(tx):
     history = run(LearningRate(SCHEDULE), tx, params={"count": jnp.ones(3), "learning_rate": jnp.ones(3)}).history
     assert history["lr"] == pytest.approx([float(SCHEDULE(n)) for n in range(6)])
 
 
-def test_it_is_recorded_with_each_window_of_training_metrics_as_it_is_at_that_step():
+def test_rate_at_the_end_of_each_window_is_recorded():
     history = run(LearningRate(SCHEDULE), optax.sgd(SCHEDULE), steps=8, log_every=3).history
     assert history.steps("lr") == history.steps("train/applied") == [3, 6, 8]
     assert history["lr"] == pytest.approx([float(SCHEDULE(n)) for n in (2, 5, 7)])
 
 
-def test_between_updates_the_rate_is_that_of_the_last_one():
+def test_rate_of_the_last_update_is_recorded_between_updates():
     def schedule(count):
         return 1.0 - count / 8
 
@@ -72,13 +72,13 @@ def test_between_updates_the_rate_is_that_of_the_last_one():
     assert run(LearningRate(schedule), tx).history["lr"] == [schedule(n) for n in (0, 0, 0, 1, 1, 2)]
 
 
-def test_a_step_that_the_optimizer_skips_does_not_count():
+def test_step_that_the_optimizer_skips_is_not_counted():
     tx = optax.apply_if_finite(optax.sgd(SCHEDULE), max_consecutive_errors=3)
     result = run(LearningRate(SCHEDULE), tx, data=[1.0, np.nan, 1.0, 1.0])
     assert result.history["lr"] == pytest.approx([float(SCHEDULE(n)) for n in (0, 0, 1, 2)])
 
 
-def test_a_rate_that_is_set_by_hand_is_recorded_once_it_is_applied():
+def test_rate_set_by_hand_is_recorded_once_it_is_applied():
     tx, rate = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5), LearningRate()
 
     class Halve(Callback):
@@ -117,12 +117,12 @@ def inject(rate):
         pytest.param(optax.chain(optax.clip(1.0), inject(0.1)), {"lr": 0.1}, id="one"),
     ],
 )
-def test_each_rate_gets_a_name_by_its_place(tx, names):
+def test_each_rate_is_named_by_its_place(tx, names):
     latest = run(LearningRate(), tx).latest
     assert {name: value for name, value in latest.items() if name.startswith("lr")} == pytest.approx(names)
 
 
-def test_each_network_of_a_gan_has_its_rate():
+def test_each_network_of_a_gan_has_its_own_rate():
     gen, disc = optax.sgd(optax.linear_schedule(1.0, 0.0, 10)), inject(0.25)
     state = {"gen": {"opt_state": gen.init(1.0)}, "disc": {"opt_state": disc.init(1.0)}}
 
@@ -145,7 +145,7 @@ def test_each_network_of_a_gan_has_its_rate():
         pytest.param(LearningRate(of=None), inject(SCHEDULE), id="injected"),
     ],
 )
-def test_the_rate_of_an_nnx_optimizer(rate, tx):
+def test_rate_of_an_nnx_optimizer_is_recorded(rate, tx):
     model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
     graph, state = nnx.split((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
 
@@ -159,7 +159,7 @@ def test_the_rate_of_an_nnx_optimizer(rate, tx):
     assert history["lr"] == pytest.approx([float(SCHEDULE(n)) for n in range(3)])
 
 
-def test_every_sink_gets_the_rate_once_whatever_the_order():
+def test_every_callback_gets_the_rate_once_in_any_order():
     records = []
 
     class Sink(Callback):
@@ -172,11 +172,11 @@ def test_every_sink_gets_the_rate_once_whatever_the_order():
     assert sorted(records) == sorted([(2, "train/applied"), (2, "lr"), (2, "epoch/applied")] * 2)
 
 
-def test_nothing_is_read_between_training_records():
+def test_rate_is_read_only_at_training_records(monkeypatch):
     reads = []
 
     class Tripwire:
-        """A rate on the device that notes when it is read."""
+        """A rate on the device that writes down the step at which it is read."""
 
         def __init__(self, step):
             self.step = step
@@ -185,19 +185,13 @@ def test_nothing_is_read_between_training_records():
             reads.append(self.step)
             return np.asarray(0.5, dtype)
 
-    rate = LearningRate(of=None)
-    engine = Engine(lambda state, batch: (state, {"loss": batch}), [rate], log_every=3, steps_per_call=1)
-    steps = iter(range(1, 100))
-
-    def call(bundle, batch, key, due):
-        return ({"learning_rate": Tripwire(next(steps))}, *bundle[1:]), {"loss": 1.0}
-
-    engine._compiled.call = call
+    monkeypatch.setattr(Loop, "state", property(lambda loop: {"learning_rate": Tripwire(loop.step)}))
+    engine = Engine(lambda state, batch: (state, {"loss": 1.0}), [LearningRate(of=None)], log_every=3)
     engine.run({"learning_rate": 0.5}, [0] * 7, epochs=1)
     assert reads == [3, 6, 7]
 
 
-def test_a_run_that_goes_on_records_on():
+def test_resumed_run_continues_to_record():
     tx, params = optax.adam(SCHEDULE), jnp.float32(1)
     engine = Engine(descend(tx), [LearningRate(SCHEDULE)], log_every=2)
     first = engine.run({"params": params, "opt_state": tx.init(params)}, [1.0] * 9, steps=4)
@@ -216,11 +210,26 @@ def test_a_run_that_goes_on_records_on():
         pytest.param(LearningRate(of="optimizer"), "'optimizer' in the state, but dict has", id="field"),
     ],
 )
-def test_a_state_without_what_is_needed_is_refused_at_the_start(rate, message):
+def test_state_without_a_count_or_rate_raises_when_the_run_starts(rate, message):
     with pytest.raises(ValueError, match=f"LearningRate needs {message}"):
         run(rate, optax.adam(0.1))
 
 
-def test_a_constant_is_no_schedule():
-    with pytest.raises(TypeError, match=r"LearningRate needs a schedule, a function of the count, got 0.001"):
+def test_constant_schedule_raises():
+    with pytest.raises(TypeError, match=r"LearningRate needs schedule to be a function of the count, got 0.001"):
         LearningRate(1e-3)
+
+
+def cosine(count):
+    return jnp.cos(count)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        pytest.param(LearningRate(), "LearningRate()", id="defaults"),
+        pytest.param(LearningRate(cosine, name="lr/gen"), "LearningRate(schedule=cosine, name='lr/gen')", id="more"),
+    ],
+)
+def test_repr_reads_like_the_call(rate, text):
+    assert repr(rate) == text

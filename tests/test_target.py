@@ -1,4 +1,4 @@
-"""Target: the field that follows against its closed form, in which states, and what the step sees of it."""
+"""Target: the field that follows against its closed form, in every kind of state, and what the step reads."""
 
 from typing import Any, NamedTuple
 
@@ -11,17 +11,18 @@ from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
 from onstep import Callback, Engine, at
-from onstep.callbacks import EMA
-from onstep.callbacks.target import Target
+from onstep.callbacks import EMA, Target
+from onstep.testing import same_bytes
+from onstep.tools import named_leaves
 
 
 def follow(state, batch):
-    """The batch becomes the parameters; the metric is the target that the step sees."""
+    """The batch becomes the parameters; the metric is the target that the step reads."""
     return {**state, "params": batch}, {"seen": state["target"]}
 
 
 def closed_form(rate, target, sources):
-    """(1 - r)^n t_0 + r times the sum of (1 - r)^(n - i) s_i."""
+    """Return (1 - r)^n t_0 + r times the sum of (1 - r)^(n - i) s_i."""
     n = len(sources)
     return (1 - rate) ** n * target + rate * sum((1 - rate) ** (n - i) * s for i, s in enumerate(sources, 1))
 
@@ -32,32 +33,32 @@ def run(target, sources, start=0.0, **options):
     return Engine(follow, [target], log_every=1, **options).run(state, data, epochs=1)
 
 
-def test_the_target_is_exact_where_its_numbers_are():
+def test_target_is_exact_for_numbers_that_floats_hold_exactly():
     assert run(Target(rate=0.5), [3, 1, 4, -1, 5], start=8).state["target"] == closed_form(0.5, 8, [3, 1, 4, -1, 5])
 
 
 @pytest.mark.parametrize("rate", [0.005, 0.1, 0.9])
-def test_the_target_is_its_closed_form(rate):
+def test_target_matches_its_closed_form(rate):
     sources = np.random.default_rng(0).normal(size=33)
     got = float(run(Target(rate=rate), sources, start=2).state["target"])
     assert got == pytest.approx(closed_form(rate, 2, sources), rel=1e-5, abs=1e-6)
 
 
-def test_one_move_is_that_of_optax():
+def test_one_move_matches_optax():
     new, old = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
     engine = Engine(lambda state, batch: (state, {}), [Target(rate=0.05)])
     moved = engine.run({"params": new, "target": old}, [0], epochs=1).state["target"]
     np.testing.assert_allclose(moved, optax.incremental_update(new, old, 0.05), rtol=1e-6)
 
 
-def test_the_target_is_the_average_that_ema_keeps_beside_the_state():
+def test_target_equals_the_average_of_ema():
     ema, data = EMA(0.75), [np.float32(x) for x in (3, 1, 4, 1, 5)]
     state = {"params": np.float32(2), "target": np.float32(2)}
     result = Engine(follow, [Target(rate=0.25), ema]).run(state, data, epochs=1)
     assert result.state["target"] == ema.params(result)
 
 
-def test_the_step_sees_the_target_of_the_step_before():
+def test_step_reads_the_target_of_the_previous_step():
     assert run(Target(rate=0.5), [8, 0, 4], start=4).history["train/seen"] == [4.0, 6.0, 3.0]
 
 
@@ -68,33 +69,32 @@ def test_the_step_sees_the_target_of_the_step_before():
         pytest.param(at(1) | 4, [0, 1, 1, 1, 4], id="at step 1 and every 4"),
     ],
 )
-def test_a_hard_copy_is_made_when_it_is_due(when, seen):
+def test_hard_copy_is_made_at_due_steps(when, seen):
     assert run(Target(rate=1, when=when), [1, 2, 3, 4, 5]).history["train/seen"] == seen
 
 
-def test_a_hard_copy_forgets_a_target_that_is_not_finite():
+def test_hard_copy_replaces_a_target_that_is_not_finite():
     assert run(Target(rate=1), [3.0], start=np.inf).state["target"] == 3
 
 
 @pytest.mark.parametrize(
     "target",
     [Target(rate=0.3), Target(rate=0.3, when=2), Target(rate=1, when=3)],
-    ids=["softly", "every second step", "hard"],
+    ids=["soft", "every 2 steps", "hard"],
 )
-def test_a_run_that_goes_on_ends_in_the_same_bytes(target):
+def test_resumed_run_ends_in_the_same_bytes(target):
     sources = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
     state = {"params": np.zeros(9, np.float32), "target": np.ones(9, np.float32)}
     engine = Engine(lambda state, batch: ({**state, "params": batch + state["target"] / 3}, {}), [target])
     whole = engine.run(state, sources, steps=7).state
     parts = engine.run(engine.run(state, sources, steps=3), sources, steps=7).state
-    for name, leaf in whole.items():
-        assert leaf.tobytes() == parts[name].tobytes()
+    assert same_bytes(parts, whole)
     assert not np.array_equal(whole["target"], state["target"])
 
 
 @pytest.mark.parametrize("options", [{"jit": False}, {"steps_per_call": 4}], ids=["uncompiled", "in blocks"])
 @pytest.mark.parametrize("when", [1, 2])
-def test_however_it_is_run_the_target_is_the_same(options, when):
+def test_target_is_the_same_in_every_execution_mode(options, when):
     sources = np.float32([3, 1, 4, 1, 5, 9]) / 7
     plain, other = (
         run(Target(rate=0.3, when=when), sources, **how).state["target"] for how in ({"steps_per_call": 1}, options)
@@ -102,7 +102,7 @@ def test_however_it_is_run_the_target_is_the_same(options, when):
     assert plain == other
 
 
-def test_fields_have_dotted_names_and_any_name():
+def test_fields_may_be_nested_and_have_any_name():
     state = {"critic": {"net": 1.0, "slow": 3.0}, "actor": 0.0}
     target = Target("critic.net", "critic.slow", rate=0.5)
     result = Engine(lambda state, batch: (state, {}), [target]).run(state, [0], epochs=1)
@@ -132,20 +132,15 @@ class WithTarget(TrainState):
         ),
     ],
 )
-def test_any_kind_of_state_has_a_target(make):
+def test_every_kind_of_state_works(make):
     state = make({"w": jnp.float32(4)}, {"w": jnp.float32(0)})
     result = Engine(lambda state, batch: (state, {}), [Target(rate=0.5)]).run(state, [0, 0], epochs=1)
     assert type(result.state) is type(state)
-    numbers = {name: float(leaf) for name, leaf in _leaves(result.state).items()}
+    numbers = {path.split("/")[0]: float(leaf) for path, leaf in named_leaves(result.state).items()}
     assert (numbers["params"], numbers["target"]) == (4.0, 3.0)
 
 
-def _leaves(state):
-    paths = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/").split("/")[0]: leaf for path, leaf in paths}
-
-
-def test_leaves_that_are_no_floats_are_copied():
+def test_leaves_that_are_not_floats_are_copied():
     def tree(seed, count):
         return {"w": jnp.float32(count), "count": jnp.int32(count), "key": jax.random.key(seed)}
 
@@ -154,20 +149,20 @@ def test_leaves_that_are_no_floats_are_copied():
     assert (after["w"], after["count"], after["key"]) == (5.0, 10, jax.random.key(1))
 
 
-def test_a_32_bit_target_keeps_what_16_bit_weights_would_lose():
+def test_32_bit_target_keeps_moves_that_16_bits_would_lose():
     state = {"params": jnp.bfloat16(1.5), "target": jnp.float32(1)}
     after = Engine(lambda state, batch: (state, {}), [Target(rate=2**-10)]).run(state, [0], epochs=1).state["target"]
     assert (after, after.dtype) == (1 + 2**-11, jnp.float32)
 
 
 @pytest.mark.parametrize("rate", [0.5, 1])
-def test_a_16_bit_target_stays_one(rate):
+def test_16_bit_target_keeps_its_dtype(rate):
     state = {"params": jnp.float32(4), "target": jnp.bfloat16(4)}
     after = Engine(lambda state, batch: (state, {}), [Target(rate=rate)]).run(state, [0], epochs=1).state["target"]
     assert (after, after.dtype) == (4, jnp.bfloat16)
 
 
-def test_a_hard_copy_shares_no_buffer_with_its_source():
+def test_hard_copy_shares_no_buffer_with_its_source():
     shared = []
 
     class Compare(Callback):
@@ -184,25 +179,42 @@ def test_a_hard_copy_shares_no_buffer_with_its_source():
 @pytest.mark.parametrize(
     ("params", "target", "message"),
     [
-        pytest.param({"w": 1.0, "b": 2.0}, {"w": 1.0}, "to 'target' b: float32.. is gone", id="a leaf more"),
+        pytest.param({"w": 1.0, "b": 2.0}, {"w": 1.0}, "to 'target', b: float32.. is gone", id="missing leaf"),
         pytest.param({"w": 1.0}, {"v": 1.0}, "w: float32.. is gone; v: float32.. is new", id="another name"),
         pytest.param(np.ones(3), np.ones((1, 3)), r"float32\[3\] became float32\[1,3\]", id="shape"),
-        pytest.param({"w": 1}, {"w": 1.0}, r"w: int32\[\] became float32\[\]", id="a number of another kind"),
+        pytest.param({"w": 1}, {"w": 1.0}, r"w: int32\[\] became float32\[\]", id="dtype"),
         pytest.param({"w": 1.0}, freeze({"w": 1.0}), "the structure .* became", id="container"),
     ],
 )
-def test_a_target_that_differs_from_its_source_is_refused_at_the_start(params, target, message):
+def test_target_that_differs_from_its_source_raises_when_the_run_starts(params, target, message):
     engine = Engine(lambda state, batch: (state, {}), [Target(when=at(100))])
-    with pytest.raises(ValueError, match=f"Target needs 'target' like 'params', but .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"Target needs 'target' to have the structure and shapes of 'params', but .*{message}"
+    ):
         engine.run({"params": params, "target": target}, [0], epochs=1)
 
 
-def test_a_field_that_is_not_there_is_refused_with_those_that_are():
+def test_unknown_field_raises_an_error_that_lists_the_fields():
     with pytest.raises(ValueError, match=r"Target needs 'target' in the state, but dict has \['params'\]"):
         Engine(lambda state, batch: (state, {}), [Target()]).run({"params": 1.0}, [0], epochs=1)
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.5, float("nan"), "fast"])
-def test_a_rate_that_means_nothing_is_refused(rate):
+def test_rate_out_of_range_raises(rate):
     with pytest.raises(ValueError, match=f"Target needs 0 < rate <= 1, got {rate!r}"):
         Target(rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        pytest.param(Target(), "Target()", id="defaults"),
+        pytest.param(
+            Target("critic.net", "critic.slow", rate=1, when=1000),
+            "Target(source='critic.net', target='critic.slow', rate=1, when=1000)",
+            id="more",
+        ),
+    ],
+)
+def test_repr_reads_like_the_call(target, text):
+    assert repr(target) == text
