@@ -1,4 +1,4 @@
-"""Validated configurations of a run, with YAML and JSON in and out; needs `pip install 'onstep[config]'`."""
+"""Validated configurations of runs that read and write YAML and JSON; needs `pip install 'onstep[config]'`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import checks
+from .tools import check_int, did_you_mean
 
 try:
     import yaml
@@ -32,9 +32,10 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which `1e-3` would be a string; here it is the number that its writer means.
+    """Reads YAML 1.1, with two differences to PyYAML.
 
-    A key that is given twice is an error, as YAML has it; PyYAML itself would keep the last.
+    `1e-3` is a number, as its author means it, and not a string. A key that is given twice is an error, as the YAML
+    specification says. PyYAML would keep the last value.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -49,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers."""
+    """Writes YAML, with quotes around strings that `_Loader` would read as numbers."""
 
 
 for _yaml in (_Loader, _Dumper):
@@ -59,9 +60,21 @@ for _yaml in (_Loader, _Dumper):
 
 
 class Config(BaseModel):
-    """A frozen configuration, also to derive one's own from.
+    """A frozen, validated configuration that reads and writes YAML and JSON.
 
-    Types are strict: `"3"` is no number, nor is True. An unknown field is an error.
+    Derive your own configurations from it. Types are strict, so neither `"3"` nor True is a number, and an unknown
+    field is an error.
+
+    Raises:
+        ValueError: fields are unknown, missing, of a wrong type or out of range (pydantic's ValidationError).
+
+    >>> class VAEConfig(Config):
+    ...     latent: int = 8
+    >>> VAEConfig.from_yaml("latent: 16")
+    VAEConfig(latent=16)
+    >>> print(VAEConfig().to_yaml())
+    latent: 8
+    <BLANKLINE>
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
@@ -71,53 +84,56 @@ class Config(BaseModel):
     def _known(cls, given: Any) -> Any:
         has = cls.model_fields
         if unknown := [name for name in given if name not in has] if isinstance(given, dict) else []:
-            near = checks.nearest(str(unknown[0]), has)
+            near = did_you_mean(str(unknown[0]), has)
             raise ValueError(f"there is no field {unknown[0]!r}.{near} The fields are {', '.join(has)}.")
         return given
 
     @model_serializer(mode="wrap")
-    def _without_empty(self, whole: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+    def _without_empty(self, serialize: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
         fields = type(self).model_fields
-        return {name: value for name, value in whole(self).items() if (value, fields[name].default) != (None, None)}
+        return {name: value for name, value in serialize(self).items() if (value, fields[name].default) != (None, None)}
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
-        """As YAML, with the defaults written out; also to the file `path`, if given."""
+        """Return the configuration as YAML, including default values, and write it to `path` if given."""
         return _written(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False), path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """As JSON, with the defaults written out; also to the file `path`, if given."""
+        """Return the configuration as JSON, including default values, and write it to `path` if given."""
         return _written(self.model_dump_json(indent=2), path)
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Self:
-        """From YAML, as text or the path of a file; a string without a mapping in it is a path.
+        """Read a configuration from YAML.
+
+        Args:
+            source: the text, or the path of a file. A string that contains no mapping is a path.
 
         Raises:
-            ValueError: fields are unknown, missing, of a wrong type or out of range (pydantic's
-                ValidationError), each named by its path; a key is given twice.
+            ValueError: fields are unknown, missing, of a wrong type or out of range (pydantic's ValidationError),
+                each with its path, or a key is given twice.
         """
         values = _Loader(_text(source)).get_single_data()
-        return cls.model_validate_json(json.dumps(values, default=str))  # str: of what YAML takes for a date
+        return cls.model_validate_json(json.dumps(values, default=str))  # str: for values that YAML reads as dates
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Self:
-        """From JSON, as text or the path of a file; otherwise as `from_yaml`."""
+        """Read a configuration from JSON: a text, or the path of a file. Errors are those of `from_yaml`."""
         text = _text(source)
         json.loads(text, object_pairs_hook=_once)  # pydantic would keep the last
         return cls.model_validate_json(text)
 
     def _needs(self, name: str, needed: str) -> None:
-        """Raises ValueError where a field has another value than its default without one that it needs."""
+        """Raise a ValueError if a field has a value of its own, but a field that it needs has none."""
         if getattr(self, name) != type(self).model_fields[name].default and not getattr(self, needed):
             raise ValueError(f"{name} needs {needed}.")
 
 
 class _Choice(Config):
-    """One of several functions by its `name`, with such of its arguments as are fields."""
+    """One of several functions, chosen by `name`, with fields for its arguments."""
 
     name: Any
     _functions: ClassVar[dict[str, Callable[..., Any]]]
-    _common: ClassVar[set[str]]  # fields that are no arguments
+    _common: ClassVar[set[str]]  # fields that are not arguments
 
     def _call(self, *positional: Any) -> Any:
         return self._functions[self.name](*positional, **self._arguments())
@@ -132,21 +148,24 @@ class _Choice(Config):
         needs = [name for name in has if parameters[name].default is inspect.Parameter.empty]
         given = self._arguments()
         if wrong := [name for name in given if name not in has]:
-            raise ValueError(f"{self.name} has no {', '.join(wrong)}. It has {', '.join(has) or 'nothing to set'}.")
+            raise ValueError(f"{self.name} has no {', '.join(wrong)}. It has {', '.join(has) or 'no arguments'}.")
         if missing := [name for name in needs if name not in given]:
             raise ValueError(f"{self.name} needs {', '.join(missing)}.")
         return self
 
 
 class OptimizerConfig(_Choice):
-    """An Optax optimizer. The arguments have Optax's names; one left out has Optax's default.
+    """An Optax optimizer. Arguments have the names that Optax gives them, and its default values.
 
     Attributes:
-        name: which; an argument that this optimizer does not have is an error.
-        clip_by_value: gradients are clipped to [-c, c], before anything else.
-        clip_by_global_norm: then all together to this norm.
+        name: the optimizer. An argument that it does not have is an error.
+        clip_by_value: c; gradients are first clipped to [-c, c].
+        clip_by_global_norm: the largest global norm; gradients are then scaled down to it.
 
+    >>> import optax
     >>> tx = OptimizerConfig(name="sgd", momentum=0.9, clip_by_global_norm=1.0).build(0.1)
+    >>> isinstance(tx, optax.GradientTransformation)
+    True
     """
 
     _functions = {n: getattr(optax, n) for n in ("adam", "adamw", "sgd", "rmsprop", "adagrad")}
@@ -176,7 +195,7 @@ class OptimizerConfig(_Choice):
         return self
 
     def build(self, learning_rate: float | optax.Schedule) -> optax.GradientTransformation:
-        """The Optax transformation: clipping, then the optimizer."""
+        """Return the Optax transformation: clipping, followed by the optimizer."""
         clips = []
         if self.clip_by_value is not None:
             clips.append(optax.clip(self.clip_by_value))
@@ -185,7 +204,7 @@ class OptimizerConfig(_Choice):
         return optax.chain(*clips, self._call(learning_rate))
 
 
-# Each schedule from its highest rate on, `after` so many steps of warm-up; its fields by keyword.
+# Each schedule starts at its highest rate, `after` warm-up steps. Its fields are keyword arguments.
 
 
 def _constant(rate: float, after: int) -> optax.Schedule:
@@ -217,23 +236,23 @@ def _multistep(rate: float, after: int, *, milestones: tuple[int, ...], decay_ra
 
 
 class SchedulerConfig(_Choice):
-    """A learning rate schedule: Optax's of that name, after a linear warm-up.
+    """A learning rate schedule of Optax, after a linear warm-up.
 
-    With r the learning rate, e the end value, w the steps of warm-up and t the step, from w on:
+    With r the learning rate, e the end value, w the number of warm-up steps and t >= w the step:
 
         constant      r
         linear        r + (e - r) p,                       p = min(1, (t - w) / (decay_steps - w))
         cosine        e + (r - e) (1 + cos(pi p)) / 2
         exponential   max(e, r decay_rate ** q),           q = (t - w) / transition_steps
         step          max(e, r decay_rate ** floor(q))
-        multistep     r decay_rate ** n,                   n = how many milestones are <= t
+        multistep     r decay_rate ** n,                   n = number of milestones <= t
 
     Attributes:
-        name: which; a field that this schedule does not have is an error.
-        learning_rate: r, the highest.
+        name: the schedule. A field that it does not have is an error.
+        learning_rate: r, the highest rate.
         warmup_steps: w; the rate rises from `init_value` at step 0 to r at step w.
-        decay_steps: the step at which e is reached, counted from the run's first, as in Optax.
-        milestones: steps at which the rate falls, counted likewise.
+        decay_steps: the step at which e is reached, counted from the first step of the run, as in Optax.
+        milestones: the steps at which the rate falls, counted from the first step of the run.
 
     >>> schedule = SchedulerConfig(name="cosine", learning_rate=0.1, warmup_steps=10, decay_steps=110).build()
     >>> [round(float(schedule(step)), 6) for step in (0, 5, 10, 60, 110)]
@@ -258,7 +277,7 @@ class SchedulerConfig(_Choice):
     end_value: NotNegative | None = None
     transition_steps: Whole | None = None
     decay_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    milestones: Annotated[tuple[Whole, ...], Field(min_length=1, strict=False)] | None = None  # a list will do
+    milestones: Annotated[tuple[Whole, ...], Field(min_length=1, strict=False)] | None = None  # a list is accepted
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -273,11 +292,11 @@ class SchedulerConfig(_Choice):
         if self.milestones is not None:
             steps = (self.warmup_steps, *self.milestones)
             if any(later <= step for step, later in itertools.pairwise(steps)):
-                raise ValueError(f"milestones need to rise, from above warmup_steps, {steps[0]}, got {steps[1:]}.")
+                raise ValueError(f"milestones need to increase and be > warmup_steps, {steps[0]}, got {steps[1:]}.")
         return self
 
     def build(self) -> optax.Schedule:
-        """The schedule, a function of the step."""
+        """Return the schedule, a function of the step."""
         main = self._call(self.learning_rate, self.warmup_steps)
         if not self.warmup_steps:
             return main
@@ -286,19 +305,31 @@ class SchedulerConfig(_Choice):
 
 
 class TrainingConfig(Config):
-    """A whole run: what `Engine`, `run` and the usual callbacks take, by the same names.
+    """The configuration of a run: arguments of `Engine`, `run` and the usual callbacks, with the same names.
+
+    It holds values only. `build` returns the optimizer and the schedule, and your code passes the other values on.
 
     Attributes:
         batch_size: examples in a batch.
-        epochs, steps: the targets; at least one.
-        seed: of the weights, the order of the data, and the run's random key.
-        log_every: steps between two means of the training metrics.
-        eval_every, save_every: steps between two evaluations, or saves; None is once an epoch.
-        directory: of the checkpoints; None saves none.
-        keep: how many of the newest checkpoints stay.
-        metric, mode: what early stopping and the best checkpoint go by, such as `"val/loss"`.
-        patience, min_delta: of early stopping; None never stops early.
-        ema_decay: of the averaged parameters; None keeps none.
+        epochs, steps: the targets; at least one is needed.
+        seed: the seed of the weights, the order of the data, and the run's random key.
+        log_every: steps between two records of the training metrics.
+        eval_every, save_every: steps between two evaluations or saves; None means once per epoch.
+        directory: where checkpoints are saved; None saves none.
+        keep: the number of newest checkpoints to keep.
+        metric, mode: the metric that early stopping and the best checkpoint compare, such as `"val/loss"`.
+        patience, min_delta: arguments of early stopping; None never stops early.
+        ema_decay: the decay of the averaged parameters; None keeps no average.
+
+    >>> config = TrainingConfig(
+    ...     optimizer=OptimizerConfig(name="adam"),
+    ...     scheduler=SchedulerConfig(name="constant", learning_rate=0.001),
+    ...     batch_size=32,
+    ...     epochs=3,
+    ... )
+    >>> tx, schedule = config.build()
+    >>> round(float(schedule(0)), 6)
+    0.001
     """
 
     optimizer: OptimizerConfig
@@ -332,16 +363,31 @@ class TrainingConfig(Config):
         return self
 
     def build(self) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The Optax transformation, with the schedule in it, and the schedule."""
+        """Return the Optax transformation, which follows the schedule, and the schedule."""
         schedule = self.scheduler.build()
         return self.optimizer.build(schedule), schedule
 
 
 def plot(schedule: SchedulerConfig | optax.Schedule, steps: int, path: str | os.PathLike[str]) -> None:
-    """Draws a schedule over its first `steps` steps into an image file, by matplotlib."""
+    """Draw a learning rate schedule into an image file, with matplotlib.
+
+    Args:
+        schedule: the schedule, or its configuration.
+        steps: the number of steps to draw, from step 0.
+        path: the image file, such as `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        ValueError: `steps` is less than 1.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "schedule.png"
+    >>> plot(SchedulerConfig(name="cosine", learning_rate=0.1, decay_steps=100), 100, path)
+    >>> path.exists()
+    True
+    """
     from matplotlib.figure import Figure
 
-    checks.whole("plot", "steps", steps, 1)
+    check_int("plot", "steps", steps, 1)
     rate = schedule.build() if isinstance(schedule, SchedulerConfig) else schedule
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -352,14 +398,14 @@ def plot(schedule: SchedulerConfig | optax.Schedule, steps: int, path: str | os.
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
-    """Raises ValueError where an object of JSON has two values for a name."""
+    """Raise a ValueError if a JSON object has two values for a name."""
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is given twice. Keep one of them.")
 
 
 def _text(source: str | os.PathLike[str]) -> str:
-    """What is in a file, or the text itself: a string with a mapping in it, as a configuration is."""
+    """Return the content of a file, or the source itself if it is a text: a string that contains a mapping."""
     if isinstance(source, str) and re.search(r"[{\n]|:\s", source):
         return source
     return Path(source).read_text(encoding="utf-8")

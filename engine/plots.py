@@ -1,4 +1,4 @@
-"""Charts of what was recorded, by matplotlib."""
+"""Charts of recorded metrics, drawn by matplotlib, and how their names share charts and colours."""
 
 from __future__ import annotations
 
@@ -15,29 +15,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#e87ba4", "#4a3aa7", "#eda100", "#008300", "#e34948")
+"""The colours of lines, in hexadecimal RGB."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
+"""The dash patterns of lines: lengths of dashes and gaps in points, empty for a solid line."""
 
 
 def plot(
     source: History | Result, names: Iterable[str] | None = None, path: str | os.PathLike[str] | None = None
 ) -> Figure:
-    """Draws what a run recorded, by matplotlib; `onstep.config.plot` draws schedules.
+    """Draw the metrics that a run recorded, with matplotlib.
 
-    Names that are the same after their first slash share a chart, as `train/loss` and `val/loss`
-    do. A scale is logarithmic where the values span two decades or more.
+    Names that are equal after their first slash share a chart, such as `train/loss` and `val/loss`. The scale is
+    logarithmic if the values span two decades or more. To draw a learning rate schedule, use `onstep.config.plot`.
 
     Args:
         source: a run's result, or its history.
-        names: those to draw; all without.
-        path: an image file to write as well, such as `.png`, `.svg` or `.pdf`.
+        names: the names to draw; all by default.
+        path: an image file to write, such as `.png`, `.svg` or `.pdf`.
 
     Returns:
-        The figure, which a notebook shows.
+        The figure, which a notebook displays.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
         KeyError: a name was not recorded.
-        ValueError: there is nothing to draw.
+        ValueError: there is no name to draw.
+
+    >>> import jax.numpy as jnp
+    >>> from onstep import Engine
+    >>> engine = Engine(lambda state, batch: (state, {"loss": batch, "size": batch}), log_every=1)
+    >>> figure = plot(engine.run(jnp.int32(0), [3.0, 2.0, 1.0], epochs=1))
+    >>> [axes.get_title() for axes in figure.axes]
+    ['loss', 'size']
     """
     try:
         from matplotlib.figure import Figure
@@ -45,7 +54,7 @@ def plot(
         raise ImportError(f"plot needs matplotlib: pip install 'onstep[config]' ({error}).") from error
 
     class Shown(Figure):
-        """As a notebook shows it without pyplot, which would show it twice."""
+        """A figure that a notebook displays without pyplot, which would display it twice."""
 
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
@@ -55,15 +64,15 @@ def plot(
     history = source.history if isinstance(source, Result) else source
     names = list(history if names is None else names)
     if not names:
-        raise ValueError("plot needs something to draw, but no name was recorded or asked for.")
-    charts, kinds = group_by_chart(names), line_styles(names)
+        raise ValueError("plot needs at least one name to draw, but nothing was recorded or requested.")
+    charts, styles = group_by_chart(names), line_styles(names)
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
     figure = Shown(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
     for i, (title, members) in enumerate(charts.items()):
         axes = figure.add_subplot(rows, columns, i + 1, title=title, xlabel="step")
         for name in members:
-            colour, dash = kinds[name]
+            colour, dash = styles[name]
             dashes = tuple(map(float, DASHES[dash].split()))
             (line,) = axes.plot(history.steps(name), history[name], c=COLOURS[colour], ls=(0, dashes), label=name)
             line.set_marker("o" if len(history[name]) == 1 else "")
@@ -77,7 +86,13 @@ def plot(
 
 
 def group_by_chart(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by what follows their first slash; those of `time/` by themselves, and last."""
+    """Return the names of each chart, by its title.
+
+    Names that are equal after their first slash share a chart. Each `time/` name has its own chart, after all others.
+
+    >>> group_by_chart(["train/loss", "time/data", "lr", "val/loss"])
+    {'loss': ['train/loss', 'val/loss'], 'lr': ['lr'], 'time/data': ['time/data']}
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: name.startswith("time/")):
         title = name if name.startswith("time/") else name.partition("/")[2] or name
@@ -86,17 +101,30 @@ def group_by_chart(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def line_styles(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """The colour and the dashes of each name, as indices: the same for all with the same first part."""
+    """Return the style of each name's line, as indices into `COLOURS` and `DASHES`.
+
+    All names with the same first part have the same style, so `val/...` looks alike in every chart.
+
+    >>> line_styles(["train/loss", "val/loss", "train/accuracy", "val/accuracy", "lr"])
+    {'train/loss': (0, 0), 'val/loss': (1, 0), 'train/accuracy': (0, 0), 'val/accuracy': (1, 0), 'lr': (0, 0)}
+    """
     firsts = {name: name.partition("/")[0] if "/" in name else "" for name in names}
     numbers: dict[str, int] = {}
     for group in group_by_chart(firsts).values():
-        for name in group if len(group) > 1 else ():  # alone in a chart one needs no colour of its own
+        for name in group if len(group) > 1 else ():  # a single line in a chart needs no distinct style
             numbers.setdefault(firsts[name], len(numbers))
     places = {name: numbers.get(first, 0) for name, first in firsts.items()}
     return {name: (n % len(COLOURS), n // len(COLOURS) % len(DASHES)) for name, n in places.items()}
 
 
 def spans_decades(values: Iterable[float]) -> bool:
-    """Whether finite values are all above 0 and the greatest is 100 times the least or more."""
+    """Return whether values need a logarithmic scale: all finite ones are positive and span two decades or more.
+
+    >>> spans_decades([0.5, 20.0, 300.0]), spans_decades([0.5, 20.0]), spans_decades([0.0, 300.0])
+    (True, False, False)
+    """
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) / 100 >= min(finite)
+
+
+grouped, lines = group_by_chart, line_styles  # former names, until their last users have moved

@@ -1,4 +1,4 @@
-"""TrainState for Flax Linen users: the state of one model and one optimizer."""
+"""TrainState: the state of one Flax Linen model and one optimizer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from flax.training import train_state
 
 
 class TrainState(train_state.TrainState, kw_only=True):  # so a subclass may add required fields
-    """Flax's TrainState with what most steps want beside the parameters.
+    """Flax's TrainState with fields for batch statistics, a random key and running metrics.
 
-    A collection of variables is a field of its name, so `create` takes what `model.init` gave and
-    `apply_gradients` what a mutable `apply` gave. Other collections, and anything else, by a plain
-    subclass: `class State(TrainState): cache: Any`.
+    A collection of variables is a field with the name of the collection. So `create` accepts what `model.init` returns,
+    and `apply_gradients` accepts the updates that a mutable `apply` returns. For other fields, write a subclass:
+    `class State(TrainState): cache: Any`.
 
     Attributes:
-        step: updates so far, an int32 array from the start, so that a jitted step compiles once.
-        batch_stats: the collection of that name; `{}` for a model without one.
-        rng: a random key for `step_rng`, or None. A step with a third argument needs none: the
-            engine gives it a key.
+        step: the number of updates, an int32 array from the beginning, so that a jitted step compiles once.
+        batch_stats: the collection `batch_stats`; `{}` for a model without it.
+        rng: a random key for `step_rng`, or None. A step with a third argument needs none, because the engine
+            passes a key to it.
         metrics: running sums, such as a `clu.metrics.Collection`, or None.
 
     >>> import flax.linen as nn, optax
@@ -40,15 +40,22 @@ class TrainState(train_state.TrainState, kw_only=True):  # so a subclass may add
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> Self:
-        """A state before its first update; `kwargs` are the other fields."""
+        """Return a state before its first update; `kwargs` are the other fields."""
         return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs).replace(step=jnp.int32(0))
 
     def step_rng(self) -> jax.Array:
-        """The key of the present step, for dropout say: `rng` folded with `step`.
+        """Return the random key of the current step, for example for dropout: `rng` folded with `step`.
 
         Raises:
             ValueError: the state has no `rng`.
+
+        >>> import optax
+        >>> state = TrainState.create(apply_fn=None, params={}, tx=optax.sgd(0.1), rng=jax.random.key(0))
+        >>> bool(state.step_rng() == jax.random.fold_in(jax.random.key(0), 0))
+        True
         """
         if self.rng is None:
-            raise ValueError("TrainState.step_rng needs a random key. Give create one: rng=jax.random.key(0).")
+            raise ValueError(
+                "TrainState.step_rng needs a random key. Pass one: TrainState.create(..., rng=jax.random.key(0))."
+            )
         return jax.random.fold_in(self.rng, self.step)

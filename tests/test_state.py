@@ -1,4 +1,4 @@
-"""TrainState: one update by hand, one compilation, and what it carries through a run; NNX and Equinox without it."""
+"""TrainState: an update compared with its closed form, compilation, runs; NNX and Equinox models without it."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ import optax
 import pytest
 from clu import metrics
 from flax import nnx
-from models import same_bytes
 from onstep import Engine
 from onstep.callbacks import EMA, Checkpoint
 from onstep.state import TrainState
+from onstep.testing import same_bytes
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(8, 3)).astype(np.float32)
 Y = X @ np.float32([[1.0], [-2.0], [0.5]]) + 3
 
 
 class Net(nn.Module):
-    """Batch norm, if asked for, and dropout before one linear layer."""
+    """Optional batch norm, and dropout, before one linear layer."""
 
     norm: bool = True
 
@@ -52,7 +52,7 @@ def create(model=NET, kind=TrainState, **fields):
 
 
 def counter(kind=TrainState, **fields):
-    """A state of one number."""
+    """Return a state with a single parameter."""
     return kind.create(apply_fn=None, params={"w": jnp.float32(1)}, tx=SGD, **fields)
 
 
@@ -69,7 +69,7 @@ def test_one_step_of_gradient_descent_agrees_with_its_closed_form():
     np.testing.assert_allclose(new.params["bias"], bias - 0.125 * 2 * residual.mean(0), rtol=1e-5)
 
 
-def test_an_update_counts_and_leaves_the_old_state_as_it_was():
+def test_an_update_increases_the_step_and_does_not_change_the_old_state():
     old = counter()
     new = old.apply_gradients(grads={"w": jnp.float32(4)}, metrics=7)
     assert (old.step, old.params, old.metrics) == (0, {"w": 1.0}, None)
@@ -78,7 +78,7 @@ def test_an_update_counts_and_leaves_the_old_state_as_it_was():
         new.step = 3
 
 
-def test_gradients_and_changes_are_given_by_name():
+def test_gradients_and_changes_are_keyword_arguments():
     with pytest.raises(TypeError, match="positional argument"):
         counter().apply_gradients({"w": 1.0})
     with pytest.raises(TypeError, match="unexpected keyword argument 'batchstats'"):
@@ -92,7 +92,7 @@ def test_a_jitted_step_compiles_once():
     assert (jitted._cache_size(), state.step, state.step.dtype) == (1, 3, jnp.int32)
 
 
-def test_an_engine_compiles_nothing_after_the_first_step():
+def test_an_engine_compiles_only_before_the_first_step():
     events = []
 
     def listen(name, seconds, **_):
@@ -109,19 +109,19 @@ def test_an_engine_compiles_nothing_after_the_first_step():
     assert events[events.index(1) : events.index(5) + 1] == [1, 2, 3, 4, 5]
 
 
-def test_running_statistics_are_those_of_the_batches():
+def test_running_statistics_follow_the_batches():
     result = Engine(step).run(create(), BATCHES, steps=4)
     mean = result.state.batch_stats["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, (1 - 0.9**4) * X.mean(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("model", "collections"), [(NET, ["BatchNorm_0"]), (PLAIN, [])], ids=["with", "without"])
-def test_one_step_serves_models_with_and_without_running_statistics(model, collections):
+def test_one_step_works_for_models_with_and_without_running_statistics(model, collections):
     result = Engine(step).run(create(model), BATCHES, steps=2)
     assert list(result.state.batch_stats) == collections
 
 
-def test_each_step_has_a_key_of_its_own_that_a_resume_repeats():
+def test_each_step_has_its_own_key_that_a_resumed_run_repeats():
     def draw(state, batch):
         return state.apply_gradients(grads={"w": 0.0}), {"drawn": jax.random.uniform(state.step_rng())}
 
@@ -135,12 +135,14 @@ def test_each_step_has_a_key_of_its_own_that_a_resume_repeats():
     assert len(set(expected)) == 6
 
 
-def test_a_state_without_a_key_says_how_to_give_one():
-    with pytest.raises(ValueError, match=r"step_rng needs a random key. Give create one: rng=jax.random.key\(0\)"):
+def test_a_state_without_a_key_says_how_to_pass_one():
+    with pytest.raises(
+        ValueError, match=r"step_rng needs a random key. Pass one: TrainState.create\(..., rng=jax.random.key\(0\)\)"
+    ):
         counter().step_rng()
 
 
-def test_running_sums_live_in_the_state():
+def test_running_sums_are_kept_in_the_state():
     sums = metrics.Collection.create(loss=metrics.Average.from_output("loss"))
 
     def add(state, batch):
@@ -152,7 +154,7 @@ def test_running_sums_live_in_the_state():
 
 
 class WithTarget(TrainState):
-    """A state with one field more, which has no default."""
+    """A state with an additional field, which has no default."""
 
     target: Any
 
@@ -177,7 +179,7 @@ def test_parameters_and_statistics_are_averaged():
     np.testing.assert_allclose(averaged.batch_stats["BatchNorm_0"]["mean"], 0.05 * X.mean(0), rtol=1e-5)
 
 
-def test_a_checkpoint_holds_the_whole_state(tmp_path):
+def test_a_checkpoint_contains_the_whole_state(tmp_path):
     def run(state, steps, *callbacks):
         return Engine(step, [EMA(0.9), *callbacks]).run(state, BATCHES, steps=steps)
 
@@ -222,7 +224,7 @@ def test_an_nnx_model_is_split_once_and_merged_in_the_step():
     np.testing.assert_allclose(trained.norm.mean[...], (1 - 0.9**3) * X.mean(0), rtol=1e-5)
 
 
-def test_the_arrays_of_an_equinox_model_are_the_state():
+def test_the_arrays_of_an_equinox_model_can_be_the_state():
     eqx = pytest.importorskip("equinox")
     params, static = eqx.partition(eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)), eqx.is_array)
 
