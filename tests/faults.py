@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which can be killed: one small real run, started, watched and compared."""
+"""A kit for tests that kill processes: start one small real run in a process, watch it, kill it, compare its end."""
 
 import contextlib
 import multiprocessing
@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 FLIPS = 60
-"""Bits flipped in the newest checkpoint, one a test, every file in turn."""
+"""Tests that flip one bit in the newest checkpoint, in each of its files in turn."""
 SEEDS, KILLS = 6, 8
-"""Seeds of random kills, and kills of each."""
+"""Seeds of random kills, and kills with each seed."""
 
-# A server that has imported all of this, and started no device, forks the children: a start takes
-# milliseconds instead of seconds, so many kills fit into a test.
+# Children are forked from a server that has imported these packages and has not initialised a device. Starting one
+# takes milliseconds instead of seconds, so a test can afford many kills.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["flax.training.train_state", "optax", "orbax.checkpoint", "tensorboardX", "onstep"])
 
@@ -27,8 +27,8 @@ class Child:
     Args:
         directory: the run's.
         when: steps between two saves.
-        pace: seconds that a step takes at least.
-        cache: where compiled programs are kept for the next child.
+        pace: minimum seconds per step.
+        cache: directory of compiled programs, which the next child reuses.
     """
 
     def __init__(self, directory, *, when=2, pace=0.0, cache):
@@ -40,12 +40,12 @@ class Child:
         self.process.start()
 
     def wait_for_steps(self, count):
-        """Until it has completed so many steps, or ended."""
+        """Wait until the run has completed `count` steps, or has ended."""
         while self.process.is_alive() and self._steps.stat().st_size < count:
             time.sleep(0.002)
 
     def kill(self, after):
-        """Kills it after so many seconds; whether it was still alive."""
+        """Kill the process after some seconds; return whether it was still alive."""
         self.process.join(after)
         alive = self.process.exitcode is None
         self.process.kill()
@@ -53,19 +53,19 @@ class Child:
         return alive and self.process.exitcode != 0
 
     def end(self, timeout=120):
-        """Waits for its end; its exit code and what it wrote to stderr."""
+        """Wait until the process ends; return its exit code and what it wrote to stderr."""
         self.process.join(timeout)
         return self.process.exitcode, (self.directory / "stderr").read_text()
 
 
 def result(directory):
-    """What a finished run wrote down: every byte of its state, its carries and its host half."""
+    """Return what a finished run wrote: every byte of its state, its carries and its host state."""
     with np.load(Path(directory) / "result.npz") as arrays:
         return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in arrays.items()}
 
 
 def points(directory):
-    """What TensorBoard shows of a run: (tag, step, value), as often as it shows it."""
+    """Return every point that TensorBoard shows of a run: (tag, step, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(Path(directory) / "events"), size_guidance={"scalars": 0})
@@ -74,14 +74,14 @@ def points(directory):
 
 
 def script(code, *arguments):
-    """Starts a script in a process of its own, as a user would."""
+    """Start a script in a new process, as a user would."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @contextlib.contextmanager
 def mounted(directory, *options):
-    """A mount that is taken away at the end; the reason why it is not permitted, else None."""
+    """Mount something until the end of the block; yield None, or the reason why it is not permitted."""
     done = subprocess.run(["mount", *options, str(directory)], capture_output=True, text=True, check=False)
     try:
         yield done.stderr.strip() if done.returncode else None
@@ -91,7 +91,7 @@ def mounted(directory, *options):
 
 
 def train(directory, when, pace, cache):
-    """The run of a child: dropout, shuffled epochs, an average, an early stop, host states, event files."""
+    """Run in a child: dropout, shuffled epochs, an average, an early stop, host state, event files."""
     directory = Path(directory)
     stderr = os.open(directory / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stderr, 2)
@@ -111,7 +111,7 @@ def train(directory, when, pace, cache):
         def on_step_end(self, loop):
             self.drawn.append(int(self.generator.integers(1000)))
             with open(directory / "steps", "ab") as file:
-                file.write(b".")  # tells whoever waits
+                file.write(b".")  # for `Child.wait_for_steps`
 
         def get_state(self):
             return {"generator": self.generator.bit_generator.state, "drawn": self.drawn}

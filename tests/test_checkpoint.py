@@ -1,28 +1,26 @@
-"""Checkpoints: what is on disk, what is resumed, and what is refused."""
+"""Checkpoints: what is saved, what is resumed, and what is refused."""
 
 import os
+import shutil
 import threading
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import fresh_state, same_bytes
+from models import fresh_state
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint
-from onstep.callbacks.checkpoint import load, save
-from onstep.storage import Storage
-
-
-def step(state, batch):
-    return state + batch, {"loss": state * 1.0}
+from onstep.storage import Checkpoints, CheckpointWriter, load, save
+from onstep.testing import StopAt, counting_step, same_bytes
 
 
 def run(directory, data=range(12), *, extra=(), state=0, **options):
     targets = {name: options.pop(name) for name in ("steps", "epochs") if name in options}
-    engine = Engine(step, [Checkpoint(directory, **options), *extra], log_every=4)
+    engine = Engine(counting_step, [Checkpoint(directory, **options), *extra], log_every=4)
     return engine.run(jnp.int32(state), data, **(targets or {"epochs": 3}))
 
 
@@ -47,12 +45,12 @@ def files_in(directory):
         ({"when": every(epochs=1), "keep": 9, "steps": 2}, [2]),
     ],
 )
-def test_saves_come_at_their_cadence_and_once_at_the_end(options, expected, tmp_path):
+def test_checkpoints_are_saved_at_their_cadence_and_once_at_the_end(options, expected, tmp_path):
     run(tmp_path, **options)
     assert steps_in(tmp_path) == expected
 
 
-def test_a_checkpoint_holds_the_step_that_it_is_named_after(tmp_path):
+def test_checkpoint_holds_the_step_that_it_is_named_after(tmp_path):
     run(tmp_path, when=10, keep=9)
     sums = np.cumsum(np.tile(np.arange(12), 3))
     assert {n: int(load(tmp_path, jnp.int32(0), n)) for n in steps_in(tmp_path)} == {
@@ -60,7 +58,7 @@ def test_a_checkpoint_holds_the_step_that_it_is_named_after(tmp_path):
     }
 
 
-def test_a_run_at_its_target_runs_no_step_says_so_and_changes_no_file(tmp_path, capsys):
+def test_finished_run_runs_no_step_says_so_and_changes_no_file(tmp_path, capsys):
     run(tmp_path)
     before = files_in(tmp_path)
     result = run(tmp_path)
@@ -69,7 +67,7 @@ def test_a_run_at_its_target_runs_no_step_says_so_and_changes_no_file(tmp_path, 
     assert files_in(tmp_path) == before
 
 
-def test_a_raised_target_goes_on_and_one_below_is_refused(tmp_path):
+def test_higher_target_resumes_and_a_lower_one_is_refused(tmp_path):
     run(tmp_path, steps=36)
     assert run(tmp_path, steps=48).step == 48
     before = files_in(tmp_path)
@@ -78,55 +76,59 @@ def test_a_raised_target_goes_on_and_one_below_is_refused(tmp_path):
     assert files_in(tmp_path) == before
 
 
-def test_a_run_that_was_stopped_for_good_stays_stopped(tmp_path, capsys):
-    class Stop(Callback):
-        when = every(5)
-
-        def on_step_end(self, loop):
-            loop.stop("enough")
-
-    assert run(tmp_path, extra=[Stop()]).stopped == "enough"
+def test_final_stop_stays_stopped(tmp_path, capsys):
+    assert run(tmp_path, extra=[StopAt(5, reason="enough")]).stopped == "enough"
     before = files_in(tmp_path)
     result = run(tmp_path, epochs=9)
     assert (result.step, result.stopped) == (5, "enough")
-    assert "stopped for good at step 5 (enough)" in capsys.readouterr().err
+    assert "step 5 (enough)" in capsys.readouterr().err
     assert files_in(tmp_path) == before
 
 
-def test_an_empty_directory_is_a_fresh_start(tmp_path):
+def test_empty_directory_starts_from_scratch(tmp_path):
     assert run(tmp_path / "new" / "run").step == 36
     assert steps_in(tmp_path / "new" / "run") == [12, 24, 36]
 
 
-def test_a_used_directory_is_refused_without_resume(tmp_path):
+def test_used_directory_is_refused_without_resume(tmp_path):
     run(tmp_path, steps=3)
     before = files_in(tmp_path)
-    with pytest.raises(FileExistsError, match="holds a run at step 3. Go on with it .resume=True."):
+    with pytest.raises(FileExistsError, match="holds a run at step 3. Resume it .resume=True."):
         run(tmp_path, resume=False)
     assert files_in(tmp_path) == before
 
 
-def test_an_earlier_step_is_resumed_and_later_ones_are_moved_aside(tmp_path):
+def test_earlier_step_is_resumed_and_later_ones_are_archived(tmp_path):
     whole = run(tmp_path, when=4, keep=20)
     result = run(tmp_path, when=5, keep=20, resume=16)
     assert int(result.state) == int(whole.state)
     assert steps_in(tmp_path) == [4, 8, 12, 16, 20, 25, 30, 35, 36]
-    assert steps_in(tmp_path / "aside") == [20, 24, 28, 32, 36]
+    assert steps_in(tmp_path / "archive") == [20, 24, 28, 32, 36]
 
 
-def test_nothing_is_moved_aside_twice_to_one_name(tmp_path):
+def test_no_name_in_the_archive_is_used_twice(tmp_path):
     for _ in range(3):
         run(tmp_path, when=4, keep=20, resume=True if not any(tmp_path.iterdir()) else 32)
-    assert sorted(os.listdir(tmp_path / "aside")) == ["36", "36.2"]
+    assert sorted(os.listdir(tmp_path / "archive")) == ["36", "36.2"]
 
 
-def test_a_step_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
+def test_names_in_the_archive_of_version_0_1_are_not_used_again(tmp_path):
+    run(tmp_path, when=4, keep=20)
+    shutil.copytree(tmp_path / "36", tmp_path / "aside" / "36")  # as version 0.1 named the archive
+    before = files_in(tmp_path / "aside")
+    run(tmp_path, when=4, keep=20, resume=28)
+    assert sorted(os.listdir(tmp_path / "archive")) == ["32", "36.2"]
+    assert steps_in(tmp_path) == [4, 8, 12, 16, 20, 24, 28, 32, 36]
+    assert files_in(tmp_path / "aside") == before
+
+
+def test_missing_step_is_an_error_that_lists_the_existing_ones(tmp_path):
     run(tmp_path, when=12)
     with pytest.raises(FileNotFoundError, match=r"no step 17 in .*; it holds \[12, 24, 36\]"):
         run(tmp_path, resume=17)
 
 
-def test_a_failing_run_keeps_its_last_settled_checkpoint_and_leaves_no_thread(tmp_path):
+def test_failing_run_keeps_its_last_checkpoint_and_leaves_no_thread(tmp_path):
     def broken():
         yield from range(6)
         raise OSError("disk gone")
@@ -145,8 +147,8 @@ def test_no_thread_outlives_a_run(tmp_path):
     assert set(threading.enumerate()) <= threads
 
 
-def test_the_open_window_and_the_epoch_mean_go_on(tmp_path):
-    whole = Engine(step, log_every=4).run(jnp.int32(0), range(12), epochs=2).history
+def test_resume_continues_the_open_window_and_the_epoch_mean(tmp_path):
+    whole = Engine(counting_step, log_every=4).run(jnp.int32(0), range(12), epochs=2).history
     first, second = run(tmp_path, steps=6).history, run(tmp_path, epochs=2).history
     assert (first.steps("train/loss"), second.steps("train/loss")) == ([4, 6], [8, 12, 16, 20, 24])
     assert second["train/loss"] == whole["train/loss"][1:]
@@ -162,7 +164,7 @@ def test_the_open_window_and_the_epoch_mean_go_on(tmp_path):
         (lambda s: {"a": jnp.zeros(2, jnp.int32)}, r"state/a: float32\[2\] became int32\[2\]"),
     ],
 )
-def test_another_state_is_refused_before_anything_is_written(make, match, tmp_path):
+def test_different_state_is_refused_before_anything_is_written(make, match, tmp_path):
     state = {"a": jnp.zeros(2)}
 
     def go(state, steps):
@@ -175,14 +177,14 @@ def test_another_state_is_refused_before_anything_is_written(make, match, tmp_pa
     assert files_in(tmp_path) == before
 
 
-def test_a_carry_that_came_or_went_is_named(tmp_path):
+def test_new_carry_is_refused_by_name(tmp_path):
     run(tmp_path, steps=2)
     with pytest.raises(ValueError, match=r"carries/EMA/average: int32\[\] is new"):
         run(tmp_path, extra=[EMA(of=None)])
 
 
 class Counts(Callback):
-    """A host half with one number to remember."""
+    """Counts steps in its host state."""
 
     def __init__(self, name=None):
         self.name, self.count = name, 0
@@ -197,7 +199,7 @@ class Counts(Callback):
         self.count = state["count"]
 
 
-def test_two_callbacks_of_one_class_get_their_own_state_back(tmp_path):
+def test_two_callbacks_of_one_class_each_get_their_own_state_back(tmp_path):
     one, two = Counts(), Counts()
     two.when = every(2)
     run(tmp_path, extra=[one, two], steps=6)
@@ -207,15 +209,15 @@ def test_two_callbacks_of_one_class_get_their_own_state_back(tmp_path):
     assert [callback.count for callback in again] == [8, 4]
 
 
-def test_a_callback_that_went_is_named_and_one_that_came_begins_afresh(tmp_path):
+def test_removed_callback_is_named_and_a_new_one_starts_from_scratch(tmp_path):
     run(tmp_path, extra=[Counts("old")], steps=6)
     new = Counts("new")
-    with pytest.warns(UserWarning, match="holds the state of old, which this run has not"):
+    with pytest.warns(UserWarning, match="The saved run holds the state of old"):
         run(tmp_path, extra=[new], steps=8)
     assert new.count == 2
 
 
-def test_another_batch_size_is_refused(tmp_path):
+def test_different_batch_size_is_refused(tmp_path):
     def go(batch_size, steps):
         data = Batches(np.arange(12), batch_size)
         return Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path)]).run(jnp.int32(0), data, steps=steps)
@@ -227,7 +229,7 @@ def test_another_batch_size_is_refused(tmp_path):
 
 @flax.struct.dataclass
 class Odd:
-    """A state of what Orbax finds hard: a key, an empty array, 16-bit floats, a scalar, an empty dict."""
+    """A state with what is difficult for Orbax: a key, an empty array, 16-bit floats, a scalar, an empty dict."""
 
     key: jax.Array
     empty: jax.Array
@@ -242,7 +244,7 @@ def odd(seed):
     return Odd(key, jnp.zeros((0, 3)), jax.random.normal(key, (3,), jnp.bfloat16), jnp.int8(seed), {}, "odd")
 
 
-def test_any_tree_of_arrays_is_saved_and_loaded(tmp_path):
+def test_any_pytree_of_arrays_is_saved_and_loaded(tmp_path):
     save(tmp_path, odd(3), step=5)
     assert same_bytes(load(tmp_path, odd(0)), odd(3))
     with pytest.raises(FileExistsError, match="holds step 5"):
@@ -254,19 +256,19 @@ def test_any_tree_of_arrays_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     "tree", [jnp.arange(3), jax.random.key(1), np.float64(2), np.arange(3)], ids=["array", "key", "scalar", "int64"]
 )
-def test_a_bare_array_is_saved_and_loaded(tree, tmp_path):
+def test_bare_array_is_saved_and_loaded(tree, tmp_path):
     save(tmp_path, tree)
     assert same_bytes(load(tmp_path, tree), tree)
 
 
 @pytest.mark.parametrize("tree", [{}, None, {"a": jnp.zeros((0,))}], ids=["dict", "none", "size 0"])
-def test_a_tree_without_arrays_is_refused(tree, tmp_path):
+def test_tree_without_arrays_is_refused(tree, tmp_path):
     with pytest.raises(ValueError, match="save needs a tree with arrays in it"):
         save(tmp_path / "new", tree)
     assert not (tmp_path / "new").exists()
 
 
-def test_without_a_tree_to_fill_plain_dicts_are_loaded(tmp_path):
+def test_load_without_like_returns_plain_dicts(tmp_path):
     save(tmp_path, {"params": {"w": jnp.ones(2)}})
     assert load(tmp_path)["params"]["w"].tolist() == [1, 1]
 
@@ -286,7 +288,7 @@ def test_without_a_tree_to_fill_plain_dicts_are_loaded(tmp_path):
     ids=["leaf", "shape", "dtype", "half", "key", "list", "none", "bare"],
 )
 @pytest.mark.parametrize("saved_by", ["save", "run"])
-def test_what_does_not_fit_is_not_loaded(saved_by, like, match, tmp_path):
+def test_tree_that_does_not_fit_is_not_loaded(saved_by, like, match, tmp_path):
     if saved_by == "save":
         save(tmp_path, {"w": jnp.ones(2)})
     else:
@@ -295,41 +297,41 @@ def test_what_does_not_fit_is_not_loaded(saved_by, like, match, tmp_path):
         load(tmp_path, like)
 
 
-def test_a_tree_without_the_leaf_of_size_0_does_not_fit(tmp_path):
+def test_leaf_of_size_0_with_another_dtype_does_not_fit(tmp_path):
     save(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3))})
     with pytest.raises(ValueError, match=r"state/none: float32\[0,3\] became int32\[0,3\]"):
         load(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3), jnp.int32)})
 
 
-def test_numpy_arrays_come_back_as_numpy_arrays_where_like_has_them(tmp_path):
+def test_numpy_arrays_are_loaded_where_like_has_them(tmp_path):
     save(tmp_path, jnp.ones(2))
     assert isinstance(load(tmp_path, np.zeros(2, np.float32)), np.ndarray)
     assert isinstance(load(tmp_path, jnp.zeros(2)), jax.Array)
 
 
-def test_numbers_of_64_bits_are_not_cut(tmp_path):
+def test_64_bit_numbers_are_not_truncated(tmp_path):
     save(tmp_path, {"n": np.arange(2), "m": 3})
     assert same_bytes(load(tmp_path, {"n": np.zeros(2, int), "m": 0}), {"n": np.arange(2), "m": np.int64(3)})
     with pytest.raises(ValueError, match=r"state/n: int64\[2\] became int32\[2\]"):
         load(tmp_path, {"n": jnp.zeros(2, jnp.int32), "m": 0})
 
 
-def test_the_state_that_a_run_was_given_is_like_the_one_that_it_saved(tmp_path):
+def test_initial_state_of_a_run_fits_its_saved_state(tmp_path):
     state = {"step": 0, "rate": 0.5, "w": np.zeros(2)}
     result = Engine(lambda s, b: (s, {}), [Checkpoint(tmp_path)]).run(state, range(2), epochs=1)
     assert same_bytes(load(tmp_path, like=state), result.state)
 
 
-def test_a_tree_that_an_earlier_version_saved_is_loaded(tmp_path):
-    storage = Storage(str(tmp_path))
-    storage.save(0, {"state": {"w": jnp.ones(2)}}, b"", {})
-    storage.close()
+def test_tree_that_an_early_version_saved_is_loaded(tmp_path):
+    writer = CheckpointWriter(tmp_path)
+    writer.save(0, {"state": {"w": jnp.ones(2)}})
+    writer.close()
     assert load(tmp_path, {"w": jnp.zeros(2)})["w"].tolist() == [1, 1]
     with pytest.raises(ValueError, match=r"load: .*/0 does not fit like: .*\ntree\.v"):
         load(tmp_path, {"v": jnp.zeros(2)})
 
 
-def test_the_state_of_a_run_is_loaded_by_itself(tmp_path):
+def test_state_of_a_run_is_loaded_without_its_carries(tmp_path):
     def count(state, batch):
         return state.replace(step=state.step + 1), {}
 
@@ -337,7 +339,7 @@ def test_the_state_of_a_run_is_loaded_by_itself(tmp_path):
     assert same_bytes(load(tmp_path, like=result.state), result.state)
 
 
-def test_a_state_saved_beside_running_steps_is_the_state_of_its_step(tmp_path):
+def test_state_saved_while_steps_run_is_the_state_of_its_step(tmp_path):
     def fast(state, batch):
         return jax.tree.map(lambda x: x + 1, state), {}
 
@@ -347,10 +349,101 @@ def test_a_state_saved_beside_running_steps_is_the_state_of_its_step(tmp_path):
         assert all(np.all(leaf == number) for leaf in load(tmp_path, state, number).values())
 
 
-def test_a_result_goes_on_in_the_directory_of_its_run(tmp_path):
-    engine = Engine(step, [Checkpoint(tmp_path, when=4, keep=9)])
+def test_result_resumes_in_the_directory_of_its_run(tmp_path):
+    engine = Engine(counting_step, [Checkpoint(tmp_path, when=4, keep=9)])
     first = engine.run(jnp.int32(0), range(12), steps=6)
     assert engine.run(first, range(12), steps=12).step == 12
     assert steps_in(tmp_path) == [4, 6, 8, 12]
-    with pytest.raises(FileExistsError, match="holds a run at step 12, beyond the 6 of this one"):
+    with pytest.raises(FileExistsError, match="holds a run at step 12, beyond step 6 of this run"):
         engine.run(first, range(12), steps=12)
+
+
+class Average(NamedTuple):
+    """A carry with an optional part."""
+
+    zeta: Any
+    alpha: Any = None
+
+
+@pytest.mark.parametrize(
+    "like",
+    [
+        Average({"w": jnp.zeros(2)}, jnp.int32(0)),
+        Average({"w": jnp.zeros(2)}),
+        Average({"w": Average(jnp.zeros(2))}),
+    ],
+    ids=["all fields", "an optional field", "nested"],
+)
+def test_named_tuple_is_loaded_from_a_dict_with_the_same_names(like, tmp_path):
+    def as_dict(node):  # without fields that are None
+        fields = {name: field for name, field in node._asdict().items() if field is not None}
+        return {name: jax.tree.map(plain, field, is_leaf=is_average) for name, field in fields.items()}
+
+    def plain(node):
+        return as_dict(node) if is_average(node) else node + 1
+
+    def is_average(node):
+        return isinstance(node, Average)
+
+    save(tmp_path, {"a": (as_dict(like), Average(jnp.ones(3)))})
+    loaded = load(tmp_path, {"a": (like, Average(jnp.zeros(3)))})
+    assert same_bytes(loaded, {"a": (jax.tree.map(lambda leaf: leaf + 1, like), Average(jnp.ones(3)))})
+
+
+def test_named_tuple_with_another_part_is_refused(tmp_path):
+    save(tmp_path, {"a": {"zeta": jnp.ones(2), "beta": jnp.int32(3)}})
+    with pytest.raises(ValueError, match=r"state/a/beta: int32\[\] is gone"):
+        load(tmp_path, {"a": Average(jnp.ones(2))})
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Checkpoint("/runs"), "Checkpoint('/runs')"),
+        (lambda: Checkpoint("/runs", when=5, best="val/loss"), "Checkpoint('/runs', when=5, best='val/loss')"),
+        (lambda: Checkpoints("/runs"), "Checkpoints('/runs')"),
+        (lambda: Checkpoints("/runs", best="acc", mode="max"), "Checkpoints('/runs', best='acc', mode='max')"),
+    ],
+)
+def test_repr_is_the_call_that_makes_the_object(make, expected):
+    assert repr(make()) == expected
+
+
+@pytest.mark.parametrize("make", [Checkpoint, Checkpoints, CheckpointWriter])
+def test_unknown_mode_is_refused(make, tmp_path):
+    with pytest.raises(ValueError, match=r"Checkpoints? needs mode 'min' or 'max', got 'least'"):
+        make(tmp_path, mode="least")
+
+
+def test_run_tells_where_its_checkpoints_are(tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_run_begin(self, loop):
+            seen.extend((each.directory, each.best, each.mode) for each in loop.checkpoints)
+
+    Engine(
+        counting_step,
+        [Look(), Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b", best="train/loss", mode="max")],
+        log_every=2,
+    ).run(jnp.int32(0), range(2), epochs=1)
+    assert seen == [(str(tmp_path / "a"), None, "min"), (str(tmp_path / "b"), "train/loss", "max")]
+
+
+def test_reading_checkpoints_needs_no_lock_and_changes_nothing(tmp_path):
+    class Read(Callback):
+        when = every(4)
+
+        def on_step_end(self, loop):
+            checkpoints = Checkpoints(tmp_path)
+            for number in checkpoints.steps():
+                assert checkpoints.damage(number) is None
+                assert int(checkpoints.load(number, {"state": jnp.int32(0)})["state"]) == sum(range(number))
+                assert checkpoints.host(number)
+
+    run(tmp_path, extra=[Read()], when=3, keep=9, epochs=1)
+    before = files_in(tmp_path)
+    assert Checkpoints(tmp_path).steps() == [3, 6, 9, 12]
+    assert files_in(tmp_path) == before
+    assert Checkpoints(tmp_path / "missing").steps() == []
+    assert not (tmp_path / "missing").exists()

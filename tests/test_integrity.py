@@ -1,4 +1,4 @@
-"""Checkpoints under damage: what is damaged is named and never used, and what is not ours stays as it is."""
+"""Integrity of checkpoints: damage is found and named, and files that are not ours are never changed."""
 
 import contextlib
 import io
@@ -20,9 +20,8 @@ import pytest
 from faults import FLIPS, KILLS, SEEDS
 from onstep import Callback, Engine, at
 from onstep.callbacks import EMA, Checkpoint
-from onstep.callbacks.checkpoint import load, save
-from onstep.lock import Lock
-from onstep.storage import Storage
+from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
+from onstep.testing import LogValues, RaiseIn, StopAt
 
 
 def step(state, batch):
@@ -55,25 +54,17 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def saved(template, tmp_path):
-    """A run of 12 steps with its checkpoints 4, 8 and 12."""
+    """A finished run of 12 steps with the checkpoints 4, 8 and 12."""
     return Path(shutil.copytree(template, tmp_path / "run"))
 
 
-class Scores(Callback):
-    """Logs "score" at some steps."""
-
-    name = "score"
-
-    def __init__(self, scores):
-        self.scores = scores
-
-    def on_step_end(self, loop):
-        if loop.step in self.scores:
-            loop.log({"score": self.scores[loop.step]})
+def scores(values):
+    """Log "score" at some steps."""
+    return LogValues({step: {"score": value} for step, value in values.items()}, name="score")
 
 
 def reseal(directory, change):
-    """Changes a manifest, and gives it the checksum of what it is then."""
+    """Change a manifest, and give it a valid checksum."""
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["checksum"]
@@ -81,7 +72,7 @@ def reseal(directory, change):
     path.write_text(json.dumps({**manifest, "checksum": zlib.crc32(json.dumps(manifest).encode())}))
 
 
-# Damage is named, and the checkpoint before is used
+# Damage is named, and the previous checkpoint is used
 
 
 def flip(file, where):
@@ -90,29 +81,29 @@ def flip(file, where):
     file.write_bytes(content)
 
 
-def goes_on_from_8(directory):
-    with pytest.warns(UserWarning, match=r"Checkpoint \S*/12 is damaged and left out: \S+ "):
+def resumes_from_8(directory):
+    with pytest.warns(UserWarning, match=r"Checkpoint \S*/12 is damaged and is skipped: \S+ "):
         result = run(directory, 8)
     return (result.step, int(result.state)) == (8, sum_at(8))
 
 
 @pytest.mark.parametrize("seed", range(FLIPS))
-def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(seed, saved):
+def test_flipped_bit_is_found_and_the_previous_checkpoint_is_used(seed, saved):
     files = sorted(path for path in (saved / "12").rglob("*") if path.is_file())
     flip(files[seed % len(files)], random.Random(seed))
-    assert goes_on_from_8(saved)
+    assert resumes_from_8(saved)
 
 
-def test_no_bit_of_a_manifest_can_flip_unseen(saved):
-    manifest, storage, where = saved / "12" / "manifest.json", Storage(str(saved)), random.Random(0)
+def test_no_flipped_bit_of_a_manifest_is_overlooked(saved):
+    manifest, checkpoints, where = saved / "12" / "manifest.json", Checkpoints(saved), random.Random(0)
     whole = manifest.read_bytes()
-    unseen = []
+    overlooked = []
     for place in range(len(whole)):
         bit = 1 << where.randrange(8)
         manifest.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-        if storage.damage(12) is None:
-            unseen.append(whole[max(0, place - 12) : place + 1].decode())
-    assert unseen == []
+        if checkpoints.damage(12) is None:
+            overlooked.append(whole[max(0, place - 12) : place + 1].decode())
+    assert overlooked == []
 
 
 def truncate(file):
@@ -121,7 +112,7 @@ def truncate(file):
 
 @pytest.mark.parametrize("harm", [truncate, Path.unlink, lambda file: file.write_bytes(b"")], ids=["half", "gone", "0"])
 @pytest.mark.parametrize("kind", ["data", "metadata", "marker", "manifest"])
-def test_a_file_that_is_cut_or_gone_is_named_and_the_checkpoint_before_is_used(kind, harm, saved):
+def test_truncated_or_missing_file_is_found_and_the_previous_checkpoint_is_used(kind, harm, saved):
     names = {
         "data": max((saved / "12").rglob("d/*"), key=lambda path: path.stat().st_size),
         "metadata": saved / "12" / "state" / "_METADATA",
@@ -129,32 +120,32 @@ def test_a_file_that_is_cut_or_gone_is_named_and_the_checkpoint_before_is_used(k
         "manifest": saved / "12" / "manifest.json",
     }
     harm(names[kind])
-    assert goes_on_from_8(saved)
+    assert resumes_from_8(saved)
 
 
 @pytest.mark.parametrize(
     "text", ["{}", "[]", "null", '{"files": {}}', '{"files": 3}', "{", "\0\0\0", "\x80", '{"files": {"a": [1]}}']
 )
-def test_a_garbled_manifest_is_damage(text, saved):
+def test_garbled_manifest_is_damage(text, saved):
     (saved / "12" / "manifest.json").write_bytes(text.encode("latin-1"))
-    assert goes_on_from_8(saved)
+    assert resumes_from_8(saved)
 
 
-def test_a_run_goes_through_the_step_whose_checkpoint_was_damaged(saved):
+def test_run_archives_a_damaged_checkpoint_when_it_saves_that_step_again(saved):
     truncate(saved / "12" / "state" / "_METADATA")
     with pytest.warns(UserWarning, match="12 is damaged"):
         result = run(saved, 16)
     assert int(result.state) == sum_at(16)
-    assert (steps_in(saved), steps_in(saved / "aside")) == ([4, 8, 12, 16], [12])
+    assert (steps_in(saved), steps_in(saved / "archive")) == ([4, 8, 12, 16], [12])
 
 
-def test_a_checkpoint_under_another_steps_name_is_damage(saved):
+def test_checkpoint_under_the_name_of_another_step_is_damage(saved):
     (saved / "4").rename(saved / "16")
     with pytest.warns(UserWarning, match="16 is damaged"):
         assert run(saved, 12).step == 12
 
 
-def test_a_run_goes_through_the_step_whose_manifest_is_gone(saved):
+def test_run_resumes_past_a_step_whose_manifest_is_missing(saved):
     (saved / "12" / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="12 is damaged"):
         result = run(saved, 16)
@@ -163,33 +154,33 @@ def test_a_run_goes_through_the_step_whose_manifest_is_gone(saved):
 
 @pytest.mark.parametrize("harm", [truncate, lambda file: file.write_text("{}")], ids=["half", "empty"])
 @pytest.mark.parametrize("options", [{"keep": 1}, {"best": "train/loss"}], ids=["keep", "best"])
-def test_a_damaged_older_checkpoint_does_not_fail_the_run(harm, options, saved):
+def test_damaged_older_checkpoint_does_not_fail_the_run(harm, options, saved):
     harm(saved / "4" / "manifest.json")
     assert run(saved, 16, **options).step == 16
     assert 16 in steps_in(saved)
 
 
 @pytest.mark.parametrize("harm", [truncate, lambda file: file.write_text("{}")], ids=["half", "empty"])
-def test_the_best_is_sought_among_what_can_be_read(harm, saved):
+def test_best_is_chosen_among_readable_checkpoints(harm, saved):
     harm(saved / "12" / "manifest.json")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert run(saved, 8, best="train/loss", mode="max", resume="best").step == 8
 
 
-def test_with_every_checkpoint_damaged_nothing_is_run(saved):
+def test_run_is_refused_if_every_checkpoint_is_damaged(saved):
     for path in saved.rglob("_CHECKPOINT_METADATA"):
         truncate(path)
     before = contents(saved)
     with (
-        pytest.warns(UserWarning, match="is damaged and left out"),
+        pytest.warns(UserWarning, match="is damaged and is skipped"),
         pytest.raises(RuntimeError, match=r"none of the checkpoints \[4, 8, 12\] in .* is intact"),
     ):
         run(saved, 16)
     assert contents(saved) == before
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_that_names_the_file(saved):
+def test_requested_checkpoint_that_is_damaged_is_an_error_that_names_the_file(saved):
     truncate(saved / "8" / "state" / "_METADATA")
     before = contents(saved)
     with pytest.raises(ValueError, match=r"/8 is damaged: state/_METADATA has \d+ bytes, not \d+"):
@@ -204,7 +195,7 @@ def test_loading_a_damaged_checkpoint_is_an_error_that_names_the_file(saved):
     assert int(load(saved, jnp.int32(0), 8)) == sum_at(8)
 
 
-def test_a_damaged_tree_of_its_own_is_an_error(tmp_path):
+def test_damage_of_a_tree_that_save_wrote_is_found(tmp_path):
     save(tmp_path, jnp.arange(1000))
     flip(max(tmp_path.rglob("d/*"), key=lambda path: path.stat().st_size), random.Random(0))
     with pytest.raises(ValueError, match="/0 is damaged: .* has other bytes than were written"):
@@ -214,13 +205,13 @@ def test_a_damaged_tree_of_its_own_is_an_error(tmp_path):
 # Leftovers
 
 
-def test_an_empty_directory_named_by_a_number_is_no_checkpoint(saved):
+def test_empty_directory_named_by_a_number_is_not_a_checkpoint(saved):
     (saved / "40").mkdir()
     assert run(saved, 16).step == 16
     assert steps_in(saved) == [4, 8, 12, 16, 40]
 
 
-def test_what_killed_saves_and_deletions_left_is_removed(saved):
+def test_leftovers_of_killed_saves_and_deletions_are_removed(saved):
     shutil.copytree(saved / "12", saved / ".saving" / "14")
     (saved / ".saving" / "14" / "manifest.json").unlink()
     (saved / ".saving" / "16.orbax-checkpoint-tmp").mkdir()
@@ -230,17 +221,17 @@ def test_what_killed_saves_and_deletions_left_is_removed(saved):
     assert sorted(os.listdir(saved)) == ["12", "16", "4", "8"]
 
 
-@pytest.mark.parametrize("left", ["half of the files", "the folders alone"])
-def test_a_deletion_that_was_killed_is_finished(left, saved):
+@pytest.mark.parametrize("left", ["half of the files", "only the folders"])
+def test_killed_deletion_is_finished(left, saved):
     trash = shutil.move(saved / "4", saved / "4.trash")
     for number, path in enumerate(sorted(path for path in Path(trash).rglob("*") if path.is_file())):
-        if left == "the folders alone" or (number % 2 and path.name != "manifest.json"):
+        if left == "only the folders" or (number % 2 and path.name != "manifest.json"):
             path.unlink()
     run(saved, 16)
     assert sorted(os.listdir(saved)) == ["12", "16", "8"]
 
 
-def test_a_finished_run_leaves_even_leftovers_as_they_are(saved):
+def test_finished_run_changes_nothing_not_even_leftovers(saved):
     (saved / ".saving" / "14").mkdir(parents=True)
     before = sorted(map(str, saved.rglob("*")))
     run(saved, 12)
@@ -251,7 +242,7 @@ def test_a_finished_run_leaves_even_leftovers_as_they_are(saved):
 
 
 @pytest.mark.parametrize(
-    ("scores", "mode", "stay"),
+    ("values", "mode", "kept"),
     [
         ({4: 0.1, 8: 0.5, 12: 0.4, 16: 0.3, 20: 0.2}, "min", [4, 16, 20]),
         ({4: 0.1, 8: 0.5, 12: 0.4, 16: 0.3, 20: 0.2}, "max", [8, 16, 20]),
@@ -266,92 +257,92 @@ def test_a_finished_run_leaves_even_leftovers_as_they_are(saved):
     ],
     ids=["min", "max", "equal", "first of equal", "nan first", "nan", "-inf", "inf", "one", "off"],
 )
-def test_the_best_stays_beside_the_newest(scores, mode, stay, tmp_path):
-    run(tmp_path, 20, keep=2, best="score", mode=mode, extra=[Scores(scores)])
-    assert steps_in(tmp_path) == stay
+def test_best_is_kept_beside_the_newest(values, mode, kept, tmp_path):
+    run(tmp_path, 20, keep=2, best="score", mode=mode, extra=[scores(values)])
+    assert steps_in(tmp_path) == kept
 
 
-NO_BEST = r"none of \[.*\] in .* is the best, as no 'score' was recorded at a step that was saved, or none .* finite"
+NO_BEST = (
+    r"none of \[.*\] in .* is the best, because 'score' was not recorded at a step that was saved, or was never finite"
+)
 
 
-@pytest.mark.parametrize("scores", [{4: np.nan, 8: np.inf}, {3: 0.1, 19: 0.2}], ids=["not finite", "off"])
-def test_a_run_in_which_no_checkpoint_competed_says_so_at_its_end(scores, tmp_path):
+@pytest.mark.parametrize("values", [{4: np.nan, 8: np.inf}, {3: 0.1, 19: 0.2}], ids=["not finite", "off"])
+def test_run_warns_at_its_end_if_no_checkpoint_can_be_the_best(values, tmp_path):
     with pytest.warns(UserWarning, match=NO_BEST):
-        run(tmp_path, 20, keep=2, best="score", extra=[Scores(scores)])
+        run(tmp_path, 20, keep=2, best="score", extra=[scores(values)])
     assert steps_in(tmp_path) == [16, 20]
 
 
-def test_a_best_from_before_a_resume_is_enough(tmp_path):
-    scores = Scores({4: 0.1, 9: 0.2})
-    run(tmp_path, 8, best="score", extra=[scores])
-    assert run(tmp_path, 12, best="score", extra=[scores]).step == 12
+def test_best_from_before_a_resume_is_enough(tmp_path):
+    values = scores({4: 0.1, 9: 0.2})
+    run(tmp_path, 8, best="score", extra=[values])
+    assert run(tmp_path, 12, best="score", extra=[values]).step == 12
 
 
-def test_a_run_that_will_be_resumed_may_end_before_its_best(tmp_path):
-    stop = Callback()
-    stop.on_step_end = lambda loop: loop.step == 6 and loop.stop("a signal", final=False)
-    assert run(tmp_path, 12, best="score", extra=[Scores({3: 0.1}), stop]).step == 6
+def test_run_that_will_be_resumed_may_end_without_a_best(tmp_path):
+    extra = [scores({3: 0.1}), StopAt(6, final=False)]
+    assert run(tmp_path, 12, best="score", extra=extra).step == 6
 
 
-def test_a_best_metric_that_never_appears_is_a_warning_and_then_an_error(tmp_path):
+def test_best_metric_that_never_appears_is_a_warning_and_then_an_error(tmp_path):
     message = r"Checkpoint watches 'val_loss', but the records hold \['epoch/loss', 'train/loss'\]. Add Evaluate"
     with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match=message):
         run(tmp_path, 16, best="val_loss")
     assert steps_in(tmp_path) == [4, 8, 12, 16]
-    assert run(tmp_path, 16, best="val_loss").step == 16  # nothing is left to do
+    assert run(tmp_path, 16, best="val_loss").step == 16  # nothing to do
     save(tmp_path, jnp.int32(0), step=99)  # the lock was given back
 
 
-def test_an_absent_best_metric_does_not_hide_the_error_that_ended_the_run(tmp_path):
-    fails = Callback()
-    fails.on_epoch_end = lambda loop: 1 // (loop.epoch - 1)
-    with pytest.raises(ZeroDivisionError, match="zero") as error:  # at the target
+def test_missing_best_metric_does_not_hide_the_error_that_ended_the_run(tmp_path):
+    fails = RaiseIn("epoch_end", ZeroDivisionError("zero"))  # at the target
+    with pytest.raises(ZeroDivisionError, match="zero") as error:
         run(tmp_path, best="val_loss", extra=[fails])
     assert not any("val_loss" in note for note in error.value.__notes__)
 
 
-def test_the_best_stays_when_a_resumed_run_is_worse(tmp_path):
-    run(tmp_path, 8, keep=1, best="score", extra=[Scores({4: 0.3, 8: 0.4})])
-    run(tmp_path, 20, keep=1, best="score", extra=[Scores({12: 0.5, 16: 0.31, 20: 0.6})])
-    assert steps_in(tmp_path) == [4, 8, 20]  # 8 is where the run went on from
+def test_best_is_kept_when_a_resumed_run_is_worse(tmp_path):
+    run(tmp_path, 8, keep=1, best="score", extra=[scores({4: 0.3, 8: 0.4})])
+    run(tmp_path, 20, keep=1, best="score", extra=[scores({12: 0.5, 16: 0.31, 20: 0.6})])
+    assert steps_in(tmp_path) == [4, 8, 20]  # the run resumed from 8
 
 
-def test_a_run_goes_on_from_its_best_and_later_ones_are_moved_aside(tmp_path):
-    scores = {4: 0.3, 8: 0.1, 12: 0.4}
-    run(tmp_path, 16, best="score", extra=[Scores(scores)])
-    result = run(tmp_path, 14, when=7, best="score", resume="best", extra=[Scores(scores)])
+def test_run_resumes_from_its_best_and_archives_later_ones(tmp_path):
+    values = {4: 0.3, 8: 0.1, 12: 0.4}
+    run(tmp_path, 16, best="score", extra=[scores(values)])
+    result = run(tmp_path, 14, when=7, best="score", resume="best", extra=[scores(values)])
     assert int(result.state) == sum_at(14)
-    assert (steps_in(tmp_path), steps_in(tmp_path / "aside")) == ([4, 8, 14], [12, 16])
+    assert (steps_in(tmp_path), steps_in(tmp_path / "archive")) == ([4, 8, 14], [12, 16])
 
 
-def test_without_a_best_there_is_none_to_go_on_from(tmp_path):
+def test_resume_from_the_best_is_an_error_if_there_is_none(tmp_path):
     with pytest.warns(UserWarning, match=NO_BEST):
-        run(tmp_path, best="score", extra=[Scores({3: 0.1})])
+        run(tmp_path, best="score", extra=[scores({3: 0.1})])
     with pytest.raises(FileNotFoundError, match=r"no step best in .*; it holds \[4, 8, 12\]"):
         run(tmp_path, best="score", resume="best")
 
 
 @pytest.mark.parametrize(("mode", "step"), [("min", 8), ("max", 4)])
-def test_the_best_is_loaded_by_the_metric_and_mode_of_the_run(mode, step, tmp_path):
-    run(tmp_path, best="score", mode=mode, extra=[Scores({4: 0.3, 8: 0.1, 12: 0.2})])
+def test_best_is_loaded_by_the_metric_and_mode_of_the_run(mode, step, tmp_path):
+    run(tmp_path, best="score", mode=mode, extra=[scores({4: 0.3, 8: 0.1, 12: 0.2})])
     assert int(load(tmp_path, jnp.int32(0), "best")) == sum_at(step)
 
 
-def test_the_best_is_loaded_by_the_metric_of_the_newest_run(tmp_path):
-    scores = Scores({4: 0.3, 8: 0.1, 12: 0.2})
-    scores.on_step_end = lambda loop: loop.log({"score": scores.scores.get(loop.step, 1.0), "late": -loop.step})
-    run(tmp_path, 8, best="score", extra=[scores])
-    run(tmp_path, 12, best="late", extra=[scores])
+def test_best_is_loaded_by_the_metric_of_the_newest_checkpoint(tmp_path):
+    values = {4: 0.3, 8: 0.1, 12: 0.2}
+    both = LogValues({step: {"score": values.get(step, 1.0), "late": -step} for step in range(1, 13)}, name="score")
+    run(tmp_path, 8, best="score", extra=[both])
+    run(tmp_path, 12, best="late", extra=[both])
     assert int(load(tmp_path, jnp.int32(0), "best")) == sum_at(12)
 
 
-def test_without_a_best_there_is_none_to_load(tmp_path):
+def test_loading_the_best_is_an_error_if_there_is_none(tmp_path):
     run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"load: no step best in .*; it holds \[4, 8, 12\]"):
         load(tmp_path, jnp.int32(0), "best")
 
 
-def test_a_manifest_of_an_earlier_version_is_read(saved):
+def test_manifest_of_an_early_version_is_read(saved):
     for step in (4, 8, 12):
         reseal(saved / str(step), lambda manifest: manifest.pop("best"))
     assert int(load(saved, jnp.int32(0), 8)) == sum_at(8)
@@ -360,33 +351,33 @@ def test_a_manifest_of_an_earlier_version_is_read(saved):
     assert run(saved, 16, best="train/loss", mode="max", resume="best").step == 16
 
 
-def test_the_checkpoint_that_a_run_went_on_from_is_not_deleted(saved):
+def test_checkpoint_from_which_a_run_resumed_is_not_deleted(saved):
     run(saved, 28, when=7, keep=1, resume=4)
     assert steps_in(saved) == [4, 28]
 
 
-def test_steps_are_ordered_as_numbers_and_nothing_else_is_touched(tmp_path):
+def test_steps_are_ordered_as_numbers_and_other_files_are_not_touched(tmp_path):
     notes = tmp_path / "7777_notes" / "mine.txt"
     notes.parent.mkdir()
     notes.write_text("mine")
     (tmp_path / "007").mkdir()
-    scores = Scores({100: 0.1, 9900: 0.2, 10000: 0.3, 10100: 0.4})
-    run(tmp_path, 10100, when=at(100, 9900, 10000), keep=2, best="score", extra=[scores])
+    values = scores({100: 0.1, 9900: 0.2, 10000: 0.3, 10100: 0.4})
+    run(tmp_path, 10100, when=at(100, 9900, 10000), keep=2, best="score", extra=[values])
     assert sorted(os.listdir(tmp_path)) == ["007", "100", "10000", "10100", "7777_notes"]
     assert notes.read_text() == "mine"
 
 
-# What is not ours
+# Files of others
 
 
-def test_a_file_that_the_manifest_does_not_list_is_never_deleted(saved):
+def test_file_that_is_not_in_the_manifest_is_never_deleted(saved):
     (saved / "4" / "state" / "mine.txt").write_text("mine")
     run(saved, 16, keep=1)
     assert [path.read_text() for path in saved.rglob("mine.txt")] == ["mine"]
     assert [step for step in steps_in(saved) if step != 4] == [12, 16]
 
 
-def test_a_step_can_be_deleted_again_beside_what_was_left_of_it(saved):
+def test_step_can_be_deleted_twice_although_a_file_of_it_remained(saved):
     (saved / "4" / "mine.txt").write_text("mine")
     run(saved, 16, keep=1)
     save(saved, jnp.int32(0), step=2)
@@ -395,40 +386,40 @@ def test_a_step_can_be_deleted_again_beside_what_was_left_of_it(saved):
     assert [path.read_text() for path in saved.rglob("mine.txt")] == ["mine"]
 
 
-def test_another_runs_checkpoint_is_not_deleted(saved):
+def test_checkpoint_of_another_run_is_not_deleted(saved):
     save(saved, jnp.int32(7), step=2)
     run(saved, 16, keep=1)
     assert (steps_in(saved), int(load(saved, jnp.int32(0), 2))) == ([2, 12, 16], 7)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_directory_of_somebody_else_in_the_way_is_an_error_and_stays(overwrite, tmp_path):
+def test_foreign_directory_with_the_name_of_a_step_is_an_error_and_is_kept(overwrite, tmp_path):
     (tmp_path / "4").mkdir()
     (tmp_path / "4" / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="/4 is there already, and no checkpoint of this run"):
+    with pytest.raises(FileExistsError, match="/4 exists and is not a checkpoint of this run"):
         run(tmp_path, overwrite=overwrite)
     assert contents(tmp_path) == {"4/thesis.txt": b"mine"}
 
 
-def test_a_step_that_is_a_symbolic_link_is_ignored_and_never_followed(saved, tmp_path):
+def test_symbolic_link_with_the_name_of_a_step_is_ignored_and_never_followed(saved, tmp_path):
     target = Path(shutil.move(saved / "4", tmp_path / "elsewhere"))
     (saved / "4").symlink_to(target)
     before = contents(target)
-    assert Storage(str(saved)).steps() == [8, 12]
+    assert Checkpoints(saved).steps() == [8, 12]
     run(saved, 16, keep=1)
     assert contents(target) == before
     assert (saved / "4").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["state", "state/_METADATA"])
-def test_a_symbolic_link_inside_a_checkpoint_is_never_followed_on_delete(name, saved, tmp_path):
+def test_symbolic_link_inside_a_checkpoint_is_never_followed_by_a_deletion(name, saved, tmp_path):
     target = Path(shutil.move(saved / "4" / name, tmp_path / "elsewhere"))
     (saved / "4" / name).symlink_to(target)
     run(saved, 16, keep=1)
     assert target.is_file() or len(contents(target)) > 5
 
 
-def test_links_to_the_hidden_folders_are_never_followed_on_delete(saved, tmp_path):
+def test_symbolic_links_with_the_names_of_leftovers_are_never_followed_by_a_deletion(saved, tmp_path):
     target = Path(shutil.copytree(saved / "4", tmp_path / "elsewhere" / "4"))
     (saved / "4.trash").symlink_to(target)
     (saved / ".saving").symlink_to(target.parent)
@@ -439,22 +430,22 @@ def test_links_to_the_hidden_folders_are_never_followed_on_delete(saved, tmp_pat
 
 
 def lead_outside(directory, name):
-    """Writes a manifest that is whole, and lists one file more."""
+    """Add a file to a manifest, which stays valid."""
     reseal(directory, lambda manifest: manifest.update(files={name: [4, 0]} | manifest["files"]))
 
 
 @pytest.mark.parametrize("outside", ["../../secret", "state/../../../secret", "ABSOLUTE", "..\\..\\secret", ""])
-def test_a_manifest_that_leads_outside_is_damage_and_deletes_nothing(outside, saved, tmp_path):
+def test_manifest_that_leads_outside_is_damage_and_deletes_nothing(outside, saved, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("mine")
     lead_outside(saved / "4", outside.replace("ABSOLUTE", str(secret)))
-    with pytest.raises(ValueError, match="/4 is damaged: manifest.json .*is no name of a file"):
+    with pytest.raises(ValueError, match="/4 is damaged: manifest.json .*is not the name of a file"):
         load(saved, jnp.int32(0), 4)
     assert run(saved, 16, keep=1).step == 16
     assert secret.read_text() == "mine"
 
 
-def test_a_half_deleted_checkpoint_that_leads_outside_deletes_nothing(saved, tmp_path):
+def test_half_deleted_checkpoint_that_leads_outside_deletes_nothing(saved, tmp_path):
     (tmp_path / "secret").write_text("mine")
     lead_outside(Path(shutil.move(saved / "4", saved / "4.trash")), "../../secret")
     assert run(saved, 16).step == 16
@@ -462,14 +453,14 @@ def test_a_half_deleted_checkpoint_that_leads_outside_deletes_nothing(saved, tmp
 
 
 class Payload:
-    """Runs code if somebody unpickles it."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return (os.mkdir, ("unpickled",))
 
 
 @pytest.mark.parametrize("kind", ["object array", "bare"])
-def test_pickled_bytes_in_the_host_part_are_refused_and_never_run(kind, tmp_path, monkeypatch):
+def test_pickled_bytes_in_the_host_state_are_refused_and_never_run(kind, tmp_path, monkeypatch):
     import pickle
 
     monkeypatch.chdir(tmp_path)
@@ -477,15 +468,15 @@ def test_pickled_bytes_in_the_host_part_are_refused_and_never_run(kind, tmp_path
     if kind == "object array":
         text = np.frombuffer(b'{"mode": {"__array__": "0"}}', np.uint8)
         np.savez(payload, json=text, **{"0": np.array([Payload()], object)})
-    storage = Storage(str(tmp_path / "run"))
-    storage.save(4, {"state": np.int32(0)}, payload.getvalue(), {})
-    storage.close()
+    writer = CheckpointWriter(tmp_path / "run")
+    writer.save(4, {"state": np.int32(0)}, payload.getvalue())
+    writer.close()
     with pytest.raises(ValueError, match="pickle"):
         run(tmp_path / "run")
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_a_class_named_in_a_manifest_is_not_looked_for(saved):
+def test_class_named_in_a_manifest_is_not_imported(saved):
     path = saved / "12" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"class": "os.system", "step": "antigravity"}))
     with contextlib.suppress(Exception), warnings.catch_warnings():
@@ -494,27 +485,26 @@ def test_a_class_named_in_a_manifest_is_not_looked_for(saved):
     assert "antigravity" not in __import__("sys").modules
 
 
-def test_names_with_slashes_and_dots_make_no_path(tmp_path):
-    name = "../../up/../../x"
-    extra = [EMA(0.5, of=None, name=name), Scores({4: 0.1})]
+def test_names_with_slashes_and_dots_do_not_become_paths(tmp_path):
     metric = "a/../../score"
-    extra[1].on_step_end = lambda loop: loop.log({metric: loop.step})
+    ema = EMA(0.5, of=None, name="../../up/../../x")
+    extra = [ema, LogValues({step: {metric: step} for step in range(1, 13)}, name="score")]
     for target in (8, 12):
         result = run(tmp_path / "deep" / "run", target, state=0.0, best=metric, extra=extra)
     assert sorted(os.listdir(tmp_path / "deep" / "run")) == ["12", "4", "8"]
     assert os.listdir(tmp_path) == ["deep"]
     assert os.listdir(tmp_path / "deep") == ["run"]
-    assert float(extra[0].params(result)) > 0
+    assert float(ema.params(result)) > 0
 
 
 # One run, one directory
 
 
-def test_overwriting_moves_the_old_run_aside_at_the_first_save_and_not_before(saved):
+def test_overwrite_archives_the_old_run_at_the_first_save_and_not_before(saved):
     old, seen = contents(saved), {}
 
     class Look(Callback):
-        when = at(4)  # before what is due then is saved
+        when = at(4)  # on_step_end comes before the save
 
         def on_step_end(self, loop):
             seen[loop.step] = contents(saved).keys() - {".lock"}
@@ -522,11 +512,11 @@ def test_overwriting_moves_the_old_run_aside_at_the_first_save_and_not_before(sa
     result = run(saved, 8, overwrite=True, extra=[Look()])
     assert result.history.steps("train/loss") == [4, 8]
     assert seen[4] == old.keys()
-    assert (steps_in(saved), steps_in(saved / "aside")) == ([4, 8], [4, 8, 12])
-    assert contents(saved / "aside") == old
+    assert (steps_in(saved), steps_in(saved / "archive")) == ([4, 8], [4, 8, 12])
+    assert contents(saved / "archive") == old
 
 
-def test_a_run_that_fails_before_its_first_save_leaves_the_old_one_in_place(saved):
+def test_run_that_fails_before_its_first_save_leaves_the_old_one_in_place(saved):
     before = contents(saved)
     with pytest.raises(ValueError, match="bad batch"):
         run(saved, data=failing(3, ValueError("bad batch")), overwrite=True)
@@ -538,21 +528,21 @@ def failing(after, error):
     raise error
 
 
-def test_a_directory_that_a_live_run_writes_is_refused(saved):
+def test_directory_that_a_live_run_writes_to_is_refused(saved):
     other = Lock(str(saved))
     other.acquire()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="Another run that is alive writes .*/run. Give another directory"):
+        with pytest.raises(RuntimeError, match="Another live process is writing to .*/run. Give another directory"):
             run(saved, 16)
     other.release()
     assert run(saved, 16).step == 16
     assert not (saved / ".lock").exists()
 
 
-def test_a_run_locks_its_directory_from_the_beginning_to_the_end(tmp_path):
+def test_run_locks_its_directory_until_its_end(tmp_path):
     class Second(Callback):
         def on_run_begin(self, loop):
-            with pytest.raises(RuntimeError, match="Another run that is alive"):
+            with pytest.raises(RuntimeError, match="Another live process"):
                 save(tmp_path, jnp.int32(1), step=100)
 
         on_step_end = on_run_begin
@@ -561,7 +551,7 @@ def test_a_run_locks_its_directory_from_the_beginning_to_the_end(tmp_path):
     save(tmp_path, jnp.int32(1), step=100)
 
 
-def test_a_directory_that_was_made_for_a_lock_goes_with_it(tmp_path):
+def test_directory_that_was_created_for_a_lock_is_removed_with_it(tmp_path):
     lock = Lock(str(tmp_path / "a" / "b"))
     lock.acquire()
     assert os.listdir(tmp_path / "a" / "b") == [".lock"]
@@ -569,13 +559,13 @@ def test_a_directory_that_was_made_for_a_lock_goes_with_it(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_lock_that_a_dead_process_left_does_not_block(saved):
+def test_lock_of_a_dead_process_does_not_block(saved):
     (saved / ".lock").touch()
     run(saved, 16)
     assert not (saved / ".lock").exists()
 
 
-def test_a_link_in_the_locks_place_is_not_written_through(saved, tmp_path):
+def test_symbolic_link_with_the_name_of_the_lock_is_not_followed(saved, tmp_path):
     (saved / ".lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="lock"):
         run(saved, 16)
@@ -583,7 +573,7 @@ def test_a_link_in_the_locks_place_is_not_written_through(saved, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"resume": False}, {"resume": 5}, {"extra": [EMA(0.5, of=None)]}])
-def test_a_refused_run_gives_the_lock_back(options, saved):
+def test_refused_run_releases_the_lock(options, saved):
     before = contents(saved)
     with pytest.raises((ValueError, OSError), match="holds|fit"):
         run(saved, 16, **options)
@@ -591,7 +581,7 @@ def test_a_refused_run_gives_the_lock_back(options, saved):
     assert run(saved, 16).step == 16
 
 
-# What changed between two runs
+# Changes between two runs
 
 
 @pytest.mark.parametrize(
@@ -605,7 +595,7 @@ def test_a_refused_run_gives_the_lock_back(options, saved):
     ],
     ids=["shape", "dtype", "rank", "length", "kind"],
 )
-def test_other_data_is_refused_before_anything_is_written(data, match, tmp_path):
+def test_different_data_is_refused_before_anything_is_written(data, match, tmp_path):
     def go(data, steps):
         engine = Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path, when=4)])
         return engine.run(jnp.float32(0), data, steps=steps)
@@ -617,7 +607,7 @@ def test_other_data_is_refused_before_anything_is_written(data, match, tmp_path)
     assert contents(tmp_path) == before
 
 
-def test_smaller_batches_are_not_taken_silently_where_the_length_is_unknown(tmp_path):
+def test_smaller_batches_are_a_warning_if_the_length_is_unknown(tmp_path):
     def go(rows, steps):
         engine = Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path, when=4)])
         return engine.run(jnp.float32(0), lambda epoch: iter(np.zeros((12, rows))), steps=steps)
@@ -628,16 +618,15 @@ def test_smaller_batches_are_not_taken_silently_where_the_length_is_unknown(tmp_
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 8])
-def test_a_run_over_sequences_of_several_lengths_goes_on_at_any_of_them(steps_per_call):
+def test_run_over_sequences_of_several_lengths_resumes_at_any_of_them(steps_per_call):
     data = [np.ones((2, length)) for length in (3, 3, 5, 4)]
-    engine = Engine(lambda s, b: (s + b.sum(), {}), steps_per_call=steps_per_call)
-    engine.on("step_end", when=2)(lambda loop: loop.step == 2 and loop.stop("pause", final=False))
+    engine = Engine(lambda s, b: (s + b.sum(), {}), [StopAt(2, final=False)], steps_per_call=steps_per_call)
     first = engine.run(jnp.float32(0), data, epochs=1)
     with pytest.warns(UserWarning, match="another shape than the run's first"):
         assert float(engine.run(first, data, epochs=1).state) == 30
 
 
-def test_another_random_key_is_refused_before_anything_is_written(tmp_path):
+def test_different_random_key_is_refused_before_anything_is_written(tmp_path):
     def go(key, steps):
         engine = Engine(lambda s, b, rng: (s + b, {}), [Checkpoint(tmp_path)])
         return engine.run(jnp.int32(0), range(12), steps=steps, rng=key)
@@ -649,7 +638,7 @@ def test_another_random_key_is_refused_before_anything_is_written(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_an_average_may_come_and_another_go_if_asked_for(tmp_path):
+def test_one_average_may_replace_another_without_strict(tmp_path):
     old, new = EMA(0.5, of=None, name="old"), EMA(0.5, of=None, name="new")
     run(tmp_path, 8, state=0.0, extra=[old])
     result = run(tmp_path, 9, state=0.0, extra=[new], strict=False)
@@ -659,20 +648,20 @@ def test_an_average_may_come_and_another_go_if_asked_for(tmp_path):
     assert float(new.params(again)) == float(new.params(result))
 
 
-@pytest.mark.parametrize("first", [[EMA(0.5, of=None)], []], ids=["went", "came"])
-def test_one_average_may_come_or_go_if_asked_for(first, tmp_path):
+@pytest.mark.parametrize("first", [[EMA(0.5, of=None)], []], ids=["removed", "added"])
+def test_average_may_be_added_or_removed_without_strict(first, tmp_path):
     run(tmp_path, 8, state=0.0, extra=first)
     result = run(tmp_path, 12, state=0.0, extra=[] if first else [EMA(0.5, of=None)], strict=False)
     assert float(result.state) == sum_at(12)
 
 
-def test_another_state_is_refused_even_if_averages_may_come_and_go(tmp_path):
+def test_different_state_is_refused_even_without_strict(tmp_path):
     run(tmp_path, 8)
     with pytest.raises(ValueError, match=r"state: int32\[\] became float32\[\]"):
         run(tmp_path, 12, state=0.0, strict=False)
 
 
-def test_a_source_without_a_position_begins_anew_if_asked_for(tmp_path, capsys):
+def test_source_without_a_position_is_read_from_the_beginning_without_skip(tmp_path, capsys):
     seen = []
 
     def simulator():
@@ -682,17 +671,17 @@ def test_a_source_without_a_position_begins_anew_if_asked_for(tmp_path, capsys):
 
     run(tmp_path, 4, data=simulator())
     assert run(tmp_path, 8, data=simulator(), skip=False).step == 8
-    assert seen == [0, 1, 2, 3, 4] * 2  # each run looks one batch ahead
+    assert seen == [0, 1, 2, 3, 4] * 2  # each run draws one batch ahead
     assert "skipping" not in capsys.readouterr().err
 
 
-def test_host_states_come_back_from_the_very_step(tmp_path):
+def test_host_state_is_that_of_the_checkpoints_step(tmp_path):
     class Counts(Callback):
         def __init__(self):
             self.seen = np.zeros(30, int)
 
         def on_step_end(self, loop):
-            self.seen[loop.step] += 1  # in place, while the save before is still being written
+            self.seen[loop.step] += 1  # in place, while the previous save is still being written
 
         def get_state(self):
             return {"seen": self.seen}
@@ -712,7 +701,7 @@ def test_host_states_come_back_from_the_very_step(tmp_path):
 
 @contextlib.contextmanager
 def files_up_to(size):
-    """No file of this process can grow beyond the size: what is written in the background fails."""
+    """Limit the size of files that this process can write, so that saves fail in the background."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -722,10 +711,11 @@ def files_up_to(size):
 
 
 BIG = np.random.default_rng(0).normal(size=1 << 17).astype(np.float32)
-"""A state of half a MiB that cannot be compressed."""
+"""A state of 512 KiB that cannot be compressed."""
 
 
-def begun(directory):
+def raises_at_8(directory):
+    """Save step 4, and expect that the save of step 8 fails."""
     run(directory, 4, state=BIG)
     return pytest.raises(
         RuntimeError, match=rf"checkpoint of step 8 in {re.escape(str(directory))} could not be saved: .*File too large"
@@ -733,20 +723,20 @@ def begun(directory):
 
 
 @pytest.mark.parametrize("target", [8, 12, 40], ids=["the run's end", "the next save", "the next of many"])
-def test_a_save_that_fails_in_the_background_ends_the_run_with_step_path_and_reason(target, tmp_path):
+def test_save_that_fails_in_the_background_ends_the_run_with_step_path_and_reason(target, tmp_path):
     threads = set(threading.enumerate())
-    with begun(tmp_path), files_up_to(1 << 16):
+    with raises_at_8(tmp_path), files_up_to(1 << 16):
         run(tmp_path, target, state=BIG)
     assert np.array_equal(load(tmp_path, BIG), BIG + 0 + 1 + 2 + 3)
     assert os.listdir(tmp_path) == ["4"]
     left = set(threading.enumerate()) - threads
-    for thread in left:  # Orbax's pool of writers ends with its event loop, a moment after the save failed
+    for thread in left:  # Orbax's pool of writers ends a moment after the save failed
         thread.join(5)
     assert not any(thread.is_alive() for thread in left)
 
 
-def test_after_a_failed_save_the_run_goes_on_from_the_one_before(tmp_path):
-    with begun(tmp_path), files_up_to(1 << 16):
+def test_run_resumes_from_the_previous_checkpoint_after_a_failed_save(tmp_path):
+    with raises_at_8(tmp_path), files_up_to(1 << 16):
         run(tmp_path, 12, state=BIG)
     result = run(tmp_path, 12, state=BIG)
     whole = run(tmp_path / "whole", 12, state=BIG)
@@ -754,31 +744,25 @@ def test_after_a_failed_save_the_run_goes_on_from_the_one_before(tmp_path):
     assert steps_in(tmp_path) == [4, 8, 12]
 
 
-def test_a_callbacks_own_error_is_not_hidden_by_a_save_that_failed(tmp_path):
-    class Breaks(Callback):
-        when = at(9)
-
-        def on_step_end(self, loop):
-            raise KeyError("its own")
-
-    begun(tmp_path)
+def test_failed_save_does_not_hide_the_error_of_a_callback(tmp_path):
+    raises_at_8(tmp_path)
+    breaks = RaiseIn("step_end", KeyError("its own"), step=9)
     with pytest.raises(KeyError, match="its own") as caught, files_up_to(1 << 16):
-        run(tmp_path, 12, state=BIG, extra=[Breaks()])
-    assert re.search(
-        "and then RuntimeError: The checkpoint of step 8 .* could not be saved", caught.value.__notes__[-1]
-    )
+        run(tmp_path, 12, state=BIG, extra=[breaks])
+    note = caught.value.__notes__[-1]
+    assert re.search("and then RuntimeError: The checkpoint of step 8 .* could not be saved", note)
     assert os.listdir(tmp_path) == ["4"]
 
 
-def test_a_file_in_the_place_of_the_directory_is_an_error_that_names_it(tmp_path):
+def test_file_with_the_name_of_the_directory_is_an_error_that_names_it(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(OSError, match="/run"):
         run(tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an event loop of Orbax's
-def test_a_directory_that_vanishes_under_a_run_is_an_error_with_step_and_path(tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's event loop
+def test_directory_that_vanishes_during_a_run_is_an_error_with_step_and_path(tmp_path):
     class Removes(Callback):
         when = at(6)
 
@@ -790,24 +774,24 @@ def test_a_directory_that_vanishes_under_a_run_is_an_error_with_step_and_path(tm
     run(tmp_path / "run", 4)
     with pytest.raises(RuntimeError, match="checkpoint of step 8 in .*/run could not be saved: .*Not a directory"):
         run(tmp_path / "run", 12, extra=[Removes()])
-    # Threads of Orbax's may wait for the directory until they give up; none of ours is left.
+    # Orbax's threads may wait for the directory until they give up; none of ours is left.
     assert not [t for t in set(threading.enumerate()) - threads if t.name.startswith("onstep")]
 
 
-def test_a_path_with_the_word_deleted_in_it_gives_no_advice_about_donation(tmp_path):
-    with begun(tmp_path / "deleted") as caught, files_up_to(1 << 16):
+def test_path_with_the_word_deleted_gives_no_advice_about_donation(tmp_path):
+    with raises_at_8(tmp_path / "deleted") as caught, files_up_to(1 << 16):
         run(tmp_path / "deleted", 12, state=BIG)
     assert "donated" not in "".join(caught.value.__notes__)
 
 
-def test_the_error_of_a_failed_save_is_raised_once(tmp_path):
-    with begun(tmp_path) as caught, files_up_to(1 << 16):
+def test_error_of_a_failed_save_is_raised_once(tmp_path):
+    with raises_at_8(tmp_path) as caught, files_up_to(1 << 16):
         run(tmp_path, 12, state=BIG)
     assert "could not be saved" not in "".join(caught.value.__notes__)
     assert "step 8" in str(caught.value)
 
 
-def test_the_documents_numbers_are_those_of_the_tests():
+def test_numbers_in_the_docs_are_those_of_the_tests():
     page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
     assert f"{FLIPS} flipped bits" in page
     assert f"{SEEDS * KILLS} kills, {KILLS} of each of {SEEDS} seeds" in page

@@ -1,4 +1,4 @@
-"""Runs that are killed, starved of disk or refused, in processes of their own: nothing that was saved is lost."""
+"""Runs in processes that are killed, refused, or run out of disk: no checkpoint is lost."""
 
 import os
 import random
@@ -16,12 +16,13 @@ from faults import KILLS, SEEDS, Child, mounted, points, result, script
 from models import fresh_state
 from onstep import Callback, Engine
 from onstep.callbacks import Checkpoint
-from onstep.callbacks.checkpoint import load
+from onstep.storage import Checkpoints, load
+from onstep.testing import counting_step
 
 pytestmark = pytest.mark.slow
 
 SAVES = 40
-"""Of which the median counts."""
+"""Saves whose median is compared."""
 
 NOT_PERMITTED = "a mount is not permitted here: "
 
@@ -32,20 +33,20 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache):
-    directory = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory, cache):
+    directory = tmp_path_factory.mktemp("uninterrupted")
     assert Child(directory, cache=cache).end() == (0, "")
     return directory
 
 
-def live_through(directory, where, when, most, cache):
-    """Kills a run at random instants and starts it again until it ends; the number of kills."""
+def kill_and_restart(directory, generator, when, most, cache):
+    """Kill a run at random moments and restart it until it ends; return the number of kills."""
     kills = 0
     while kills < most:
         child = Child(directory, when=when, pace=0.02, cache=cache)
-        early = where.random() < 0.2  # while it loads, restores or compiles
-        child.wait_for_steps(0 if early else where.randint(1, 16))
-        if not child.kill(where.uniform(0, 0.5 if early else 0.1)):
+        early = generator.random() < 0.2  # while it imports, restores or compiles
+        child.wait_for_steps(0 if early else generator.randint(1, 16))
+        if not child.kill(generator.uniform(0, 0.5 if early else 0.1)):
             assert child.end()[0] == 0
             return kills
         kills += 1
@@ -54,15 +55,15 @@ def live_through(directory, where, when, most, cache):
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_run_killed_again_and_again_ends_in_the_same_bytes(seed, undisturbed, cache, tmp_path):
-    where, kills, lives = random.Random(seed), 0, 0
+def test_run_that_is_killed_repeatedly_ends_in_the_same_bytes(seed, uninterrupted, cache, tmp_path):
+    generator, kills, lives = random.Random(seed), 0, 0
     while kills < KILLS:
         directory = tmp_path / str(lives)
-        kills += live_through(directory, where, 1 + seed % 3, KILLS - kills, cache)
+        kills += kill_and_restart(directory, generator, 1 + seed % 3, KILLS - kills, cache)
         lives += 1
-        assert result(directory) == result(undisturbed)
-        assert state_of(directory) == state_of(undisturbed)
-        assert_points_once(directory, undisturbed)
+        assert result(directory) == result(uninterrupted)
+        assert state_of(directory) == state_of(uninterrupted)
+        assert_points_once(directory, uninterrupted)
         assert not [name for name in os.listdir(directory / "run") if not name.isdecimal()]
 
 
@@ -71,15 +72,15 @@ def state_of(directory):
     return [np.asarray(leaf).tobytes() for leaf in leaves]
 
 
-def assert_points_once(directory, undisturbed):
-    """No point is shown twice or with another value; a kill may lose some that were not flushed."""
-    shown, expected = points(directory), points(undisturbed)
+def assert_points_once(directory, uninterrupted):
+    """No point is shown twice or with another value. A kill may lose points that were not flushed."""
+    shown, expected = points(directory), points(uninterrupted)
     assert len({(tag, step) for tag, step, _ in shown}) == len(shown)
     assert set(shown) <= set(expected)
     assert max(step for _, step, _ in shown) == max(step for _, step, _ in expected)
 
 
-def test_a_second_live_process_is_refused_and_the_first_goes_on(undisturbed, cache, tmp_path):
+def test_second_live_process_is_refused_and_the_first_continues(uninterrupted, cache, tmp_path):
     first = Child(tmp_path, pace=0.1, cache=cache)
     first.wait_for_steps(1)
     code = """
@@ -92,9 +93,9 @@ Engine(lambda s, b: (s, {}), [Checkpoint(sys.argv[1])]).run(jnp.zeros(2), range(
     _, error = second.communicate()
     assert first.process.is_alive()
     assert second.returncode == 1
-    assert "RuntimeError: Another run that is alive writes" in error
+    assert "RuntimeError: Another live process is writing to" in error
     assert first.end()[0] == 0
-    assert result(tmp_path) == result(undisturbed)
+    assert result(tmp_path) == result(uninterrupted)
 
 
 BIG = """
@@ -124,7 +125,7 @@ def big():
 
 
 def intact(directory):
-    """The checkpoints that load, each with the state of its step."""
+    """Check that every checkpoint loads and has the state of its step; return the steps."""
     steps = sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
     assert all(np.array_equal(load(directory, big(), step)[:99], counted(step)[:99]) for step in steps)
     return steps
@@ -148,14 +149,14 @@ def counted(steps):
     ],
     ids=["return", "stop", "exception", "sys.exit", "for"],
 )
-def test_a_script_that_ends_right_after_a_save_has_committed_it(action, ending, code, last, tmp_path):
+def test_script_that_ends_right_after_a_save_has_committed_it(action, ending, code, last, tmp_path):
     process = script(BIG.replace("ACTION", action) + ending, tmp_path)
     _, error = process.communicate()
     assert process.returncode == code, error
     assert intact(tmp_path)[-1] == last
 
 
-def test_a_full_disk_ends_the_run_and_earlier_checkpoints_load(tmp_path):
+def test_full_disk_ends_the_run_and_earlier_checkpoints_load(tmp_path):
     with mounted(tmp_path, "-t", "tmpfs", "-o", "size=12m", "tmpfs") as refused:
         if refused:
             pytest.skip(NOT_PERMITTED + refused)
@@ -171,11 +172,11 @@ def test_a_full_disk_ends_the_run_and_earlier_checkpoints_load(tmp_path):
 
 
 def go(directory, steps, *extra):
-    engine = Engine(lambda s, b: (s + b, {}), [*extra, Checkpoint(directory, when=4)])
+    engine = Engine(counting_step, [*extra, Checkpoint(directory, when=4)])
     return engine.run(jnp.int32(0), range(12), steps=steps)
 
 
-def test_a_directory_that_cannot_be_written_is_an_error_with_its_path_and_reason(tmp_path):
+def test_read_only_directory_is_an_error_with_its_path_and_reason(tmp_path):
     go(tmp_path, 4)
     with mounted(tmp_path, "--bind", str(tmp_path)) as refused:
         if refused:
@@ -194,7 +195,7 @@ directory = sys.argv[1]
 class Remount(Callback):
     when = at(6)
     def on_step_end(self, loop):
-        subprocess.run(["mount", "--bind", directory, directory], check=True)  # the lock is open below it
+        subprocess.run(["mount", "--bind", directory, directory], check=True)  # the lock file stays open below
         subprocess.run(["mount", "-o", "remount,ro,bind", directory], check=True)
 def go(steps, *extra):
     engine = Engine(lambda s, b: (s + b, {}), [*extra, Checkpoint(directory, when=4)])
@@ -204,7 +205,7 @@ go(12, Remount())
 """
 
 
-def test_a_disk_that_becomes_read_only_ends_the_run_at_once(tmp_path):
+def test_disk_that_becomes_read_only_ends_the_run_at_once(tmp_path):
     with mounted(tmp_path, "-t", "tmpfs", "tmpfs") as refused:
         if refused:
             pytest.skip(NOT_PERMITTED + refused)
@@ -221,8 +222,8 @@ def test_a_disk_that_becomes_read_only_ends_the_run_at_once(tmp_path):
         assert int(load(tmp_path, jnp.int32(0), 4)) == 6
 
 
-class Bare:
-    """Orbax's own background save of the same trees, in a directory of its own."""
+class PlainOrbax:
+    """Orbax's own background save of the same trees, to compare with."""
 
     def __init__(self, directory):
         import orbax.checkpoint as ocp
@@ -235,11 +236,11 @@ class Bare:
 
 
 class Stopwatch(Callback):
-    """At every step saves with one and the other, by turns first, and takes the times."""
+    """At every step, saves with Checkpoint and with Orbax, in alternating order, and measures both."""
 
-    def __init__(self, ours, bare):
-        self.ours, self.bare = ours, bare
-        self.blocked, self.whole = {"onstep": [], "orbax": []}, {"onstep": [], "orbax": []}
+    def __init__(self, ours, plain):
+        self.ours, self.plain = ours, plain
+        self.blocked, self.total = {"onstep": [], "orbax": []}, {"onstep": [], "orbax": []}
 
     def on_load(self, loop):
         self.ours.on_load(loop)
@@ -249,25 +250,29 @@ class Stopwatch(Callback):
 
     def on_save(self, loop):
         jax.block_until_ready(loop.state)
-        turns = ["onstep", "orbax"] if loop.step % 2 else ["orbax", "onstep"]
-        for who in turns:
-            begun = time.perf_counter()
+        order = ["onstep", "orbax"] if loop.step % 2 else ["orbax", "onstep"]
+        for who in order:
+            began = time.perf_counter()
             if who == "onstep":
                 self.ours.on_save(loop)
             else:
-                self.bare.save(loop.step, {"state": loop.state, "carries": loop.carries})
-            self.blocked[who].append(time.perf_counter() - begun)
-            self.ours._storage.wait() if who == "onstep" else self.bare.checkpointer.wait_until_finished()
-            self.whole[who].append(time.perf_counter() - begun)
+                self.plain.save(loop.step, {"state": loop.state, "carries": loop.carries})
+            self.blocked[who].append(time.perf_counter() - began)
+            if who == "onstep":
+                while not os.path.exists(loop.checkpoints[0].path(loop.step)):  # it is committed by a rename
+                    time.sleep(1e-4)
+            else:
+                self.plain.checkpointer.wait_until_finished()
+            self.total[who].append(time.perf_counter() - began)
 
     def on_run_end(self, loop):
         self.ours.on_run_end(loop)
-        self.bare.checkpointer.close()
+        self.plain.checkpointer.close()
 
 
-def test_a_save_blocks_the_loop_little_longer_than_orbax_does(tmp_path, capsys):
-    for attempt in range(3):  # the machine may be busy: one undisturbed stretch will do
-        ratio, line = blocking(tmp_path / str(attempt))
+def test_save_blocks_the_loop_little_longer_than_orbax_does(tmp_path, capsys):
+    for attempt in range(3):  # the machine may be busy; one quiet attempt is enough
+        ratio, line = compare_with_orbax(tmp_path / str(attempt))
         with capsys.disabled():
             print(f"\n{line}")
         if ratio <= 1.5:
@@ -275,20 +280,20 @@ def test_a_save_blocks_the_loop_little_longer_than_orbax_does(tmp_path, capsys):
     assert ratio <= 1.5
 
 
-def blocking(directory):
-    """The median over saves of the loop's wait in ratio to Orbax's own, and all figures in words."""
-    watch = Stopwatch(Checkpoint(directory / "ours", keep=1), Bare(directory / "bare"))
+def compare_with_orbax(directory):
+    """Return the median ratio of how long the loop waits for a save, to Orbax's own, and all figures as text."""
+    watch = Stopwatch(Checkpoint(directory / "ours", keep=1), PlainOrbax(directory / "plain"))
     state = {str(number): jnp.full((125_000,), number, jnp.float32) for number in range(20)}
     Engine(lambda s, b: (jax.tree.map(lambda x: x + 1, s), {}), [watch]).run(state, range(SAVES), epochs=1)
     blocked = {who: statistics.median(times[1:]) for who, times in watch.blocked.items()}
-    whole = {who: statistics.median(times[1:]) for who, times in watch.whole.items()}
-    begun = time.perf_counter()
-    assert watch.ours._storage.damage(SAVES) is None
-    checked = time.perf_counter() - begun
+    total = {who: statistics.median(times[1:]) for who, times in watch.total.items()}
+    began = time.perf_counter()
+    assert Checkpoints(directory / "ours").damage(SAVES) is None
+    checked = time.perf_counter() - began
     line = (
         f"a save of 10 MB in 20 leaves: the loop waits {1e3 * blocked['onstep']:.1f} ms, for Orbax's own "
-        f"{1e3 * blocked['orbax']:.1f} ms; committed after {1e3 * whole['onstep']:.0f} ms, Orbax's own after "
-        f"{1e3 * whole['orbax']:.0f} ms; checksums alone {1e3 * checked:.0f} ms"
+        f"{1e3 * blocked['orbax']:.1f} ms; committed after {1e3 * total['onstep']:.0f} ms, Orbax's own after "
+        f"{1e3 * total['orbax']:.0f} ms; checksums alone {1e3 * checked:.0f} ms"
     )
     pairs = zip(watch.blocked["onstep"][1:], watch.blocked["orbax"][1:], strict=True)
     return statistics.median(ours / orbax for ours, orbax in pairs), line

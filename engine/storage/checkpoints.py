@@ -12,7 +12,7 @@ import jax
 from ..records import improves
 from .files import names_in
 from .manifest import MANIFEST, find_damage, read_manifest
-from .orbax_trees import from_orbax, to_orbax, without_optional_fields
+from .orbax_trees import from_orbax, has_optional_fields, to_orbax, without_missing_fields
 
 HOST = "host.npz"
 
@@ -123,23 +123,11 @@ class Checkpoints:
         Raises:
             ValueError: a tree has another structure or other shapes.
         """
-        try:
-            found = self._restore(step, likes, partial)
-        except ValueError:
-            plain = without_optional_fields(likes)
-            if jax.tree.structure(plain) == jax.tree.structure(likes):
-                raise
-            found = self._restore(step, plain, partial)
-        return {
-            name: found[name]["tree"] if like is None else from_orbax(found[name], like) for name, like in likes.items()
-        }
-
-    def _restore(self, step: int, likes: dict[str, Any], partial: bool) -> dict[str, Any]:
         import orbax.checkpoint as ocp
 
         items: dict[str, Any] = {}
         for name, like in likes.items():
-            target = None if like is None else to_orbax(like)
+            target = None if like is None else to_orbax(self._as_saved(step, name, like))
             if target is None or (jax.tree.leaves(target) and not partial):
                 items[name] = ocp.args.StandardRestore(target)
             elif jax.tree.leaves(target):
@@ -147,7 +135,21 @@ class Checkpoints:
                 items[name] = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
-        return {name: found[name] if name in items else {"tree": None} for name in likes}
+        return {
+            name: found[name]["tree"] if like is None else from_orbax(found[name] if name in items else {}, like)
+            for name, like in likes.items()
+        }
+
+    def _as_saved(self, step: int, name: str, like: Any) -> Any:
+        """`like`, without the optional fields of named tuples that were not saved."""
+        import orbax.checkpoint as ocp
+
+        if not has_optional_fields(like) or name not in names_in(self.path(step)):
+            return like
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            saved = checkpointer.metadata(self.path(step)).item_metadata[name].tree
+        return without_missing_fields(like, saved["tree"])
 
     def host(self, step: int) -> bytes:
         """Return the bytes that were saved beside the trees: this process's own, if as many processes saved."""
