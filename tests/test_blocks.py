@@ -189,14 +189,14 @@ def test_blocks_of_every_length_end_in_the_same_bytes_and_records(length, whole)
         pytest.param([], {"data": lambda number: list(epoch(number))}, id="epochs of known length"),
     ],
 )
-def test_where_the_host_looks_changes_no_byte(others, options, whole):
+def test_log_steps_and_host_callbacks_do_not_change_a_byte(others, options, whole):
     assert same_bytes(train(6, *others, **options)[1], whole[1])
 
 
 @pytest.mark.parametrize(
     ("cut", "through"), [(7, "result"), (12, "result"), (1, "checkpoint"), (17, "checkpoint")], ids=str
 )
-def test_a_run_cut_anywhere_goes_on_with_blocks_of_another_length(cut, through, whole, tmp_path):
+def test_interrupted_run_resumes_with_blocks_of_another_length(cut, through, whole, tmp_path):
     def saved():
         return [Checkpoint(tmp_path, when=every(10))] if through == "checkpoint" else []
 
@@ -209,7 +209,7 @@ def test_a_run_cut_anywhere_goes_on_with_blocks_of_another_length(cut, through, 
         assert points(first.history).get(name, []) + points(second.history).get(name, []) == expected
 
 
-def test_batches_gathered_as_blocks_are_those_gathered_one_by_one():
+def test_batches_gathered_in_blocks_equal_batches_gathered_one_by_one():
     data = Batches({"x": np.arange(22.0), "y": np.arange(22)}, 3, seed=2)
 
     def mixed(state, batch):
@@ -247,7 +247,7 @@ def test_batches_gathered_as_blocks_are_those_gathered_one_by_one():
         pytest.param(lambda: [Transcript(9), Half(2, "h")], lambda: range(1, 8), {"epochs": 4}, id="a pure half"),
     ],
 )
-def test_events_and_all_that_is_seen_there_are_those_of_single_steps(length, callbacks, data, options):
+def test_events_and_observed_values_equal_those_of_single_steps(length, callbacks, data, options):
     def lines(steps_per_call):
         given = callbacks()
         Engine(add, given, log_every=6, steps_per_call=steps_per_call).run(jnp.int32(0), data(), **options)
@@ -257,7 +257,7 @@ def test_events_and_all_that_is_seen_there_are_those_of_single_steps(length, cal
 
 
 @pytest.mark.parametrize("when", [1, 3, at(2, 9), every(epochs=1)], ids=str)
-def test_a_for_of_ones_own_gets_the_same_turns(when):
+def test_iterating_yields_the_same_steps_with_blocks(when):
     def turns(length):
         engine = Engine(add, log_every=5, steps_per_call=length)
         with engine.steps(jnp.int32(0), range(7), epochs=2, when=when) as steps:
@@ -266,7 +266,7 @@ def test_a_for_of_ones_own_gets_the_same_turns(when):
     assert turns(4) == turns(1)
 
 
-def test_a_cadence_in_seconds_is_looked_at_after_each_block():
+def test_cadence_in_seconds_is_checked_after_each_block():
     now, seen = [0.0], []
 
     def data():
@@ -289,7 +289,7 @@ def test_no_batch_is_drawn_beyond_the_next_due_step():
     assert seen == [(7, 7), (14, 14), (21, 21)]
 
 
-def test_a_state_set_between_two_blocks_is_the_one_that_goes_on():
+def test_state_assigned_between_two_blocks_is_used():
     engine = Engine(add, steps_per_call=8)
 
     @engine.on("step_end", when=5)
@@ -299,7 +299,7 @@ def test_a_state_set_between_two_blocks_is_the_one_that_goes_on():
     assert int(engine.run(jnp.int32(0), [1] * 12, epochs=1).state) == 102
 
 
-def test_a_batch_changed_in_place_before_a_step_counts():
+def test_batch_changed_in_place_before_a_step_is_used():
     engine = Engine(total, steps_per_call=4)
 
     @engine.on("step_begin", when=2)
@@ -309,7 +309,7 @@ def test_a_batch_changed_in_place_before_a_step_counts():
     assert float(engine.run(0.0, Batches({"x": np.ones(8)}, 2), epochs=1).state) == 2 + 20 + 2 + 20
 
 
-def test_a_batch_may_get_its_shape_before_the_step():
+def test_callback_may_turn_raw_data_into_a_batch_before_the_step():
     engine = Engine(total, steps_per_call=4)
 
     @engine.on("step_begin")
@@ -340,7 +340,7 @@ def test_a_batch_may_get_its_shape_before_the_step():
         pytest.param([np.zeros((0, 4))] * 9, id="no examples"),
     ],
 )
-def test_batches_of_every_kind_give_what_they_give_one_by_one(batches):
+def test_batches_of_every_kind_give_the_results_of_single_steps(batches):
     def run(length):
         seen = []
         engine = Engine(total, log_every=4, steps_per_call=length)
@@ -354,7 +354,7 @@ def test_batches_of_every_kind_give_what_they_give_one_by_one(batches):
 
 
 @pytest.mark.parametrize("length", [4, "auto"])
-def test_random_keys_may_be_in_a_batch(length):
+def test_batch_may_contain_random_keys(length):
     def step(state, batch):
         return state + jax.random.normal(batch["key"]), {}
 
@@ -368,12 +368,12 @@ def test_random_keys_may_be_in_a_batch(length):
     [(jnp.bfloat16(0), 0.5), (jnp.int8(0), 2), (jnp.bfloat16(0), jnp.full((), 0.5))],
     ids=["a float", "an int", "an array of weak type"],
 )
-def test_a_plain_number_in_a_batch_widens_no_dtype(state, batch):
+def test_python_number_in_a_batch_does_not_widen_the_dtype(state, batch):
     result = Engine(lambda state, batch: (state + batch, {}), steps_per_call=4).run(state, [batch] * 6, epochs=1)
     assert (result.state.dtype, float(result.state)) == (state.dtype, 6 * float(batch))
 
 
-def test_an_array_that_the_data_fills_again_is_used_before():
+def test_array_is_used_before_the_data_source_overwrites_it():
     def data(shape):
         buffer = np.zeros(shape)
         for i in range(10):
@@ -384,7 +384,7 @@ def test_an_array_that_the_data_fills_again_is_used_before():
     assert float(Engine(total, steps_per_call=4).run(0.0, data(3), steps=10).state) == 135
 
 
-def test_a_dict_that_the_data_fills_again_is_used_before():
+def test_dict_is_used_before_the_data_source_overwrites_it():
     def data():
         batch = {}
         for i in range(10):
@@ -404,7 +404,7 @@ def test_a_short_last_batch_is_worth_one_warning_and_counts():
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 128])
-def test_batches_of_mixed_shapes_come_in_their_order(length):
+def test_batches_of_mixed_shapes_keep_their_order(length):
     order = [3, 3, 1, 2, 2, 2, 3, 1, 1, 3, 2, 3, 3]
     batches = [np.full(size, number, np.float32) for number, size in enumerate(order)]
 
@@ -425,7 +425,7 @@ def test_batches_of_mixed_shapes_come_in_their_order(length):
     [[(1, 2), {"a": 3, "b": 4}, (5, 6)], [1, None, 2], [{"a": 1}, {"a": 2.5}, {"a": True}]],
     ids=["containers", "nothing", "dtypes"],
 )
-def test_batches_of_another_kind_end_a_block(batches):
+def test_batch_of_another_structure_ends_a_block(batches):
     def run(length):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -434,7 +434,7 @@ def test_batches_of_another_kind_end_a_block(batches):
     assert run(8) == run(1)
 
 
-def test_the_callers_batches_and_state_are_neither_changed_nor_donated():
+def test_batches_and_state_of_the_caller_are_neither_changed_nor_donated():
     state, device, fixed = jnp.ones(3), [jnp.full(3, i) for i in range(6)], [np.full(3, i) for i in range(6)]
     for array in fixed:
         array.flags.writeable = False
@@ -444,7 +444,7 @@ def test_the_callers_batches_and_state_are_neither_changed_nor_donated():
     assert (state.tolist(), result.state.tolist()) == ([1] * 3, [43] * 3)
 
 
-def test_what_a_callback_writes_into_its_batch_is_not_in_the_callers_arrays():
+def test_writing_into_loop_batch_leaves_the_arrays_of_the_caller_unchanged():
     data = Batches(np.arange(8), 2, shuffle=False)
     engine = Engine(total, steps_per_call=2)
 
@@ -462,7 +462,7 @@ def test_what_a_callback_writes_into_its_batch_is_not_in_the_callers_arrays():
     "when", [2, 3, every(4) | every(7), at(1, 5, 6, 20), every(epochs=1), every(epochs=2) | at(3)], ids=str
 )
 @pytest.mark.parametrize("length", [3, 128])
-def test_a_pure_half_is_due_at_its_steps_alone(when, length):
+def test_compiled_half_in_a_block_is_due_at_its_steps_only(when, length):
     def run(length):
         half = Half(when, "h")
         engine = Engine(add, [half], log_every=1, steps_per_call=length)
@@ -472,7 +472,7 @@ def test_a_pure_half_is_due_at_its_steps_alone(when, length):
     assert run(length) == run(1)
 
 
-def test_halves_of_several_cadences_log_where_they_are_due():
+def test_compiled_halves_of_several_cadences_log_only_when_due():
     halves = [Half(2, "two"), Half(1, "one"), Half(5, "five"), Half(at(3), "at"), Half(every(epochs=1), "epoch")]
     engine = Engine(add, halves, log_every=1000, steps_per_call=6)
     seen = {}
@@ -486,12 +486,12 @@ def test_halves_of_several_cadences_log_where_they_are_due():
     assert {name: result.latest[f"train/{name}"] for name in expected} == expected
 
 
-def test_a_half_that_was_never_due_is_in_no_record():
+def test_compiled_half_that_was_never_due_is_in_no_record():
     result = Engine(add, [Half(at(100), "late")], log_every=3, steps_per_call=4).run(jnp.int32(0), range(7), epochs=1)
     assert set(result.history) == {"train/loss", "epoch/loss"}
 
 
-def test_a_half_may_change_the_state_of_the_next_step_in_its_block():
+def test_compiled_half_may_change_the_state_within_a_block():
     class Clips(Callback):
         update_when = every(3)
 
@@ -502,7 +502,7 @@ def test_a_half_may_change_the_state_of_the_next_step_in_its_block():
     assert int(result.state) == 18
 
 
-def test_a_half_draws_what_it_would_draw_one_by_one():
+def test_random_numbers_in_a_block_equal_those_of_single_steps():
     class Draws(Callback):
         def update(self, carry, ctx):
             return carry, ctx.log(draw=jax.random.randint(ctx.rng, (), 0, 10**6))
@@ -535,7 +535,7 @@ def test_clu_metrics_merge_exactly_in_blocks():
 
 
 @pytest.mark.parametrize("value", [True, 3, 0.25, np.float64(2), float("nan")], ids=str)
-def test_a_constant_may_be_a_metric(value):
+def test_metric_may_be_a_constant(value):
     history = Engine(lambda s, b: (s, {"c": value}), steps_per_call=4).run(0, range(6), epochs=1).history
     assert history["epoch/c"] == pytest.approx([float(value)], nan_ok=True)
 
@@ -545,7 +545,7 @@ def test_a_constant_may_be_a_metric(value):
 
 @pytest.mark.parametrize("number", [1, 2, 6, 9])
 @pytest.mark.parametrize("callbacks", [[], [Looks(3)]], ids=["alone", "with a callback"])
-def test_all_batches_before_one_that_cannot_be_drawn_are_used(number, callbacks):
+def test_all_batches_before_a_failing_one_are_used(number, callbacks):
     def data():
         for i in itertools.count(1):
             if i == number:
@@ -561,7 +561,7 @@ def test_all_batches_before_one_that_cannot_be_drawn_are_used(number, callbacks)
     assert (event, step, state) == ("exception", number - 1, sum(range(number)))
 
 
-def test_the_note_counts_the_batches_of_its_own_pass():
+def test_error_note_counts_the_batches_of_the_current_pass():
     def data(number):
         yield from [1, 1, 1]
         if number == 1:
@@ -572,7 +572,7 @@ def test_the_note_counts_the_batches_of_its_own_pass():
     assert caught.value.__notes__ == ["onstep: raised by the data, at batch 4 of pass 2"]
 
 
-def test_an_error_in_the_step_reaches_the_caller_before_any_step_ran():
+def test_error_while_tracing_is_raised_before_any_step_ran():
     def step(state, batch):
         raise KeyError("no such name")
 
@@ -582,7 +582,7 @@ def test_an_error_in_the_step_reaches_the_caller_before_any_step_ran():
     assert [line[:2] for line in transcript.lines] == [("epoch_begin", 0), ("exception", 0), ("run_end", 0)]
 
 
-def test_an_error_in_a_callback_comes_at_its_own_step():
+def test_error_in_a_callback_is_raised_at_its_due_step():
     engine = Engine(add, steps_per_call=8)
 
     @engine.on("step_end", when=5)
@@ -594,7 +594,7 @@ def test_an_error_in_a_callback_comes_at_its_own_step():
     assert caught.value.__notes__ == ["onstep: raised by fails.on_step_end at step 5"]
 
 
-def test_ctrl_c_while_a_block_is_drawn_leaves_the_steps_before_it():
+def test_ctrl_c_while_drawing_a_block_keeps_the_steps_before_it():
     def interrupts(number):
         if number == 7:
             raise KeyboardInterrupt
@@ -638,14 +638,14 @@ MIXED = [np.full(1 if number in (3, 4, 9) else 2, number, np.float32) for number
 
 @pytest.mark.parametrize("number", [1, 2, 5, 6, 10])
 @pytest.mark.parametrize("batches", [list(range(1, 13)), MIXED], ids=["one shape", "shapes that change"])
-def test_a_stop_while_a_block_is_drawn_loses_no_batch_and_repeats_none(number, batches):
+def test_stop_while_drawing_a_block_loses_and_repeats_no_batch(number, batches):
     first, second = cut_while_drawing(number, batches, 5, lambda loop: loop.stop("signal", final=False))
     assert first.step <= number + 4
     assert host(first)["data"]["loader"] == {"next": first.step}
     assert (second.step, float(second.state)) == (12, sum(float(np.sum(batch)) for batch in batches))
 
 
-def test_a_stop_from_another_thread_loses_no_batch_and_repeats_none():
+def test_stop_from_another_thread_loses_and_repeats_no_batch():
     def stop(loop):
         thread = threading.Thread(target=lambda: loop.stop("signal", final=False))
         thread.start()
@@ -656,7 +656,7 @@ def test_a_stop_from_another_thread_loses_no_batch_and_repeats_none():
     assert float(second.state) == sum(float(batch.sum()) for batch in MIXED)
 
 
-def test_a_stop_in_a_block_that_cannot_be_drawn_to_its_end_has_the_right_position():
+def test_stop_in_a_block_with_a_failing_batch_saves_the_right_position():
     def stop_and_fail(loop):
         loop.stop("signal", final=False)
         raise OSError("disk gone")
@@ -666,7 +666,7 @@ def test_a_stop_in_a_block_that_cannot_be_drawn_to_its_end_has_the_right_positio
     assert int(second.state) == 12
 
 
-def test_a_save_in_a_block_that_cannot_be_drawn_to_its_end_has_the_right_position():
+def test_save_in_a_block_with_a_failing_batch_saves_the_right_position():
     now, saved = [0.0], []
 
     def before(number):
@@ -683,7 +683,7 @@ def test_a_save_in_a_block_that_cannot_be_drawn_to_its_end_has_the_right_positio
 
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 13])
-def test_batches_go_on_with_the_one_after_the_last_that_ran(cut):
+def test_batches_resume_after_the_last_batch_that_was_used(cut):
     def data():
         return Batches(np.arange(1, 17), 3, seed=3)
 
@@ -698,7 +698,7 @@ def test_batches_go_on_with_the_one_after_the_last_that_ran(cut):
 
 
 @pytest.mark.parametrize(("lengths", "modes"), [((4, 1), ("block", "plain")), ((1, 4), ("plain", "block"))], ids=str)
-def test_a_run_does_not_go_on_in_another_mode(lengths, modes):
+def test_run_cannot_resume_in_another_execution_mode(lengths, modes):
     first = Engine(add, [StopAt(3)], steps_per_call=lengths[0]).run(jnp.int32(0), range(9), epochs=1)
     with pytest.raises(ValueError, match=f"the execution mode '{modes[0]}', this run '{modes[1]}'.*steps_per_call"):
         Engine(add, steps_per_call=lengths[1]).run(first, range(9), epochs=1)
@@ -706,7 +706,7 @@ def test_a_run_does_not_go_on_in_another_mode(lengths, modes):
 
 @pytest.mark.parametrize("length", [1, 4, "auto"])
 @pytest.mark.parametrize("then", [1, 4, "auto"])
-def test_an_uncompiled_run_goes_on_from_either_mode_and_keeps_it(length, then):
+def test_uncompiled_run_resumes_either_execution_mode_and_keeps_it(length, then):
     first = Engine(add, [StopAt(3)], steps_per_call=length).run(jnp.int32(0), range(9), epochs=1)
     second = Engine(add, [StopAt(5)], steps_per_call=then, jit=False).run(first, range(9), epochs=1)
     assert (second.step, int(second.state)) == (5, 10)
@@ -734,7 +734,7 @@ def convolve(x):
     return jax.lax.conv(x, np.ones((1, 1, 3, 3), np.float32), (1, 1), "SAME").sum()
 
 
-def test_auto_takes_blocks_for_a_small_step_and_single_steps_for_a_convolution():
+def test_auto_chooses_blocks_for_a_small_step_and_single_steps_for_a_convolution():
     def convolves(state, batch):
         return state + convolve(batch), {}
 
@@ -744,14 +744,14 @@ def test_auto_takes_blocks_for_a_small_step_and_single_steps_for_a_convolution()
         assert Engine(step, steps_per_call=length).run(first, [IMAGE] * 5, epochs=1).step == 5
 
 
-def test_auto_goes_on_in_the_saved_mode_where_the_next_batch_is_a_short_one():
+def test_auto_resumes_in_the_saved_mode_although_the_next_batch_is_short():
     data = [np.ones((5, 2**20), np.float32), np.ones((1, 2**20), np.float32)]  # one of 20 MiB goes alone
     first = Engine(total, [StopAt(1)], steps_per_call="auto").run(0.0, data, epochs=1)
     with pytest.warns(UserWarning, match="is compiled again"):
         assert Engine(total, steps_per_call="auto").run(first, data, epochs=1).step == 2
 
 
-def test_auto_looks_at_every_runs_own_batches():
+def test_auto_decides_from_the_batches_of_each_run():
     engine = Engine(total, steps_per_call="auto")
     engine.run(0.0, [np.ones(2, np.float32)], epochs=1)
     large = engine.run(0.0, [np.ones((5, 2**20), np.float32)], epochs=1)
@@ -759,7 +759,7 @@ def test_auto_looks_at_every_runs_own_batches():
 
 
 @pytest.mark.parametrize("length", [1, 4, "auto"])
-def test_a_snapshot_may_be_taken_before_the_first_batch(length):
+def test_snapshot_may_be_taken_before_the_first_batch(length):
     snapshots = []
     engine = Engine(add, steps_per_call=length)
     engine.on("load")(lambda loop: snapshots.append(loop.snapshot()))
@@ -800,7 +800,7 @@ own_forward.defjvp(lambda primals, tangents: (convolve(primals[0]), tangents[0].
         pytest.param(own_forward, id="custom_jvp"),
     ],
 )
-def test_a_convolution_is_found_wherever_it_hides(function):
+def test_convolution_is_found_inside_every_transformation(function):
     assert choose(jax.make_jaxpr(function)(IMAGE), IMAGE) == 0
 
 
@@ -817,12 +817,12 @@ def rows_for_batch(size):
     return choose(jax.make_jaxpr(lambda b: b["x"].sum())(batch), batch)
 
 
-def test_many_flops_make_short_blocks_and_very_many_none():
+def test_more_flops_make_shorter_blocks_down_to_single_steps():
     assert [rows_for_product(n) for n in (8, 256, 512, 1024)] == [128, 119, 14, 0]
     assert [rows_for_product(256, times) for times in (1, 10, 50, 100)] == [119, 11, 2, 0]
 
 
-def test_large_batches_make_short_blocks_and_very_large_none():
+def test_larger_batches_make_shorter_blocks_down_to_single_steps():
     assert [rows_for_batch(2**n) for n in (10, 16, 18, 20, 22, 23)] == [128, 128, 32, 8, 2, 0]
 
 
@@ -856,7 +856,7 @@ def compilations(run):
     ],
 )
 @pytest.mark.parametrize("length", [5, "auto"])
-def test_one_trace_and_one_executable_serve_blocks_of_every_length(data, length):
+def test_blocks_of_every_length_share_one_trace_and_one_executable(data, length):
     traces = []
 
     def step(state, batch, rng):
@@ -872,7 +872,7 @@ def test_one_trace_and_one_executable_serve_blocks_of_every_length(data, length)
     assert len(traces) == 1
 
 
-def test_compiling_is_announced_once_with_the_most_steps(caplog):
+def test_compilation_is_logged_once_with_the_block_length(caplog):
     with caplog.at_level(logging.INFO, "onstep"):
         engine = Engine(add, steps_per_call=6)
         for _ in range(2):
@@ -882,7 +882,7 @@ def test_compiling_is_announced_once_with_the_most_steps(caplog):
 
 
 @pytest.mark.parametrize("given", [0, -1, 2.5, True, "fast", None], ids=str)
-def test_a_wrong_number_of_steps_is_refused_when_the_engine_is_made(given):
+def test_invalid_steps_per_call_is_refused_when_the_engine_is_made(given):
     with pytest.raises(ValueError, match=f"Engine needs steps_per_call >= 1, a whole number, got {given!r}"):
         Engine(add, steps_per_call=given)
 
@@ -903,7 +903,7 @@ class Column:
         """Waiting for a call is no read of its value."""
 
 
-def test_no_metric_is_read_between_due_log_steps():
+def test_metrics_of_blocks_are_read_only_at_log_steps():
     calls, reads, seen = [], [], []
     engine = Engine(add, log_every=20, steps_per_call=4)
 
@@ -921,7 +921,7 @@ def test_no_metric_is_read_between_due_log_steps():
     assert reads == list(range(1, 14))
 
 
-def test_slow_steps_make_short_blocks_where_the_engine_chooses():
+def test_slow_steps_make_shorter_blocks_with_auto():
     def lengths(steps_per_call):
         now, drawn, seen = [0.0], [0], []
 
@@ -952,7 +952,7 @@ def test_slow_steps_make_short_blocks_where_the_engine_chooses():
     assert max(given) == 32
 
 
-def test_a_nan_that_jax_looks_for_is_found_in_its_operation():
+def test_debug_nans_names_the_operation_that_made_the_nan():
     def step(state, batch):
         return state + jnp.log(batch), {}
 

@@ -46,7 +46,7 @@ class Transcript(Callback):
         return [step for name, step in self.lines if name == event]
 
 
-def test_a_run_counts_steps_epochs_and_the_steps_of_the_present_epoch():
+def test_loop_counts_steps_epochs_and_steps_of_the_current_epoch():
     counts = []
     engine = Engine(add)
 
@@ -72,13 +72,13 @@ def test_a_run_counts_steps_epochs_and_the_steps_of_the_present_epoch():
         pytest.param(4, {"steps": 0}, 0, 0, id="nothing to do"),
     ],
 )
-def test_a_run_ends_at_the_target_that_comes_first(length, targets, step, epoch):
+def test_run_ends_at_the_target_reached_first(length, targets, step, epoch):
     result = Engine(add).run(jnp.int32(0), [1] * length, **targets)
     assert (int(result.state), result.step, result.epoch) == (step, step, epoch)
 
 
 @pytest.mark.parametrize(("steps", "ends"), [(4, [3]), (3, [3]), (2, [])], ids=["beyond", "at its end", "within"])
-def test_an_epoch_ends_only_if_all_its_steps_ran(steps, ends):
+def test_epoch_ends_only_if_all_its_steps_ran(steps, ends):
     transcript = Transcript()
     Engine(add, [transcript]).run(jnp.int32(0), [1, 1, 1], steps=steps)
     assert transcript.steps("epoch_end") == ends
@@ -98,7 +98,7 @@ def test_every_event_of_one_epoch_comes_as_often_as_it_should():
     ]
 
 
-def test_logs_evaluations_and_saves_keep_their_own_rhythm():
+def test_logs_evaluations_and_saves_keep_their_own_cadence():
     lines = []
 
     class Save(Callback):
@@ -125,14 +125,14 @@ def test_logs_evaluations_and_saves_keep_their_own_rhythm():
 
 
 @pytest.mark.parametrize("when", [every(epochs=1), 2, 100], ids=repr)
-def test_a_run_that_ends_within_an_epoch_saves_its_end_once(when):
+def test_run_that_ends_within_an_epoch_saves_once_at_its_end(when):
     transcript = Transcript()
     transcript.when = when
     Engine(add, [transcript]).run(jnp.int32(0), [1, 1, 1], steps=2)
     assert transcript.steps("save") == [2]
 
 
-def test_the_data_are_asked_once_for_a_batch_and_once_for_each_end():
+def test_data_are_asked_once_for_each_batch_and_once_for_each_end():
     asked = []
 
     class Source:
@@ -152,7 +152,7 @@ def test_the_data_are_asked_once_for_a_batch_and_once_for_each_end():
     [(10, 10, 4, 4), (100, 50, 5, 3), (10, 15, 5, 8), (10, 3, 1, 1)],
     ids=["epochs are passes", "epochs are halves", "epochs are longer", "one short epoch"],
 )
-def test_epochs_of_a_given_length_open_the_data_no_oftener_than_needed(length, epoch_steps, epochs, passes):
+def test_epoch_steps_starts_a_pass_over_the_data_only_when_needed(length, epoch_steps, epochs, passes):
     opened = []
 
     class Source:
@@ -164,7 +164,7 @@ def test_epochs_of_a_given_length_open_the_data_no_oftener_than_needed(length, e
     assert (result.step, len(opened)) == (epochs * epoch_steps, passes)
 
 
-def test_the_step_is_one_number_everywhere():
+def test_step_number_is_the_same_everywhere():
     seen = []
     engine = Engine(lambda state, batch: (state + 1, {"count": state + 1}), log_every=1)
 
@@ -182,7 +182,7 @@ def test_the_step_is_one_number_everywhere():
     assert result.history.steps("train/count") == result.history["train/count"] == [1, 2, 3]
 
 
-def test_names_in_the_records_say_what_they_average():
+def test_record_names_say_what_they_average():
     result = Engine(add, log_every=2).run(jnp.int32(0), [1, 2, 3], epochs=1)
     assert dict(result.history) == {"train/loss": [1.5, 3], "epoch/loss": [2]}
     assert result.history.steps("train/loss") == [2, 3]
@@ -219,7 +219,7 @@ def test_a_second_run_starts_afresh():
     assert (first.step, int(first.state)) == (second.step, int(second.state)) == (4, 6)
 
 
-def test_a_run_of_a_result_goes_on_to_an_absolute_target():
+def test_resumed_run_continues_to_an_absolute_target():
     epochs = []
     engine = Engine(add)
 
@@ -234,7 +234,7 @@ def test_a_run_of_a_result_goes_on_to_an_absolute_target():
     assert int(first.state) == 6
 
 
-def test_a_target_that_is_reached_already_runs_nothing_and_says_so(capsys):
+def test_target_already_reached_runs_no_step_and_says_so(capsys):
     transcript = Transcript()
     engine = Engine(add, [transcript])
     first = engine.run(jnp.int32(0), [1] * 12, epochs=3)
@@ -261,7 +261,7 @@ def test_a_target_below_the_step_reached_is_an_error(targets):
         engine.run(first, [1] * 12, **targets)
 
 
-def test_an_epoch_that_has_begun_counts_against_a_target_in_epochs():
+def test_epoch_in_progress_counts_against_a_target_in_epochs():
     engine = Engine(add)
     first = engine.run(jnp.int32(0), [1, 1, 1], steps=4)
     with pytest.raises(ValueError, match="at epoch 2, beyond the target of 1"):
@@ -287,7 +287,7 @@ def accumulating(every_k, updates):
     return step, (weight, optimizer.init(weight))
 
 
-def test_gradient_accumulation_goes_on_across_epochs():
+def test_gradient_accumulation_continues_across_epochs():
     step, state = accumulating(4, updates=5)
     counts = []
     engine = Engine(step)
@@ -303,7 +303,7 @@ def test_gradient_accumulation_goes_on_across_epochs():
     np.testing.assert_allclose(result.state[0], -(rates * batches.mean(1)).sum(), rtol=1e-6)
 
 
-def test_a_half_accumulated_gradient_survives_a_stop():
+def test_partly_accumulated_gradient_survives_a_stop():
     step, state = accumulating(4, updates=5)
     data = [float(n) for n in range(10)]
     whole = Engine(step).run(state, data, epochs=2)
@@ -317,7 +317,7 @@ def test_a_half_accumulated_gradient_survives_a_stop():
     ]
 
 
-def test_two_optimizers_share_one_step_counter_and_keep_their_own():
+def test_two_optimizers_keep_their_own_counters_under_one_step_counter():
     schedule = {"d": optax.linear_schedule(1.0, 0.0, 36), "g": optax.linear_schedule(1.0, 0.0, 18)}
     optimizers = {name: optax.sgd(schedule[name]) for name in schedule}
 

@@ -142,7 +142,7 @@ class Steps(Callback):
         "Batches",
     ],
 )
-def test_any_source_that_can_be_read_again_serves_every_epoch(data):
+def test_reiterable_source_is_read_again_every_epoch(data):
     def step(state, batch):
         return state + jnp.sum(batch), {}
 
@@ -152,7 +152,7 @@ def test_any_source_that_can_be_read_again_serves_every_epoch(data):
     assert steps.epochs == [3, 6]
 
 
-def test_a_batch_may_be_any_tree_of_arrays():
+def test_batch_may_be_any_tree_of_arrays():
     def step(state, batch):
         (x, extra), y = batch["pair"], batch["y"]
         return state + x.sum() + extra + y, {}
@@ -161,23 +161,23 @@ def test_a_batch_may_be_any_tree_of_arrays():
     assert Engine(step).run(jnp.float32(0), batches, epochs=1).state == 2 * 112
 
 
-def test_a_callable_is_given_the_number_of_its_epoch():
+def test_callable_receives_the_epoch_number():
     result = Engine(add).run(jnp.int32(0), lambda epoch: [10**epoch] * 2, epochs=3)
     assert int(result.state) == 222
 
 
-def test_a_generator_serves_a_run_of_so_many_steps():
+def test_generator_serves_a_run_with_a_target_in_steps():
     assert int(Engine(add).run(jnp.int32(0), itertools.count(1), steps=4).state) == 10
 
 
-def test_an_endless_source_has_epochs_where_their_length_is_given():
+def test_endless_source_has_epochs_of_epoch_steps():
     steps, drawn = Steps(), []
     result = Engine(add, [steps]).run(jnp.int32(0), recorded(itertools.count(), drawn), epochs=3, epoch_steps=5)
     assert (result.step, result.epoch, steps.epochs) == (15, 3, [5, 10, 15])
     assert drawn == list(range(15))
 
 
-def test_epochs_of_a_given_length_read_on_where_the_last_one_ended():
+def test_epoch_steps_continues_in_the_data_where_the_last_epoch_ended():
     batches = []
     engine = Engine(add)
 
@@ -189,7 +189,7 @@ def test_epochs_of_a_given_length_read_on_where_the_last_one_ended():
     assert batches == [0, 1, 2, 10, 11, 12, 20, 21]
 
 
-def test_an_iterator_of_unknown_length_makes_one_epoch():
+def test_iterator_of_unknown_length_is_one_epoch():
     steps = Steps()
     result = Engine(add, [steps]).run(jnp.int32(0), (n for n in range(11)), epochs=1)
     assert (result.step, result.epoch, steps.epochs) == (11, 1, [11])
@@ -198,7 +198,7 @@ def test_an_iterator_of_unknown_length_makes_one_epoch():
 # What is drawn, and when.
 
 
-def test_no_batch_is_drawn_before_its_step_where_len_is_known():
+def test_no_batch_is_drawn_ahead_if_len_is_known():
     drawn, counts = [], []
     engine = Engine(add)
 
@@ -210,7 +210,7 @@ def test_no_batch_is_drawn_before_its_step_where_len_is_known():
     assert counts == [(n, n) for n in range(1, 7)]
 
 
-def test_one_batch_is_drawn_ahead_where_the_end_is_learnt_by_asking():
+def test_one_batch_is_drawn_ahead_if_len_is_unknown():
     drawn, counts = [], []
     engine = Engine(add)
 
@@ -222,7 +222,7 @@ def test_one_batch_is_drawn_ahead_where_the_end_is_learnt_by_asking():
     assert counts == [(1, 2), (2, 3), (3, 4)]
 
 
-def test_nothing_is_drawn_ahead_of_a_step_that_is_not_due():
+def test_no_second_batch_is_drawn_ahead_between_due_steps():
     drawn, counts = [], []
     engine = Engine(add)
 
@@ -235,7 +235,7 @@ def test_nothing_is_drawn_ahead_of_a_step_that_is_not_due():
 
 
 @pytest.mark.parametrize("event", ["load", "run_begin", "epoch_begin"])
-def test_no_batch_is_drawn_if_the_run_is_stopped_before(event):
+def test_no_batch_is_drawn_if_the_run_stops_before_its_first_step(event):
     drawn = []
     engine = Engine(add)
 
@@ -248,7 +248,7 @@ def test_no_batch_is_drawn_if_the_run_is_stopped_before(event):
 
 
 @pytest.mark.parametrize("kind", [Loader, SizedLoader], ids=["drawn ahead", "not drawn ahead"])
-def test_the_saved_position_does_not_depend_on_what_was_drawn_ahead(kind):
+def test_saved_position_does_not_depend_on_batches_drawn_ahead(kind):
     positions = []
     engine = Engine(add)
 
@@ -266,7 +266,7 @@ def test_the_saved_position_does_not_depend_on_what_was_drawn_ahead(kind):
 
 
 @pytest.mark.parametrize("kind", [Loader, SizedLoader], ids=["without len", "with len"])
-def test_a_loader_goes_on_by_its_own_state_and_reads_nothing_twice(kind, capsys):
+def test_loader_resumes_from_its_own_state_and_reads_nothing_twice(kind, capsys):
     engine = Engine(add, [StopAt(2)])
     part = engine.run(jnp.int32(0), kind([1, 2, 3, 4]), epochs=2)
     fresh = kind([1, 2, 3, 4])
@@ -276,7 +276,7 @@ def test_a_loader_goes_on_by_its_own_state_and_reads_nothing_twice(kind, capsys)
     assert "skipping" not in capsys.readouterr().err
 
 
-def test_a_source_without_state_is_read_past_what_was_used_and_says_so_once(capsys):
+def test_source_without_state_skips_used_batches_and_says_so_once(capsys):
     drawn, ran = [], []
     engine = Engine(add, [StopAt(2)])
     part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=2)
@@ -291,7 +291,7 @@ def test_a_source_without_state_is_read_past_what_was_used_and_says_so_once(caps
     assert capsys.readouterr().err.count("skipping 2 batches") == 1
 
 
-def test_a_callable_goes_on_in_the_epoch_that_was_cut():
+def test_callable_resumes_in_the_interrupted_epoch():
     called = []
 
     def data(epoch):
@@ -304,7 +304,7 @@ def test_a_callable_goes_on_in_the_epoch_that_was_cut():
     assert (int(rest.state), called) == (333, [0, 1, 1, 2])
 
 
-def test_epochs_of_a_given_length_go_on_in_the_middle_of_a_pass():
+def test_epoch_steps_resumes_in_the_middle_of_a_pass():
     engine = Engine(add, [StopAt(5)])
     data = [1, 20, 300]
     whole = Engine(add).run(jnp.int32(0), data, epochs=4, epoch_steps=2)
@@ -314,7 +314,7 @@ def test_epochs_of_a_given_length_go_on_in_the_middle_of_a_pass():
 
 
 @pytest.mark.parametrize("kind", [list, Loader, SizedLoader], ids=["list", "loader", "loader with len"])
-def test_a_batch_that_was_drawn_but_not_used_is_the_first_of_the_rest(kind):
+def test_batch_that_was_drawn_but_not_used_comes_first_when_resumed(kind):
     asked = []
     engine = Engine(add)
 
@@ -329,7 +329,7 @@ def test_a_batch_that_was_drawn_but_not_used_is_the_first_of_the_rest(kind):
     assert (asked, int(rest.state)) == ([1, 2, 3, 3, 4], 10)
 
 
-def test_data_that_became_shorter_than_what_was_used_are_an_error():
+def test_resuming_with_fewer_batches_than_were_used_is_an_error():
     engine = Engine(add, [StopAt(3)])
     part = engine.run(jnp.int32(0), lambda epoch: iter([1, 2, 3, 4]), epochs=1)
     with pytest.raises(ValueError, match="had used 3 batches of this pass, but the data now has 2"):
@@ -337,7 +337,7 @@ def test_data_that_became_shorter_than_what_was_used_are_an_error():
 
 
 @pytest.mark.parametrize("steps", [3, 4])
-def test_a_generator_goes_on_where_the_run_before_left_it(steps):
+def test_generator_resumes_where_the_previous_run_left_it(steps):
     drawn = []
     data = recorded(itertools.count(1), drawn)
     engine = Engine(add)
@@ -346,7 +346,7 @@ def test_a_generator_goes_on_where_the_run_before_left_it(steps):
     assert (int(rest.state), drawn) == (28, [1, 2, 3, 4, 5, 6, 7, 8])
 
 
-def test_a_generator_goes_on_through_any_number_of_runs():
+def test_generator_resumes_through_any_number_of_runs():
     data = itertools.count(1)
     engine = Engine(add)
     result = engine.run(jnp.int32(0), data, steps=1)
@@ -355,7 +355,7 @@ def test_a_generator_goes_on_through_any_number_of_runs():
     assert int(result.state) == 45
 
 
-def test_a_generator_goes_on_after_the_for_was_left():
+def test_generator_resumes_after_breaking_out_of_the_iteration():
     data = itertools.count(1)
     engine = Engine(add)
     with engine.steps(jnp.int32(0), data, steps=4) as steps:
@@ -363,7 +363,7 @@ def test_a_generator_goes_on_after_the_for_was_left():
     assert int(engine.run(steps.result, data, steps=4).state) == 10
 
 
-def test_a_generator_that_was_read_beyond_a_result_is_refused():
+def test_generator_read_beyond_the_result_is_refused():
     data = itertools.count(1)
     engine = Engine(add)
     early = engine.run(jnp.int32(0), data, steps=2)
@@ -385,14 +385,14 @@ def test_a_generator_that_was_read_beyond_a_result_is_refused():
     ],
     ids=["shorter", "unknown", "epoch_steps"],
 )
-def test_going_on_with_epochs_of_another_length_names_both(data, options, match):
+def test_resuming_with_another_epoch_length_names_both_lengths(data, options, match):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), [1, 2, 3, 4, 5], steps=3)
     with pytest.raises(ValueError, match=match):
         engine.run(part, data, steps=10, **options)
 
 
-def test_a_new_generator_is_read_past_what_was_used(capsys):
+def test_new_generator_skips_used_batches(capsys):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), itertools.count(1), steps=2)
     assert int(engine.run(part, itertools.count(1), steps=4).state) == 10
@@ -400,7 +400,7 @@ def test_a_new_generator_is_read_past_what_was_used(capsys):
 
 
 @pytest.mark.parametrize("kind", [list, iter], ids=["list", "iterator"])
-def test_a_batch_that_was_replaced_before_a_stop_is_replaced_once(kind):
+def test_batch_replaced_before_a_stop_is_replaced_once(kind):
     asked, data = [], kind([1, 2, 3, 4])
     engine = Engine(add)
 
@@ -431,7 +431,7 @@ def test_empty_data_are_an_error_before_anything_is_saved(data):
     assert (steps.saves, steps.epochs) == ([], [])
 
 
-def test_a_callable_that_gives_nothing_for_a_later_epoch_is_an_error_there():
+def test_callable_without_batches_in_a_later_epoch_is_an_error_in_that_epoch():
     steps = Steps()
     with pytest.raises(ValueError, match="yielded no batches in epoch 2"):
         Engine(add, [steps]).run(jnp.int32(0), lambda epoch: [1, 2] if epoch == 0 else [], epochs=2)
@@ -439,33 +439,33 @@ def test_a_callable_that_gives_nothing_for_a_later_epoch_is_an_error_there():
 
 
 @pytest.mark.parametrize("targets", [{"epochs": 2}, {"steps": 24}], ids=str)
-def test_a_generator_is_exhausted_at_its_second_epoch(targets):
+def test_generator_is_exhausted_at_its_second_epoch(targets):
     steps = Steps()
     with pytest.raises(ValueError, match="exhausted at the start of epoch 2: a generator can be read only once"):
         Engine(add, [steps]).run(jnp.int32(0), (n for n in range(12)), **targets)
     assert (steps.saves, steps.epochs) == (list(range(1, 13)), [12])
 
 
-def test_a_generator_shorter_than_one_epoch_is_an_error():
+def test_generator_shorter_than_one_epoch_is_an_error():
     steps = Steps()
     with pytest.raises(ValueError, match=r"ended after 3 batches, but an epoch needs 5 \(epoch_steps\)"):
         Engine(add, [steps]).run(jnp.int32(0), iter([1, 2, 3]), epochs=1, epoch_steps=5)
     assert steps.saves == [1, 2, 3]
 
 
-def test_empty_data_are_an_error_where_epochs_have_a_given_length():
+def test_empty_data_with_epoch_steps_are_an_error():
     with pytest.raises(ValueError, match="ended after 0 batches, but an epoch needs 5"):
         Engine(add).run(jnp.int32(0), [], epochs=1, epoch_steps=5)
 
 
-def test_a_len_that_is_too_long_is_an_error_when_the_data_end():
+def test_len_that_is_too_long_is_an_error_when_the_data_end():
     steps = Steps(when=2)
     with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Mend its len"):
         Engine(add, [steps]).run(jnp.int32(0), Sized([1, 2, 3], 5), epochs=1)
     assert (steps.saves, steps.epochs) == ([2], [])
 
 
-def test_a_len_that_is_too_long_is_an_error_where_the_host_stops_at_every_step():
+def test_len_that_is_too_long_is_an_error_with_a_handler_at_every_step():
     class Source(Sized):
         def __iter__(self):
             return EndsOnce(self.batches)
@@ -479,7 +479,7 @@ def test_a_len_that_is_too_long_is_an_error_where_the_host_stops_at_every_step()
     [({"x": [1, 2]}, "dict"), ("abc", "str"), (5, "int"), (None, "NoneType"), (lambda epoch: None, "NoneType")],
     ids=["dict", "string", "number", "None", "callable to None"],
 )
-def test_what_is_no_source_of_batches_is_refused(data, kind):
+def test_object_that_is_not_a_data_source_is_refused(data, kind):
     with pytest.raises(TypeError, match=f"data needs to be an iterable of batches or a callable .*, got {kind}"):
         Engine(add).run(jnp.int32(0), data, epochs=1)
 
@@ -502,7 +502,7 @@ class SizedFailing(Failing):
 
 @pytest.mark.parametrize("when", [1, 4, every(epochs=1)], ids=repr)
 @pytest.mark.parametrize("data", [Failing, SizedFailing, failing], ids=["without len", "with len", "generator"])
-def test_an_error_of_the_data_arrives_unchanged_and_says_where_it_came_from(data, when):
+def test_error_of_the_data_is_raised_unchanged_with_a_note_of_its_origin(data, when):
     with pytest.raises(OSError, match="disk gone") as caught:
         Engine(add, [Steps(when)]).run(jnp.int32(0), data(), epochs=1)
     assert str(caught.value) == "disk gone"
@@ -510,18 +510,18 @@ def test_an_error_of_the_data_arrives_unchanged_and_says_where_it_came_from(data
 
 
 @pytest.mark.parametrize("data", [Failing, SizedFailing], ids=["without len", "with len"])
-def test_the_step_before_an_error_of_the_data_is_saved(data):
+def test_step_before_an_error_of_the_data_is_saved(data):
     steps = Steps()
     with pytest.raises(OSError, match="disk gone"):
         Engine(add, [steps]).run(jnp.int32(0), data(), epochs=1)
     assert steps.saves == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_error_of_a_batch_that_no_step_needs_is_not_raised():
+def test_error_of_a_batch_that_no_step_needs_is_not_raised():
     assert int(Engine(add).run(jnp.int32(0), failing(), steps=6).state) == 21
 
 
-def test_an_error_that_was_put_off_is_raised_when_its_batch_is_due():
+def test_deferred_error_is_raised_when_its_batch_is_needed():
     data = failing()
     engine = Engine(add)
     part = engine.run(jnp.int32(0), data, steps=6)
@@ -529,7 +529,7 @@ def test_an_error_that_was_put_off_is_raised_when_its_batch_is_due():
         engine.run(part, data, steps=7)
 
 
-def test_an_error_of_the_first_batch_of_an_epoch_names_the_pass():
+def test_error_of_the_first_batch_of_an_epoch_names_the_pass():
     def data(epoch):
         if epoch == 1:
             raise OSError("disk gone")
@@ -553,7 +553,7 @@ def summing(shapes):
     return step
 
 
-def test_a_short_last_batch_is_compiled_once_more_and_warned_of_once():
+def test_short_last_batch_is_compiled_once_with_one_warning():
     shapes = []
     data = Batches({"x": np.ones(23, np.float32)}, 2, drop_last=False)
     with pytest.warns(UserWarning, match=r"x: float32\[2\] became float32\[1\]") as warned:
@@ -569,7 +569,7 @@ def test_batches_of_one_shape_are_compiled_once():
     assert shapes == [(2,)]
 
 
-def test_a_second_run_of_an_engine_compiles_nothing():
+def test_second_run_of_an_engine_compiles_nothing():
     shapes = []
     data = Batches({"x": np.ones(6, np.float32)}, 2)
     engine = Engine(summing(shapes))
@@ -587,7 +587,7 @@ def test_another_run_may_have_batches_of_another_shape():
     assert shapes == [(2,), (3,)]
 
 
-def test_a_leaf_that_is_new_in_a_batch_is_named():
+def test_new_leaf_in_a_batch_is_named():
     def step(state, batch):
         return state + sum(jax.tree.leaves(batch)), {}
 
@@ -595,12 +595,12 @@ def test_a_leaf_that_is_new_in_a_batch_is_named():
         Engine(step).run(jnp.int32(0), [{"x": 1}, {"x": 1, "y": 2}], epochs=1)
 
 
-def test_a_source_may_fill_its_arrays_again():
+def test_source_may_reuse_its_arrays():
     engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), log_every=1, steps_per_call=1)
     result = engine.run(jnp.int32(0), lambda epoch: refilled(200), epochs=1)
     assert result.history["train/mean"] == list(range(200))
 
 
-def test_so_may_that_of_an_evaluation():
+def test_source_of_an_evaluation_may_reuse_its_arrays():
     means = evaluate(lambda state, batch: {"mean": batch.mean()}, jnp.int32(0), refilled(200))
     assert means["mean"] == 99.5

@@ -134,14 +134,14 @@ A run_end 6/2
 @pytest.mark.parametrize(
     "source", [list, tuple, lambda data: lambda epoch: iter(data)], ids=["list", "tuple", "unknown"]
 )
-def test_two_epochs_with_an_evaluation_between_two_callbacks(source):
+def test_events_of_two_epochs_come_in_this_order(source):
     lines = []
     engine = Engine(step, [Transcript("A", lines), Score(), Transcript("B", lines)], log_every=2)
     engine.run(jnp.int32(0), source([1, 2, 3]), epochs=2)
     assert lines == TWO_EPOCHS.strip().splitlines()
 
 
-def test_a_second_run_gives_the_same_list():
+def test_second_run_has_the_same_events():
     lines = []
     engine = Engine(step, [Transcript("A", lines), Score(), Transcript("B", lines)], log_every=2)
     for _ in range(2):
@@ -149,7 +149,7 @@ def test_a_second_run_gives_the_same_list():
     assert lines == 2 * TWO_EPOCHS.strip().splitlines()
 
 
-def test_a_stop_in_mid_epoch_ends_with_a_save_and_no_epoch_end():
+def test_stop_within_an_epoch_saves_without_an_epoch_end():
     lines = []
     stopper = Transcript("S", lines, quiet=("step_begin", "epoch_begin", "load", "log"))
     engine = Engine(step, [stopper, Transcript("A", lines, quiet=("step_begin", "load"))], log_every=3)
@@ -176,7 +176,7 @@ def test_a_stop_in_mid_epoch_ends_with_a_save_and_no_epoch_end():
     ]
 
 
-def test_the_end_of_a_run_saves_for_everybody_and_then_gives_the_last_partial_window():
+def test_run_ends_with_a_save_for_every_callback_and_the_partial_log_window():
     lines = []
 
     class Rare(Transcript):
@@ -194,7 +194,7 @@ def test_the_end_of_a_run_saves_for_everybody_and_then_gives_the_last_partial_wi
     ]
 
 
-def test_a_stop_asked_for_in_step_begin_means_that_the_step_does_not_run():
+def test_stop_in_step_begin_prevents_the_step():
     lines = []
     engine = Engine(step, [Transcript("A", lines, quiet=("load", "save"))])
     engine.on("step_begin", when=every(2))(lambda loop: loop.stop("no further"))
@@ -208,7 +208,7 @@ def test_a_stop_asked_for_in_step_begin_means_that_the_step_does_not_run():
     ]
 
 
-def test_an_error_reaches_on_exception_and_every_on_run_end_in_reverse():
+def test_error_reaches_on_exception_then_on_run_end_in_reverse():
     lines = []
 
     class Broken(Callback):
@@ -258,7 +258,7 @@ EVENTS = [
 
 @pytest.mark.parametrize("event", [*EVENTS, "on_run_end"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_error_in_any_event_is_the_callers_and_everybody_who_began_ends(event, kind):
+def test_error_in_any_event_reaches_the_caller_and_every_callback_that_began_ends(event, kind):
     lines, error = [], kind("trouble")
     with pytest.raises(kind, match="trouble") as caught:
         run([Transcript("A", lines), Raises(event, error), Transcript("B", lines)], epochs=1)
@@ -270,7 +270,7 @@ def test_an_error_in_any_event_is_the_callers_and_everybody_who_began_ends(event
     assert any(line.startswith("A exception") for line in lines) == (event != "on_run_end")
 
 
-def test_of_several_errors_the_first_is_raised_and_the_others_are_its_notes():
+def test_first_of_several_errors_is_raised_with_the_others_as_notes():
     callbacks = [Raises("on_run_end", ValueError("third")), Raises("on_exception", OSError("second"))]
     with pytest.raises(RuntimeError, match="first") as caught:
         run([*callbacks, Raises("on_step_end", RuntimeError("first"))], epochs=1)
@@ -280,7 +280,7 @@ def test_of_several_errors_the_first_is_raised_and_the_others_are_its_notes():
     assert notes.index("second") < notes.index("third")
 
 
-def test_an_error_in_the_step_itself_ends_the_callbacks_too():
+def test_error_in_the_step_ends_the_callbacks():
     lines = []
 
     def broken(state, batch):
@@ -291,7 +291,7 @@ def test_an_error_in_the_step_itself_ends_the_callbacks_too():
     assert lines == ["A run_begin 0/0", "A epoch_begin 0/0", "A exception 0/0 ZeroDivisionError", "A run_end 0/0"]
 
 
-def test_the_same_events_come_uncompiled():
+def test_uncompiled_run_has_the_same_events():
     compiled, uncompiled = [], []
     for lines, jit in ((compiled, True), (uncompiled, False)):
         engine = Engine(step, [Transcript("A", lines), Score(), Transcript("B", lines)], log_every=2, jit=jit)
@@ -299,7 +299,7 @@ def test_the_same_events_come_uncompiled():
     assert compiled == uncompiled == TWO_EPOCHS.strip().splitlines()
 
 
-def test_owning_the_for_gives_a_turn_before_everybody_saves():
+def test_iterating_yields_before_the_callbacks_save():
     lines = []
     engine = Engine(step, [Transcript("A", lines, quiet=("load", "step_begin"))], log_every=2)
     with engine.steps(jnp.int32(0), [1, 2, 3], epochs=1, when=every(2) | every(epochs=1)) as steps:

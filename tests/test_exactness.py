@@ -68,13 +68,13 @@ def plain():
     return run()
 
 
-def test_observers_do_not_change_the_steps_bytes(plain, tmp_path):
+def test_observers_do_not_change_a_byte_of_the_state(plain, tmp_path):
     _, callbacks = observers(tmp_path)
     assert same_bytes(run(callbacks).state, plain.state)
 
 
 @pytest.mark.parametrize("turn", range(4))
-def test_the_order_of_observers_does_not_change_a_byte(plain, whole, turn, tmp_path):
+def test_order_of_observers_does_not_change_a_byte(plain, whole, turn, tmp_path):
     expected = whole[1].params(whole[0])
     ema, callbacks = observers(tmp_path)
     result = run(callbacks[::-1] if turn == 0 else callbacks[2 * turn :] + callbacks[: 2 * turn])
@@ -82,12 +82,12 @@ def test_the_order_of_observers_does_not_change_a_byte(plain, whole, turn, tmp_p
     assert same_bytes(ema.params(result), expected)
 
 
-def test_what_is_logged_how_often_and_how_many_calls_are_queued_changes_no_byte(plain):
+def test_log_every_and_in_flight_do_not_change_a_byte(plain):
     engine = Engine(step, log_every=1, in_flight=1)
     assert same_bytes(engine.run(fresh_state(), epoch, epochs=3, rng=KEY).state, plain.state)
 
 
-def test_the_engine_computes_what_a_bare_loop_computes(plain):
+def test_engine_computes_what_a_plain_loop_computes(plain):
     state, jitted = fresh_state(), jax.jit(step)
     for number, batch in enumerate(itertools.chain.from_iterable(map(epoch, range(3)))):
         state, _, _ = jitted(state, batch, jax.random.fold_in(KEY, number))
@@ -108,7 +108,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("cut", [1, 7, 12, 17, 24, 35])
 @pytest.mark.parametrize("through", ["result", "checkpoint"])
-def test_a_run_cut_anywhere_ends_in_the_same_bytes_and_records(cut, through, whole, tmp_path):
+def test_resumed_run_ends_in_the_same_bytes_and_records(cut, through, whole, tmp_path):
     expected, expected_ema, expected_draws, expected_batches = whole
     seen = []
     ema, callbacks = observers(tmp_path)
@@ -137,7 +137,7 @@ def test_a_run_cut_anywhere_ends_in_the_same_bytes_and_records(cut, through, who
         assert points(first.history, name) + points(second.history, name) == points(expected.history, name)
 
 
-def test_batches_go_on_where_they_were_without_gathering_what_was_used(tmp_path):
+def test_batches_resumed_from_a_checkpoint_end_in_the_same_bytes(tmp_path):
     data = Batches({"x": X, "y": Y}, 5, seed=1)
     whole = run(data=data, epochs=4)
     first = run([Checkpoint(tmp_path)], data=data, steps=6)
@@ -146,7 +146,7 @@ def test_batches_go_on_where_they_were_without_gathering_what_was_used(tmp_path)
     assert same_bytes(second.state, whole.state)
 
 
-def test_grain_goes_on_from_its_own_state(tmp_path):
+def test_grain_resumes_from_its_own_state(tmp_path):
     import grain
 
     def source():
@@ -158,7 +158,7 @@ def test_grain_goes_on_from_its_own_state(tmp_path):
     assert same_bytes(run([Checkpoint(tmp_path)], data=source(), epochs=3).state, whole.state)
 
 
-def test_a_generator_is_skipped_to_where_the_run_stood(tmp_path, capsys):
+def test_generator_is_skipped_to_the_saved_position(tmp_path, capsys):
     def stream():
         for number in itertools.count():
             yield from epoch(number)
@@ -170,7 +170,7 @@ def test_a_generator_is_skipped_to_where_the_run_stood(tmp_path, capsys):
     assert "skipping 13 batches" in capsys.readouterr().err
 
 
-def test_the_learning_rate_goes_on_without_a_seam(tmp_path):
+def test_learning_rate_schedule_continues_when_resumed(tmp_path):
     import optax
 
     def rate(state, batch):

@@ -19,14 +19,14 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name == "onstep-prefetch"]
 
 
-def test_batches_come_in_order_and_lie_on_the_device():
+def test_batches_come_in_order_and_on_the_device():
     given = list(Prefetch(iter([np.arange(3), np.arange(4)]), 2))
     assert all(isinstance(batch, jax.Array) for batch in given)
     assert [len(batch) for batch in given] == [3, 4]
     assert not threads()
 
 
-def test_no_more_than_asked_for_are_drawn_ahead():
+def test_no_more_batches_than_the_depth_are_drawn_ahead():
     drawn, enough = [], threading.Event()
 
     def source():
@@ -43,7 +43,7 @@ def test_no_more_than_asked_for_are_drawn_ahead():
     assert drawn == [0, 1, 2, 3]
 
 
-def test_what_was_drawn_before_a_close_is_not_lost():
+def test_batches_drawn_before_a_close_are_not_lost():
     batches = Prefetch(iter(range(10)), 3)
     first = [int(next(batches)) for _ in range(2)]
     batches.close()
@@ -51,7 +51,7 @@ def test_what_was_drawn_before_a_close_is_not_lost():
     assert first + [int(batch) for batch in batches] == list(range(10))
 
 
-def test_an_error_of_the_source_comes_when_its_batch_is_due():
+def test_error_of_the_source_is_raised_when_its_batch_is_needed():
     def source():
         yield 1
         yield 2
@@ -69,7 +69,7 @@ def test_an_error_of_the_source_comes_when_its_batch_is_due():
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])
 @pytest.mark.parametrize("data", ["list", "callable", "Batches", "epoch_steps"])
-def test_a_run_is_the_same_with_and_without(data, steps_per_call):
+def test_run_is_the_same_with_and_without_prefetch(data, steps_per_call):
     rows = np.arange(14, dtype=np.int32)
     source = {"list": list(rows), "callable": lambda epoch: iter(rows + epoch), "Batches": Batches(rows, 2)}
     how = {"epoch_steps": 5} if data == "epoch_steps" else {}
@@ -88,7 +88,7 @@ def test_a_run_is_the_same_with_and_without(data, steps_per_call):
     assert not threads()
 
 
-def test_a_run_that_stops_goes_on_at_the_next_batch():
+def test_stopped_run_resumes_at_the_next_batch():
     def run(prefetch):
         engine = Engine(lambda state, batch: (state + batch.sum(), {}), prefetch=prefetch)
         engine.on("step_end", when=4)(lambda loop: loop.step == 4 and loop.stop("pause", final=False))
@@ -101,7 +101,7 @@ def test_a_run_that_stops_goes_on_at_the_next_batch():
     assert run(3)[2] == 45
 
 
-def test_an_iterator_of_ones_own_loses_no_batch_between_two_runs():
+def test_user_iterator_loses_no_batch_between_two_runs():
     engine = Engine(add, prefetch=3)
     numbers = iter(range(1, 11))
     first = engine.run(jnp.int32(0), numbers, steps=4)
@@ -109,7 +109,7 @@ def test_an_iterator_of_ones_own_loses_no_batch_between_two_runs():
     assert (int(first.state), int(second.state)) == (10, 55)
 
 
-def test_the_thread_ends_with_a_run_that_raises():
+def test_thread_ends_when_the_run_raises():
     engine = Engine(add, prefetch=2)
 
     @engine.on("step_end", when=3)
@@ -121,7 +121,7 @@ def test_the_thread_ends_with_a_run_that_raises():
     assert not threads()
 
 
-def test_a_source_longer_than_its_len_leaves_no_thread():
+def test_source_longer_than_its_len_leaves_no_thread():
     class Longer:
         def __len__(self):
             return 3
@@ -135,12 +135,12 @@ def test_a_source_longer_than_its_len_leaves_no_thread():
 
 
 @pytest.mark.parametrize("prefetch", [-1, 1.5, True])
-def test_a_depth_that_is_no_whole_number_is_refused(prefetch):
+def test_depth_that_is_not_a_whole_number_is_refused(prefetch):
     with pytest.raises((ValueError, TypeError), match="prefetch"):
         Engine(add, prefetch=prefetch)
 
 
-def test_a_source_may_fill_its_arrays_again():
+def test_source_may_reuse_its_arrays():
     engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), prefetch=2, log_every=1)
     result = engine.run(jnp.int32(0), lambda epoch: refilled(), epochs=1)
     assert result.history["train/mean"] == list(range(40))

@@ -61,7 +61,7 @@ def checkpoints(directory):
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-def test_alone_every_question_has_its_answer_at_once():
+def test_single_process_agrees_with_itself_at_once():
     assert processes.writes()
     assert processes.agree({"a": 1}) == [{"a": 1}]
     assert processes.first(lambda a, b: a + b, 1, 2) == 3
@@ -69,7 +69,7 @@ def test_alone_every_question_has_its_answer_at_once():
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_train_as_one_device_does(tmp_path):
+def test_two_processes_of_four_devices_train_like_one_device(tmp_path):
     (alone,) = told("losses", tmp_path, 1)
     pair = told("losses", tmp_path)
     for process in pair:
@@ -81,7 +81,7 @@ def test_two_processes_of_four_devices_train_as_one_device_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_clock_a_stop_or_a_file_decides_is_the_same_for_all(tmp_path):
+def test_decisions_by_clock_stop_and_file_are_the_same_in_every_process(tmp_path):
     first, second = told("agree", tmp_path)
     bytes_of = [process.pop("bytes") for process in (first, second)]
     assert first == second
@@ -103,7 +103,7 @@ def test_what_a_clock_a_stop_or_a_file_decides_is_the_same_for_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_on_another_number_of_processes_and_back(tmp_path):
+def test_checkpoint_resumes_on_another_number_of_processes_and_back(tmp_path):
     (alone,) = told("losses", tmp_path, 1)
     begun, _ = told("begin", tmp_path)
     for name in ("one", "single"):
@@ -123,7 +123,7 @@ def test_a_checkpoint_goes_on_on_another_number_of_processes_and_back(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_process_gets_its_own_loaders_position_back(tmp_path):
+def test_each_process_restores_the_position_of_its_own_loader(tmp_path):
     told("loader_moves", tmp_path, STEPS="5")
     cut = [*told("loader_moves", tmp_path, STEPS="7")[0]["order"]]
     (alone,) = told("loader_moves", tmp_path, 1, STEPS="9")
@@ -141,7 +141,7 @@ def test_each_process_gets_its_own_loaders_position_back(tmp_path):
         ("runs_out", 1, "ProcessError: Process 1 ran out of data at step 7", [2, 4, 6]),
     ],
 )
-def test_one_that_fails_ends_all_and_the_others_say_which(scenario, failing, error, saved, tmp_path):
+def test_failing_process_ends_all_and_the_others_name_it(scenario, failing, error, saved, tmp_path):
     statuses, errors, seconds = start(scenario, tmp_path)
     assert 0 not in statuses
     assert error in last_error(errors[failing])
@@ -152,7 +152,7 @@ def test_one_that_fails_ends_all_and_the_others_say_which(scenario, failing, err
 
 
 @pytest.mark.slow
-def test_one_that_is_killed_ends_all_and_the_next_start_goes_on(tmp_path):
+def test_killed_process_ends_all_and_the_next_start_resumes(tmp_path):
     statuses, errors, seconds = start("is_killed", tmp_path)
     assert statuses[1] == -9
     assert statuses[0] not in (0, None)
@@ -166,7 +166,7 @@ def test_one_that_is_killed_ends_all_and_the_next_start_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_ends_all_at_the_same_step_to_be_resumed(tmp_path):
+def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     statuses, errors, _ = start("is_terminated", tmp_path)
     assert statuses == [0, 143], errors
     assert json.loads((tmp_path / "is_terminated-0.json").read_text()) == {
