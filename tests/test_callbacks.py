@@ -1,4 +1,4 @@
-"""The list of callbacks: names, order, functions, what they keep, and what they may change."""
+"""Callbacks of an engine: names, order, functions, host state, carries, and what they may change."""
 
 import contextlib
 import gc
@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from onstep import Callback, Engine, every
-
-
-def add(state, batch):
-    return state + batch, {"loss": batch}
+from onstep import Callback, Engine, at, every
+from onstep.testing import EVENT_NAMES, FakeClock, Transcript
+from onstep.testing import counting_step as add
 
 
 class Idle(Callback):
-    """Does nothing, compiled in."""
+    """A compiled half that changes nothing."""
 
     def __init__(self, name=None):
         self.name = name
@@ -26,7 +24,7 @@ class Idle(Callback):
 
 
 class Counter(Callback):
-    """Counts steps on the host, from `start`."""
+    """Count steps on the host, from `start`."""
 
     def __init__(self, name=None, start=0):
         self.name, self.count = name, start
@@ -42,7 +40,7 @@ class Counter(Callback):
 
 
 class Total(Callback):
-    """Sums the batches in a carry."""
+    """Sum the batches in a carry."""
 
     def init(self, state):
         return jnp.zeros_like(state)
@@ -52,7 +50,7 @@ class Total(Callback):
 
 
 class Draw(Callback):
-    """Logs a random number of its own."""
+    """Log a random number."""
 
     def __init__(self, name):
         self.name = name
@@ -61,38 +59,9 @@ class Draw(Callback):
         return carry, ctx.log({f"draw/{self.name}": jax.random.uniform(ctx.rng)})
 
 
-class Everything(Callback):
-    """Writes down every event that it answers."""
-
-    def __init__(self, name, lines):
-        self.name, self.lines = name, lines
-
-    def on_load(self, loop):
-        self.lines.append(("load", self.name))
-
-    def on_run_begin(self, loop):
-        self.lines.append(("run_begin", self.name))
-
-    def on_epoch_begin(self, loop):
-        self.lines.append(("epoch_begin", self.name))
-
-    def on_step_begin(self, loop):
-        self.lines.append(("step_begin", self.name))
-
-    def on_step_end(self, loop):
-        self.lines.append(("step_end", self.name))
-
-    def on_log(self, loop, record):
-        self.lines.append(("log", self.name))
-
-    def on_epoch_end(self, loop):
-        self.lines.append(("epoch_end", self.name))
-
-    def on_save(self, loop):
-        self.lines.append(("save", self.name))
-
-    def on_run_end(self, loop):
-        self.lines.append(("run_end", self.name))
+def written(lines, event):
+    """Return the names of the callbacks that wrote an event into shared lines, in order."""
+    return [line.split()[0] for line in lines if line.split()[1] == event]
 
 
 # Names and order.
@@ -100,24 +69,20 @@ class Everything(Callback):
 
 def test_callbacks_handle_events_in_list_order_and_end_in_reverse():
     lines = []
-    Engine(add, [Everything(name, lines) for name in "bca"]).run(jnp.int32(0), [1], epochs=1)
-    orders = {event: "".join(name for what, name in lines if what == event) for event, _ in lines}
+    Engine(add, [Transcript(name, lines=lines) for name in "bca"]).run(jnp.int32(0), [1], epochs=1)
+    orders = {event: "".join(written(lines, event)) for event in dict.fromkeys(line.split()[1] for line in lines)}
     assert orders.pop("run_end") == "acb"
     assert orders.pop("log") == "bcabca"
     assert set(orders.values()) == {"bca"}
-    assert len(orders) == 7
+    assert len(orders) == 8
 
 
 def test_on_save_comes_after_all_other_handlers_wherever_the_callback_is_listed():
     lines = []
-
-    class Save(Callback):
-        def on_save(self, loop):
-            lines.append(("save", "first in the list"))
-
-    Engine(add, [Save(), Everything("last", lines)], log_every=1).run(jnp.int32(0), [1], epochs=1)
-    before = lines[: lines.index(("save", "first in the list"))]
-    assert [event for event, _ in before][-4:] == ["step_end", "log", "log", "epoch_end"]
+    save = Transcript("first", lines=lines, quiet=set(EVENT_NAMES) - {"save"})
+    Engine(add, [save, Transcript("last", lines=lines)], log_every=1).run(jnp.int32(0), [1], epochs=1)
+    before = lines[: lines.index("first save 1/1")]
+    assert [line.split()[1] for line in before][-4:] == ["step_end", "log", "log", "epoch_end"]
 
 
 def test_compiled_halves_run_in_list_order():
@@ -171,7 +136,7 @@ def test_object_that_is_not_a_callback_is_refused(wrong):
         Engine(add, [wrong])
 
 
-# Which methods count.
+# Which methods are called.
 
 
 def test_only_overridden_methods_are_ever_due():
@@ -185,15 +150,13 @@ def test_only_overridden_methods_are_ever_due():
         def on_step_end(self, loop):
             pass
 
-    def looks_at_the_clock(callback):
-        looks = []
-        engine = Engine(add, [callback])
-        engine._clock = lambda: looks.append(1) or 0.0
-        engine.run(jnp.int32(0), [1, 1], epochs=1)
-        return len(looks)
+    def reads_of_the_clock(callback):
+        clock = FakeClock()
+        Engine(add, [callback], clock=clock).run(jnp.int32(0), [1, 1], epochs=1)
+        return clock.reads
 
-    assert looks_at_the_clock(Idles()) == looks_at_the_clock(Callback())
-    assert looks_at_the_clock(Acts()) > looks_at_the_clock(Callback())
+    assert reads_of_the_clock(Idles()) == reads_of_the_clock(Callback())
+    assert reads_of_the_clock(Acts()) > reads_of_the_clock(Callback())
 
 
 def test_inherited_method_is_called():
@@ -225,18 +188,18 @@ def test_function_runs_at_its_cadence():
     seen = []
     engine = Engine(add)
     engine.on("step_end", when=2)(lambda loop: seen.append(loop.step))
-    engine.on("step_end", when=every(epochs=1))(lambda loop: seen.append(("epoch", loop.step)))
+    engine.on("step_end", when=every(epochs=1) | at(4))(lambda loop: seen.append(("second", loop.step)))
     engine.run(jnp.int32(0), [1, 1, 1], epochs=2)
-    assert seen == [2, ("epoch", 3), 4, 6, ("epoch", 6)]
+    assert seen == [2, ("second", 3), 4, ("second", 4), 6, ("second", 6)]
 
 
 def test_functions_run_after_the_list_in_the_order_they_were_added():
     lines = []
-    engine = Engine(add, [Everything("listed", lines)])
-    engine.on("step_end")(lambda loop: lines.append(("step_end", "first")))
-    engine.on("step_end")(lambda loop: lines.append(("step_end", "second")))
+    engine = Engine(add, [Transcript("listed", lines=lines)])
+    engine.on("step_end")(lambda loop: lines.append("first step_end"))
+    engine.on("step_end")(lambda loop: lines.append("second step_end"))
     engine.run(jnp.int32(0), [1], epochs=1)
-    assert [name for event, name in lines if event == "step_end"] == ["listed", "first", "second"]
+    assert written(lines, "step_end") == ["listed", "first", "second"]
 
 
 def test_functions_are_named_after_themselves():
@@ -293,7 +256,7 @@ def test_function_with_the_wrong_arguments_is_refused_when_it_is_added(event, fu
         Engine(add).on(event)(function)
 
 
-# What the host half keeps.
+# The state of the host half.
 
 
 def test_host_state_is_reset_before_every_new_run():
@@ -416,7 +379,7 @@ def test_assigned_batch_lasts_for_one_step():
     assert int(engine.run(jnp.int32(0), [1, 1, 1], epochs=1).state) == 1002
 
 
-# The pure half.
+# The compiled half.
 
 
 def test_compiled_half_sees_the_state_before_and_after_the_step():
@@ -497,11 +460,11 @@ def test_carry_of_a_callback_without_a_compiled_half_is_refused():
         result.carry(counter)
 
 
-# Random numbers of a pure half.
+# Random numbers of a compiled half.
 
 
 def draws(names, **targets):
-    """Each name's random numbers, step by step."""
+    """Return the random numbers that each named callback drew, step by step."""
     result = Engine(add, [Draw(name) for name in names], log_every=1).run(
         jnp.int32(0), [1, 1, 1, 1], rng=jax.random.key(0), **targets
     )
@@ -535,15 +498,15 @@ def test_random_numbers_of_the_step_do_not_depend_on_callbacks():
     assert states[0].tobytes() == states[1].tobytes()
 
 
-# What stays alive.
+# What is freed.
 
 
 class Data(list):
-    """A list that can be watched."""
+    """A list that can have weak references."""
 
 
 def watched(callback):
-    """Weak references to an engine, its data and its callback, and the engine and the data."""
+    """Return weak references to an engine, its data and its callback, then the engine and the data."""
     data, engine = Data([1, 1, 1]), Engine(add, [callback, Idle()])
     return [weakref.ref(engine), weakref.ref(data), weakref.ref(callback)], engine, data
 
@@ -579,7 +542,7 @@ def test_engine_whose_iteration_was_left_early_is_freed_at_once():
 def test_failed_engine_is_freed_at_once():
     class Fails(Counter):
         def on_step_end(self, loop):
-            raise OSError("disk gone")
+            raise OSError("disk gone")  # RaiseIn would keep the error, and with it every frame of its traceback
 
     alive, engine, data = watched(Fails())
     with contextlib.suppress(OSError):

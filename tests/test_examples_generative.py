@@ -207,7 +207,7 @@ def test_likelihood_of_the_vae_agrees_with_scipy():
     ],
     ids=["unknown", "wrong type", "out of range", "twice", "of no use here", "of another optimizer", "contradictory"],
 )
-def test_wrong_configuration_of_the_vae_is_refused_naming_the_field(field, wrong, message, tmp_path, monkeypatch, capsys):
+def test_wrong_vae_configuration_is_refused_naming_the_field(field, wrong, message, tmp_path, monkeypatch, capsys):
     text = VAE_CONFIG.format(rate=20.0, steps=40, directory=tmp_path / "run").replace(field, wrong)
     with pytest.raises(SystemExit, match="2"):
         vae_main(example("vae"), tmp_path, monkeypatch, text)
