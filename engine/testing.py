@@ -44,7 +44,8 @@ class Transcript(Callback):
     """Writes down every event as a line, so that a test compares the order of events with one list.
 
     A line is `"<event> <step>/<epoch>"`, with the transcript's name in front if it has one, and followed by the text
-    that `show` returns.
+    that `show` returns. A line of `log` also has the values of the record, sorted by name, and one of `exception` the
+    type of the error.
 
     Args:
         name: the callback's name. With one, several transcripts can share `lines`.
@@ -110,7 +111,7 @@ class Transcript(Callback):
         self._write(loop, "step_end")
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        self._write(loop, "log", *(f"{name}={value:g}" for name, value in record.values.items()))
+        self._write(loop, "log", *(f"{name}={value:g}" for name, value in sorted(record.values.items())))
 
     def on_epoch_end(self, loop: Loop) -> None:
         self._write(loop, "epoch_end")

@@ -1,4 +1,4 @@
-"""Arrays in memory as batches: their order, their sizes, and going on in the middle of an epoch."""
+"""Batches of arrays in memory: their order, their sizes, and resuming in the middle of an epoch."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from onstep.blocks import aligned
 
 
 def served(batches, epoch=0):
-    """The examples of an epoch, batch by batch."""
+    """Return the examples of an epoch, batch by batch."""
     return [batch.tolist() for batch in batches(epoch)]
 
 
@@ -76,10 +76,10 @@ def test_batches_keep_shape_and_dtype_of_the_arrays(shuffle):
 @pytest.mark.parametrize(
     ("examples", "size", "drop_last", "sizes", "dropped"),
     [
-        pytest.param(7, 3, True, [3, 3], 1, id="a rest that is dropped"),
-        pytest.param(7, 3, False, [3, 3, 1], 0, id="a rest that is served"),
-        pytest.param(6, 3, True, [3, 3], 0, id="no rest to drop"),
-        pytest.param(6, 3, False, [3, 3], 0, id="no rest to serve"),
+        pytest.param(7, 3, True, [3, 3], 1, id="remainder dropped"),
+        pytest.param(7, 3, False, [3, 3, 1], 0, id="remainder kept"),
+        pytest.param(6, 3, True, [3, 3], 0, id="no remainder to drop"),
+        pytest.param(6, 3, False, [3, 3], 0, id="no remainder to keep"),
         pytest.param(3, 3, True, [3], 0, id="one batch"),
         pytest.param(2, 3, False, [2], 0, id="one short batch"),
     ],
@@ -118,7 +118,7 @@ def test_arrays_without_a_leading_axis_are_refused(arrays):
         Batches(arrays, 2)
 
 
-# Going on in the middle of an epoch.
+# Resuming in the middle of an epoch.
 
 
 def test_iterator_saves_and_restores_its_position():
@@ -191,7 +191,7 @@ def test_run_cannot_resume_with_different_batches(other, change):
 def test_block_of_another_dtype_reads_no_uninitialized_memory(shuffle, monkeypatch):
     def dirty(*args):
         out = aligned(*args)
-        out.view(np.uint32)[...] = 0x7FA00000  # a signalling NaN, which may not be converted
+        out.view(np.uint32)[...] = 0x7FA00000  # a signalling NaN, whose conversion would raise a warning
         return out
 
     monkeypatch.setattr("onstep.batches.aligned", dirty)

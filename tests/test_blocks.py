@@ -1,4 +1,4 @@
-"""Several steps in one compiled call: the same run, however it is cut."""
+"""Several steps in one compiled call: the run is the same for every block length."""
 
 import itertools
 import logging
@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from clu import metrics
-from models import epoch, fresh_state, same_bytes
+from models import Tripwire, compilations, epoch, fresh_state
 from models import step as real_step
 from onstep import Batches, Callback, Engine, at, every
 from onstep.blocks import choose
 from onstep.callbacks import EMA, Checkpoint, GradNorm
 from onstep.snapshot import unpack
+from onstep.testing import FakeClock, FakeLoader, StopAt, Transcript, same_bytes
 
 KEY = jax.random.key(7)
 
@@ -27,23 +28,13 @@ def add(state, batch):
 
 
 def total(state, batch):
-    """Adds up all that is in a batch."""
+    """Add up all leaves of a batch."""
     leaves = [jnp.asarray(leaf).astype(jnp.float32).sum() for leaf in jax.tree.leaves(batch)]
     return state + sum(leaves), {"sum": sum(leaves) + 0.0}
 
 
-class StopAt(Callback):
-    """A stop that is meant to be resumed."""
-
-    def __init__(self, step):
-        self.when = at(step)
-
-    def on_step_end(self, loop):
-        loop.stop("cut", final=False)
-
-
 class Looks(Callback):
-    """Host halves that are due and do nothing."""
+    """Handlers that are due and do nothing."""
 
     def __init__(self, when):
         self.when = when
@@ -54,47 +45,23 @@ class Looks(Callback):
     on_step_begin = on_save = on_step_end
 
 
-class Transcript(Callback):
-    """Writes down every event, and what can be seen there; steps are due by `when`."""
-
-    def __init__(self, when=1):
-        self.when, self.lines = when, []
-
-    def _write(self, loop, event, *more):
-        numbers = {name: float(value) for name, value in loop.metrics.items()}
-        batch = None if loop.batch is None else int(loop.batch)
-        self.lines.append(
-            (event, loop.step, loop.epoch, loop.epoch_step, int(loop.state), batch, numbers, dict(loop.latest), *more)
-        )
-
-    def on_epoch_begin(self, loop):
-        self._write(loop, "epoch_begin")
-
-    def on_step_end(self, loop):
-        self._write(loop, "step_end")
-
-    def on_log(self, loop, record):
-        self._write(loop, "log", record.values)
-
-    def on_epoch_end(self, loop):
-        self._write(loop, "epoch_end")
-
-    def on_save(self, loop):
-        self._write(loop, "save", unpack(loop.snapshot().host)["data"])
-
-    def on_exception(self, loop, error):
-        self._write(loop, "exception", str(error))
-
-    def on_run_end(self, loop):
-        self._write(loop, "run_end")
+def observed(loop, event):
+    """Show everything that a handler can see."""
+    numbers = sorted((name, float(value)) for name, value in loop.metrics.items())
+    batch = None if loop.batch is None else int(loop.batch)
+    position = unpack(loop.snapshot().host)["data"] if event == "save" else None
+    return repr((loop.epoch_step, int(loop.state), batch, numbers, sorted(loop.latest.items()), position))
 
 
-class Begins(Transcript):
-    def on_step_begin(self, loop):
-        self._write(loop, "step_begin")
+def transcript(when=1, *, begins=False):
+    """Write down events with everything that is seen there; only with `begins` those before steps, which end blocks."""
+    quiet = ["load", "run_begin", "snapshot", *([] if begins else ["step_begin"])]
+    return Transcript(show=observed, when=when, quiet=quiet)
 
 
 class Replaces(Callback):
+    """Replace the batch of every third step."""
+
     when = every(steps=3)
 
     def on_step_begin(self, loop):
@@ -102,7 +69,7 @@ class Replaces(Callback):
 
 
 class Half(Callback):
-    """A pure half that counts how often it was due, and logs that and the step."""
+    """A compiled half that counts how often it was due, and logs the count and the step."""
 
     def __init__(self, when, name=None):
         self.update_when, self.name = when, name
@@ -112,37 +79,6 @@ class Half(Callback):
 
     def update(self, carry, ctx):
         return carry + 1, ctx.log({f"{self.name}/due": carry + 1, f"{self.name}/step": ctx.step})
-
-
-class Loader:
-    """Batches whose iterator can say where it stands; `before(number)` is called before each draw."""
-
-    def __init__(self, batches, before=lambda number: None):
-        self.batches, self.before = list(batches), before
-
-    def __iter__(self):
-        return LoaderIterator(self)
-
-
-class LoaderIterator:
-    def __init__(self, loader):
-        self.loader, self.next = loader, 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.loader.before(self.next + 1)
-        if self.next == len(self.loader.batches):
-            raise StopIteration
-        self.next += 1
-        return self.loader.batches[self.next - 1]
-
-    def get_state(self):
-        return {"next": self.next}
-
-    def set_state(self, state):
-        self.next = state["next"]
 
 
 def points(history):
@@ -200,7 +136,7 @@ def test_interrupted_run_resumes_with_blocks_of_another_length(cut, through, who
     def saved():
         return [Checkpoint(tmp_path, when=every(10))] if through == "checkpoint" else []
 
-    first, _ = train(4, *saved(), StopAt(cut))
+    first, _ = train(4, *saved(), StopAt(cut, final=False, reason="cut"))
     second, trees = train(7, *saved(), state=first if through == "result" else None)
     assert (first.step, first.stopped, second.step) == (cut, "cut", 36)
     assert same_bytes(trees, whole[1])
@@ -227,24 +163,36 @@ def test_batches_gathered_in_blocks_equal_batches_gathered_one_by_one():
 @pytest.mark.parametrize(
     ("callbacks", "data", "options"),
     [
-        pytest.param(lambda: [Transcript()], lambda: range(1, 8), {"epochs": 2}, id="every step"),
-        pytest.param(lambda: [Transcript(4)], lambda: range(1, 8), {"epochs": 3}, id="every fourth step"),
-        pytest.param(lambda: [Transcript(at(1, 6, 19))], lambda: range(1, 8), {"epochs": 3}, id="at"),
-        pytest.param(lambda: [Transcript(every(epochs=2))], lambda: range(1, 8), {"epochs": 5}, id="epochs"),
-        pytest.param(lambda: [Begins(every(5) | every(epochs=1))], lambda: range(1, 8), {"epochs": 3}, id="begins"),
-        pytest.param(lambda: [Transcript(3), Begins(4)], lambda: range(1, 8), {"steps": 17}, id="two cadences"),
-        pytest.param(lambda: [Transcript(5), Replaces()], lambda: range(1, 8), {"epochs": 3}, id="batches replaced"),
-        pytest.param(lambda: [Transcript(6)], lambda: iter(range(1, 40)), {"steps": 20}, id="an iterator"),
-        pytest.param(lambda: [Transcript(6)], lambda: iter(range(1, 10)), {"epochs": 1}, id="a short iterator"),
+        pytest.param(lambda: [transcript()], lambda: range(1, 8), {"epochs": 2}, id="every step"),
+        pytest.param(lambda: [transcript(4)], lambda: range(1, 8), {"epochs": 3}, id="every fourth step"),
+        pytest.param(lambda: [transcript(at(1, 6, 19))], lambda: range(1, 8), {"epochs": 3}, id="at"),
+        pytest.param(lambda: [transcript(every(epochs=2))], lambda: range(1, 8), {"epochs": 5}, id="epochs"),
         pytest.param(
-            lambda: [Transcript(3)], lambda: lambda number: (i for i in range(5 + number)), {"epochs": 3}, id="growing"
+            lambda: [transcript(every(5) | every(epochs=1), begins=True)],
+            lambda: range(1, 8),
+            {"epochs": 3},
+            id="begins",
         ),
         pytest.param(
-            lambda: [Begins(4)], lambda: range(1, 8), {"epochs": 4, "epoch_steps": 5}, id="epochs across passes"
+            lambda: [transcript(3), transcript(4, begins=True)], lambda: range(1, 8), {"steps": 17}, id="two cadences"
         ),
-        pytest.param(lambda: [Transcript(50)], lambda: Loader(range(1, 8)), {"epochs": 3}, id="a loader"),
-        pytest.param(lambda: [Transcript(4), StopAt(9)], lambda: Loader(range(1, 8)), {"epochs": 3}, id="a stop"),
-        pytest.param(lambda: [Transcript(9), Half(2, "h")], lambda: range(1, 8), {"epochs": 4}, id="a pure half"),
+        pytest.param(lambda: [transcript(5), Replaces()], lambda: range(1, 8), {"epochs": 3}, id="batches replaced"),
+        pytest.param(lambda: [transcript(6)], lambda: iter(range(1, 40)), {"steps": 20}, id="an iterator"),
+        pytest.param(lambda: [transcript(6)], lambda: iter(range(1, 10)), {"epochs": 1}, id="a short iterator"),
+        pytest.param(
+            lambda: [transcript(3)], lambda: lambda number: (i for i in range(5 + number)), {"epochs": 3}, id="growing"
+        ),
+        pytest.param(
+            lambda: [transcript(4, begins=True)],
+            lambda: range(1, 8),
+            {"epochs": 4, "epoch_steps": 5},
+            id="epochs across passes",
+        ),
+        pytest.param(lambda: [transcript(50)], lambda: FakeLoader(range(1, 8)), {"epochs": 3}, id="a loader"),
+        pytest.param(
+            lambda: [transcript(4), StopAt(9, final=False)], lambda: FakeLoader(range(1, 8)), {"epochs": 3}, id="a stop"
+        ),
+        pytest.param(lambda: [transcript(9), Half(2, "h")], lambda: range(1, 8), {"epochs": 4}, id="a compiled half"),
     ],
 )
 def test_events_and_observed_values_equal_those_of_single_steps(length, callbacks, data, options):
@@ -267,15 +215,14 @@ def test_iterating_yields_the_same_steps_with_blocks(when):
 
 
 def test_cadence_in_seconds_is_checked_after_each_block():
-    now, seen = [0.0], []
+    clock, seen = FakeClock(), []
 
     def data():
         for _ in range(12):
-            now[0] += 1.0
+            clock.advance(1)
             yield 1
 
-    engine = Engine(add, log_every=1000, steps_per_call=4)
-    engine._clock = lambda: now[0]
+    engine = Engine(add, log_every=1000, steps_per_call=4, clock=clock)
     engine.on("step_end", when=every(seconds=3))(lambda loop: seen.append(loop.step))
     engine.run(jnp.int32(0), data(), steps=12)
     assert seen == [4, 8, 12]
@@ -394,15 +341,6 @@ def test_dict_is_used_before_the_data_source_overwrites_it():
     assert float(Engine(total, steps_per_call=4).run(0.0, data(), steps=10).state) == 45
 
 
-def test_a_short_last_batch_is_worth_one_warning_and_counts():
-    data, seen = Batches({"x": np.arange(11)}, 2, shuffle=False, drop_last=False), []
-    engine = Engine(total, steps_per_call=4)
-    engine.on("epoch_end")(lambda loop: seen.append(loop.batch["x"].tolist()))
-    with pytest.warns(UserWarning, match=r"x: int32\[2\] became int32\[1\]") as warned:
-        result = engine.run(0.0, data, epochs=3)
-    assert (float(result.state), result.step, seen, len(warned)) == (165, 18, [[10]] * 3, 1)
-
-
 @pytest.mark.parametrize("length", [2, 3, 7, 128])
 def test_batches_of_mixed_shapes_keep_their_order(length):
     order = [3, 3, 1, 2, 2, 2, 3, 1, 1, 3, 2, 3, 3]
@@ -455,7 +393,7 @@ def test_writing_into_loop_batch_leaves_the_arrays_of_the_caller_unchanged():
     assert float(engine.run(0.0, data, epochs=2).state) == 56
 
 
-# Pure halves
+# Compiled halves
 
 
 @pytest.mark.parametrize(
@@ -552,13 +490,12 @@ def test_all_batches_before_a_failing_one_are_used(number, callbacks):
                 raise OSError("disk gone")
             yield i
 
-    transcript = Transcript(1000)
-    engine = Engine(add, [transcript, *callbacks], steps_per_call=4)
+    events = transcript(1000)
+    engine = Engine(add, [events, *callbacks], steps_per_call=4)
     with pytest.raises(OSError, match="disk gone") as caught:
         engine.run(jnp.int32(0), data(), steps=20)
     assert caught.value.__notes__ == [f"onstep: raised by the data, at batch {number} of pass 1"]
-    event, step, _, _, state, *_ = transcript.lines[-2]
-    assert (event, step, state) == ("exception", number - 1, sum(range(number)))
+    assert events.lines[-2].startswith(f"exception {number - 1}/0 ({number - 1}, {sum(range(number))}, ")
 
 
 def test_error_note_counts_the_batches_of_the_current_pass():
@@ -576,10 +513,10 @@ def test_error_while_tracing_is_raised_before_any_step_ran():
     def step(state, batch):
         raise KeyError("no such name")
 
-    transcript = Transcript()
+    events = transcript()
     with pytest.raises(KeyError, match="no such name"):
-        Engine(step, [transcript], steps_per_call=4).run(jnp.int32(0), range(9), epochs=1)
-    assert [line[:2] for line in transcript.lines] == [("epoch_begin", 0), ("exception", 0), ("run_end", 0)]
+        Engine(step, [events], steps_per_call=4).run(jnp.int32(0), range(9), epochs=1)
+    assert [line.split(" (")[0] for line in events.lines] == ["epoch_begin 0/0", "exception 0/0", "run_end 0/0"]
 
 
 def test_error_in_a_callback_is_raised_at_its_due_step():
@@ -595,31 +532,22 @@ def test_error_in_a_callback_is_raised_at_its_due_step():
 
 
 def test_ctrl_c_while_drawing_a_block_keeps_the_steps_before_it():
-    def interrupts(number):
-        if number == 7:
+    def interrupts(index):
+        if index == 6:
             raise KeyboardInterrupt
 
-    transcript = Transcript(1000)
+    events = transcript(1000)
     with pytest.raises(KeyboardInterrupt):
-        Engine(add, [transcript], steps_per_call=4).run(jnp.int32(0), Loader(range(20), interrupts), epochs=1)
-    assert transcript.lines[-2][:5] == ("exception", 4, 0, 4, 6)
-
-
-def test_a_pass_that_is_shorter_than_its_len_is_an_error_that_counts_it():
-    class Short(list):
-        def __len__(self):
-            return 9
-
-    with pytest.raises(ValueError, match="has len 9, but pass 1 ended after 7 batches"):
-        Engine(add, steps_per_call=4).run(jnp.int32(0), Short(range(7)), epochs=1)
+        Engine(add, [events], steps_per_call=4).run(jnp.int32(0), FakeLoader(range(20), interrupts), epochs=1)
+    assert events.lines[-2].startswith("exception 4/0 (4, 6, ")
 
 
 def cut_while_drawing(number, batches, length, stop):
-    """A run that is stopped while batch `number` is drawn, and its continuation from the loader's state."""
+    """Run until `stop` is called while batch `number` (from 1) is drawn, then resume from the state of the loader."""
     loops = []
 
-    def before(now):
-        if now == number:
+    def before(index):
+        if index == number - 1:
             stop(loops[0])
 
     def run(start, data):
@@ -629,8 +557,8 @@ def cut_while_drawing(number, batches, length, stop):
             warnings.filterwarnings("ignore", message="A batch has another shape")
             return engine.run(start, data, epochs=1)
 
-    first = run(0.0, Loader(batches, before))
-    return first, run(first, Loader(batches))
+    first = run(0.0, FakeLoader(batches, before))
+    return first, run(first, FakeLoader(batches))
 
 
 MIXED = [np.full(1 if number in (3, 4, 9) else 2, number, np.float32) for number in range(1, 13)]
@@ -667,18 +595,17 @@ def test_stop_in_a_block_with_a_failing_batch_saves_the_right_position():
 
 
 def test_save_in_a_block_with_a_failing_batch_saves_the_right_position():
-    now, saved = [0.0], []
+    clock, saved = FakeClock(), []
 
-    def before(number):
-        now[0] = float(number)
-        if number == 6:
+    def before(index):
+        clock.now = index + 1.0
+        if index == 5:
             raise OSError("disk gone")
 
-    engine = Engine(total, log_every=1000, steps_per_call=8)
-    engine._clock = lambda: now[0]
+    engine = Engine(total, log_every=1000, steps_per_call=8, clock=clock)
     engine.on("save", when=every(seconds=3))(lambda loop: saved.append((loop.step, loop.snapshot())))
     with pytest.raises(OSError, match="disk gone"):
-        engine.run(0.0, Loader(range(20), before), epochs=1)
+        engine.run(0.0, FakeLoader(range(20), before), epochs=1)
     assert [(step, unpack(snapshot.host)["data"]["loader"]["next"]) for step, snapshot in saved] == [(5, 5)]
 
 
@@ -688,7 +615,7 @@ def test_batches_resume_after_the_last_batch_that_was_used(cut):
         return Batches(np.arange(1, 17), 3, seed=3)
 
     expected = Engine(total, steps_per_call=4).run(0.0, data(), epochs=3)
-    first = Engine(total, [StopAt(cut)], steps_per_call=4).run(0.0, data(), epochs=3)
+    first = Engine(total, [StopAt(cut, final=False)], steps_per_call=4).run(0.0, data(), epochs=3)
     assert host(first)["data"]["loader"] == (None if cut % 5 == 0 else {"index": cut % 5, "of": [16, 3, 3, True, True]})
     second = Engine(total, steps_per_call=7).run(first, data(), epochs=3)
     assert (second.step, float(second.state)) == (15, float(expected.state))
@@ -699,7 +626,7 @@ def test_batches_resume_after_the_last_batch_that_was_used(cut):
 
 @pytest.mark.parametrize(("lengths", "modes"), [((4, 1), ("block", "plain")), ((1, 4), ("plain", "block"))], ids=str)
 def test_run_cannot_resume_in_another_execution_mode(lengths, modes):
-    first = Engine(add, [StopAt(3)], steps_per_call=lengths[0]).run(jnp.int32(0), range(9), epochs=1)
+    first = Engine(add, [StopAt(3, final=False)], steps_per_call=lengths[0]).run(jnp.int32(0), range(9), epochs=1)
     with pytest.raises(ValueError, match=f"the execution mode '{modes[0]}', this run '{modes[1]}'.*steps_per_call"):
         Engine(add, steps_per_call=lengths[1]).run(first, range(9), epochs=1)
 
@@ -707,24 +634,11 @@ def test_run_cannot_resume_in_another_execution_mode(lengths, modes):
 @pytest.mark.parametrize("length", [1, 4, "auto"])
 @pytest.mark.parametrize("then", [1, 4, "auto"])
 def test_uncompiled_run_resumes_either_execution_mode_and_keeps_it(length, then):
-    first = Engine(add, [StopAt(3)], steps_per_call=length).run(jnp.int32(0), range(9), epochs=1)
-    second = Engine(add, [StopAt(5)], steps_per_call=then, jit=False).run(first, range(9), epochs=1)
+    first = Engine(add, [StopAt(3, final=False)], steps_per_call=length).run(jnp.int32(0), range(9), epochs=1)
+    second = Engine(add, [StopAt(5, final=False)], steps_per_call=then, jit=False).run(first, range(9), epochs=1)
     assert (second.step, int(second.state)) == (5, 10)
     assert host(second)["program"]["mode"] == host(first)["program"]["mode"]
     assert int(Engine(add, steps_per_call=length).run(second, range(9), epochs=1).state) == 36
-
-
-def test_an_uncompiled_run_takes_its_steps_one_by_one():
-    seen = []
-
-    def looks(state, batch):
-        seen.append(int(state))
-        return state + batch, {"loss": state}
-
-    engine = Engine(looks, [Half(2, "h")], steps_per_call=4, jit=False, log_every=2)
-    history = engine.run(jnp.int32(0), [1] * 6, epochs=1).history
-    assert seen == list(range(6))
-    assert history["train/h/step"] == [1, 3, 5]
 
 
 IMAGE = np.ones((1, 1, 4, 4), np.float32)
@@ -739,14 +653,14 @@ def test_auto_chooses_blocks_for_a_small_step_and_single_steps_for_a_convolution
         return state + convolve(batch), {}
 
     for step, mode, length in ((total, "block", 3), (convolves, "plain", 1)):
-        first = Engine(step, [StopAt(2)], steps_per_call="auto").run(0.0, [IMAGE] * 5, epochs=1)
+        first = Engine(step, [StopAt(2, final=False)], steps_per_call="auto").run(0.0, [IMAGE] * 5, epochs=1)
         assert host(first)["program"]["mode"] == mode
         assert Engine(step, steps_per_call=length).run(first, [IMAGE] * 5, epochs=1).step == 5
 
 
 def test_auto_resumes_in_the_saved_mode_although_the_next_batch_is_short():
-    data = [np.ones((5, 2**20), np.float32), np.ones((1, 2**20), np.float32)]  # one of 20 MiB goes alone
-    first = Engine(total, [StopAt(1)], steps_per_call="auto").run(0.0, data, epochs=1)
+    data = [np.ones((5, 2**20), np.float32), np.ones((1, 2**20), np.float32)]  # a batch of 20 MiB is a block of its own
+    first = Engine(total, [StopAt(1, final=False)], steps_per_call="auto").run(0.0, data, epochs=1)
     with pytest.warns(UserWarning, match="is compiled again"):
         assert Engine(total, steps_per_call="auto").run(first, data, epochs=1).step == 2
 
@@ -826,22 +740,7 @@ def test_larger_batches_make_shorter_blocks_down_to_single_steps():
     assert [rows_for_batch(2**n) for n in (10, 16, 18, 20, 22, 23)] == [128, 128, 32, 8, 2, 0]
 
 
-# What is compiled, what is read
-
-
-def compilations(run):
-    """How often something is compiled after the first step, by jax's own account."""
-    names = []
-
-    def listen(name, seconds, **more):
-        names.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        run(names.clear)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return names.count("/jax/core/compile/backend_compile_duration")
+# Compilations and reads
 
 
 @pytest.mark.parametrize(
@@ -863,12 +762,11 @@ def test_blocks_of_every_length_share_one_trace_and_one_executable(data, length)
         traces.append(1)
         return state + jax.random.uniform(rng), {"loss": state}
 
-    def run(reset):
+    with compilations() as compiled:
         engine = Engine(step, [EMA(0.9, of=None), Half(3, "h")], log_every=4, steps_per_call=length)
-        engine.on("step_end", when=at(1))(lambda loop: reset())
+        engine.on("step_end", when=at(1))(lambda loop: compiled.clear())
         engine.run(0.0, data, epochs=4, rng=KEY)
-
-    assert compilations(run) == 0
+    assert compiled == []
     assert len(traces) == 1
 
 
@@ -887,29 +785,13 @@ def test_invalid_steps_per_call_is_refused_when_the_engine_is_made(given):
         Engine(add, steps_per_call=given)
 
 
-class Column:
-    """Metrics of a block that note when they are read."""
-
-    shape = (4,)
-
-    def __init__(self, step, reads):
-        self.step, self.reads = step, reads
-
-    def __array__(self, dtype=None, copy=None):
-        self.reads.append(self.step)
-        return np.zeros(self.shape)
-
-    def block_until_ready(self):
-        """Waiting for a call is no read of its value."""
-
-
 def test_metrics_of_blocks_are_read_only_at_log_steps():
     calls, reads, seen = [], [], []
     engine = Engine(add, log_every=20, steps_per_call=4)
 
     def call(bundle, batches, rng, due):
         calls.append(int(due[1]))
-        column = Column(len(calls), reads)
+        column = Tripwire(len(calls), reads, shape=(4,))
         return bundle, ({"loss": column}, {"loss": column})
 
     engine._program.call = call
@@ -923,16 +805,15 @@ def test_metrics_of_blocks_are_read_only_at_log_steps():
 
 def test_slow_steps_make_shorter_blocks_with_auto():
     def lengths(steps_per_call):
-        now, drawn, seen = [0.0], [0], []
+        clock, seen = FakeClock(), []
 
         def data(epoch):
             for n in range(200):
-                now[0] += 0.019  # seconds a step, as far as the clock can tell
-                drawn[0] = n + 1
+                clock.advance(0.019)  # the seconds of a step
                 yield n
 
-        engine = Engine(lambda state, batch: (state + batch, {}), log_every=50, steps_per_call=steps_per_call)
-        engine._clock = lambda: now[0]
+        step, options = (lambda state, batch: (state + batch, {})), {"log_every": 50, "clock": clock}
+        engine = Engine(step, steps_per_call=steps_per_call, **options)
         deciding = engine._program._decide
 
         def decide(rows):
@@ -947,7 +828,7 @@ def test_slow_steps_make_shorter_blocks_with_auto():
         return seen
 
     chosen, given = lengths("auto"), lengths(32)
-    assert max(chosen[:7]) == 8  # before it is known how long a step takes
+    assert max(chosen[:7]) == 8  # before the duration of a step is known
     assert max(chosen[8:]) == 5  # 0.1 s
     assert max(given) == 32
 

@@ -1,4 +1,4 @@
-"""Means, records and history: exact, and each at its own step."""
+"""Means, records and history: values are exact and recorded at their own steps."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Batches on the device ahead of time: bounded, in order, and nothing of it stays."""
+"""Prefetching: batches are put on the device in order, a bounded number ahead, and no thread is left behind."""
 
 import threading
 
@@ -9,10 +9,8 @@ import pytest
 from models import refilled
 from onstep import Batches, Engine
 from onstep.prefetch import Prefetch
-
-
-def add(state, batch):
-    return state + batch, {"batch": batch}
+from onstep.testing import RaiseIn, SizedData, StopAt
+from onstep.testing import counting_step as add
 
 
 def threads():
@@ -38,7 +36,7 @@ def test_no_more_batches_than_the_depth_are_drawn_ahead():
 
     batches = Prefetch(source(), 3)
     assert int(next(batches)) == 0
-    assert enough.wait(10)  # three beyond the one that was used
+    assert enough.wait(10)  # three more than the one that was used
     batches.close()
     assert drawn == [0, 1, 2, 3]
 
@@ -90,8 +88,8 @@ def test_run_is_the_same_with_and_without_prefetch(data, steps_per_call):
 
 def test_stopped_run_resumes_at_the_next_batch():
     def run(prefetch):
-        engine = Engine(lambda state, batch: (state + batch.sum(), {}), prefetch=prefetch)
-        engine.on("step_end", when=4)(lambda loop: loop.step == 4 and loop.stop("pause", final=False))
+        step = lambda state, batch: (state + batch.sum(), {})  # noqa: E731
+        engine = Engine(step, [StopAt(4, final=False)], prefetch=prefetch)
         batches = Batches(np.arange(10, dtype=np.int32), 1)
         first = engine.run(jnp.int32(0), batches, epochs=1)
         second = engine.run(first, batches, epochs=1)
@@ -110,26 +108,14 @@ def test_user_iterator_loses_no_batch_between_two_runs():
 
 
 def test_thread_ends_when_the_run_raises():
-    engine = Engine(add, prefetch=2)
-
-    @engine.on("step_end", when=3)
-    def fail(loop):
-        raise RuntimeError("enough")
-
+    engine = Engine(add, [RaiseIn("step_end", RuntimeError("enough"), step=3)], prefetch=2)
     with pytest.raises(RuntimeError, match="enough"):
         engine.run(jnp.int32(0), range(100), epochs=1)
     assert not threads()
 
 
 def test_source_longer_than_its_len_leaves_no_thread():
-    class Longer:
-        def __len__(self):
-            return 3
-
-        def __iter__(self):
-            return iter(range(10))
-
-    result = Engine(add, prefetch=2).run(jnp.int32(0), Longer(), epochs=2)
+    result = Engine(add, prefetch=2).run(jnp.int32(0), SizedData(range(10), 3), epochs=2)
     assert int(result.state) == 6
     assert not threads()
 
