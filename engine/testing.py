@@ -208,6 +208,8 @@ class RaiseIn(Callback):
                 raise error
 
         setattr(self, method, raise_it)
+        if step is not None:  # so that the engine ends no block of steps before this step
+            self.when: Cadence | int = at(max(step + (method == "on_step_begin"), 1))
 
 
 class Restore(Callback):

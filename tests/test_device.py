@@ -1,4 +1,4 @@
-"""When the host waits for the device, what is compiled, what is donated, what is kept."""
+"""When the host waits for the device, and what is compiled, donated and kept in memory."""
 
 import gc
 import io
@@ -10,35 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import Tripwire, compilations
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, Progress, TensorBoard
-
-
-class Tripwire:
-    """A metric that writes down the step at which its value is read, by whatever way."""
-
-    shape, dtype, ndim = (), np.dtype("float32"), 0
-
-    def __init__(self, step, reads):
-        self.step, self.reads = step, reads
-
-    def _read(self, *args, **kwargs):
-        self.reads.append(self.step)
-        return 1.0
-
-    __float__ = __int__ = __bool__ = __index__ = __format__ = __lt__ = __gt__ = __eq__ = __hash__ = _read
-    item = tolist = copy_to_host_async = __repr__ = _read
-
-    def __array__(self, *args, **kwargs):
-        return np.asarray(self._read())
-
-    def block_until_ready(self):
-        """Waiting for a call is no read of its value."""
-        return self
+from onstep.testing import FakeClock
 
 
 def tripwired(engine, reads):
-    """The engine with a plain function in the compiled call's place."""
+    """Replace the compiled call of the engine by a function that returns tripwires."""
     steps = iter(range(1, 10**9))
     engine._program.call = lambda bundle, batch, rng, due: (bundle, {"loss": Tripwire(next(steps), reads)})
     return engine
@@ -49,7 +28,7 @@ def step(state, batch):
 
 
 class Idle(Callback):
-    """Answers events without looking at a value."""
+    """Handle events without reading a value."""
 
     when = every(7)
 
@@ -97,7 +76,7 @@ def test_host_runs_ahead_of_the_device_until_something_is_due(tmp_path):
     engine = Engine(slow_step, built_in(tmp_path), log_every=20, in_flight=32)
     state = jnp.full((500, 500), 0.01)
     engine.run(state, range(400), steps=20)  # compiles
-    for target in (40, 60, 80):  # the machine may be busy: one undisturbed stretch will do
+    for target in (40, 60, 80):  # the machine may be busy: one undisturbed measurement is enough
         times = [time.perf_counter()]
         with engine.steps(state, range(400), steps=target, when=19) as steps:
             for _ in steps:
@@ -124,7 +103,7 @@ def test_host_that_reads_every_step_does_not_run_ahead():
 
 @pytest.mark.parametrize(("seconds", "more"), [(1e-3, 0), (1e-6, 15)], ids=["long calls", "short calls"])
 def test_no_more_calls_than_in_flight_are_queued(seconds, more):
-    finished, started, most = set(), [], []
+    finished, started, most, clock = set(), [], [], FakeClock()
 
     class Handle:
         shape = ()
@@ -141,16 +120,16 @@ def test_no_more_calls_than_in_flight_are_queued(seconds, more):
 
     def call(bundle, batch, rng, due):
         started.append(len(started))
+        clock.advance(seconds)
         most.append(len(started) - len(finished))
         return bundle, {"loss": Handle(started[-1])}
 
     for in_flight in (1, 2, 5):
         finished.clear(), started.clear(), most.clear()
-        engine = Engine(step, in_flight=in_flight, log_every=30, steps_per_call=1)
+        engine = Engine(step, in_flight=in_flight, log_every=30, steps_per_call=1, clock=clock)
         engine._program.call = call
-        engine._clock = lambda: seconds * len(started)
         engine.run(jnp.int32(0), range(100), epochs=1)
-        assert max(most) == in_flight + 1 + more  # the one being started, behind those that are queued
+        assert max(most) == in_flight + 1 + more  # the call being started, in addition to those that are queued
 
 
 def test_arrays_of_the_caller_stay_valid_and_are_not_aliased():
@@ -185,33 +164,20 @@ def test_result_stays_valid_after_another_run_resumes_from_it():
     assert (float(first.state), float(second.state), float(third.state)) == (3, 5, 7)
 
 
-def compilations(run):
-    """How often a run compiles something, by jax's own account."""
-    names = []
-
-    def listen(name, seconds, **more):
-        names.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        run()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return names.count("/jax/core/compile/backend_compile_duration")
-
-
 def test_one_executable_serves_the_whole_run_and_the_next():
     ema = EMA(0.9, of=None)
     engine = Engine(lambda s, b, rng: (s + b.sum(), {"loss": s}), [ema, GradLike(when=3)], log_every=4)
     data = Batches(np.arange(12, dtype=np.float32), 2)
     engine.run(0.0, data, epochs=2, rng=jax.random.key(0))
     assert engine._program.call._cache_size() == 1
-    assert compilations(lambda: engine.run(0.0, data, epochs=2, rng=jax.random.key(0))) == 0
+    with compilations() as compiled:
+        engine.run(0.0, data, epochs=2, rng=jax.random.key(0))
+    assert compiled == []
     assert engine._program.call._cache_size() == 1
 
 
 class GradLike(Callback):
-    """A pure half that is not always due and logs."""
+    """A compiled half that is not due at every step and logs."""
 
     def __init__(self, when):
         self.update_when = when
@@ -283,10 +249,12 @@ def test_uncompiled_steps_see_concrete_values():
         seen.append(float(state))
         return state + batch, {"loss": state}
 
-    engine = Engine(looks, [EMA(0.5, of=None), GradLike(when=2)], jit=False)
-    result = engine.run(jnp.float32(0), [np.float32(1)] * 3, epochs=1)
-    assert seen == [0, 1, 2]
-    assert float(result.state) == 3
+    callbacks = [EMA(0.5, of=None), GradLike(when=2)]
+    engine = Engine(looks, callbacks, jit=False, steps_per_call=4, log_every=2)
+    result = engine.run(jnp.float32(0), [np.float32(1)] * 6, epochs=1)
+    assert seen == list(range(6))
+    assert float(result.state) == 6
+    assert result.history["train/seen"] == [1, 3, 5]
 
 
 @pytest.mark.parametrize("steps_per_call", [1, "auto"])

@@ -87,8 +87,10 @@ def test_run_is_the_same_with_and_without_prefetch(data, steps_per_call):
 
 
 def test_stopped_run_resumes_at_the_next_batch():
+    def step(state, batch):
+        return state + batch.sum(), {}
+
     def run(prefetch):
-        step = lambda state, batch: (state + batch.sum(), {})  # noqa: E731
         engine = Engine(step, [StopAt(4, final=False)], prefetch=prefetch)
         batches = Batches(np.arange(10, dtype=np.int32), 1)
         first = engine.run(jnp.int32(0), batches, epochs=1)
