@@ -1,4 +1,4 @@
-"""The same bytes: with and without observers, in any order, and across every cut."""
+"""Exact reproducibility: with and without observers, in any order, and resumed after any step."""
 
 import io
 import itertools
@@ -6,16 +6,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from models import EXAMPLES, TX, X, Y, epoch, evaluation, fresh_state, same_bytes, step
+from models import EXAMPLES, TX, X, Y, epoch, evaluation, fresh_state, step
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, EarlyStopping, Evaluate, GradNorm, Progress, TensorBoard
+from onstep.testing import StopAt, same_bytes
 
 KEY = jax.random.key(7)
 VALIDATION = Batches({"x": X, "y": Y}, 10, shuffle=False, drop_last=False)
 
 
 class Draws(Callback):
-    """Draws from a numpy generator of its own after every step."""
+    """Draw from a NumPy generator after every step."""
 
     def __init__(self):
         self.generator, self.drawn = np.random.default_rng(3), []
@@ -32,7 +33,7 @@ class Draws(Callback):
 
 
 class Adds(Callback):
-    """A pure half that is due every third step and counts by itself."""
+    """A compiled half that is due every third step and counts."""
 
     update_when = every(steps=3)
 
@@ -73,11 +74,11 @@ def test_observers_do_not_change_a_byte_of_the_state(plain, tmp_path):
     assert same_bytes(run(callbacks).state, plain.state)
 
 
-@pytest.mark.parametrize("turn", range(4))
-def test_order_of_observers_does_not_change_a_byte(plain, whole, turn, tmp_path):
+@pytest.mark.parametrize("shift", range(4))
+def test_order_of_observers_does_not_change_a_byte(plain, whole, shift, tmp_path):
     expected = whole[1].params(whole[0])
     ema, callbacks = observers(tmp_path)
-    result = run(callbacks[::-1] if turn == 0 else callbacks[2 * turn :] + callbacks[: 2 * turn])
+    result = run(callbacks[::-1] if shift == 0 else callbacks[2 * shift :] + callbacks[: 2 * shift])
     assert same_bytes(result.state, plain.state)
     assert same_bytes(ema.params(result), expected)
 
@@ -112,23 +113,16 @@ def test_resumed_run_ends_in_the_same_bytes_and_records(cut, through, whole, tmp
     expected, expected_ema, expected_draws, expected_batches = whole
     seen = []
     ema, callbacks = observers(tmp_path)
-
-    class Stop(Callback):
-        when = every(cut)
-
-        def on_step_end(self, loop):
-            loop.stop("cut", final=False)
-
-    engine = Engine(step, [*callbacks, Stop()], log_every=5)
+    engine = Engine(step, [*callbacks, StopAt(cut, final=False, reason="cut")], log_every=5)
     first = engine.run(fresh_state(), lambda number: epoch(number, seen), epochs=3, rng=KEY)
     assert (first.step, first.stopped) == (cut, "cut")
-    del seen[cut:]  # one batch may have been drawn ahead, to learn whether the epoch goes on
+    del seen[cut:]  # one batch may have been drawn ahead, to find out whether the epoch continues
     if through == "checkpoint":
         ema, callbacks = observers(tmp_path)
     engine = Engine(step, callbacks, log_every=5)
     start = first if through == "result" else fresh_state()
     second = engine.run(start, lambda number: epoch(number, seen), epochs=3, rng=KEY)
-    assert seen[:cut] + seen[cut + cut % 12 :] == expected_batches  # those skipped are drawn again
+    assert seen[:cut] + seen[cut + cut % 12 :] == expected_batches  # skipped batches are drawn again
     assert same_bytes(second.state, expected.state)
     assert same_bytes(second.carry(ema), expected.carry(expected_ema))
     assert second.latest == expected.latest
