@@ -125,6 +125,3 @@ def spans_decades(values: Iterable[float]) -> bool:
     """
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) / 100 >= min(finite)
-
-
-grouped, lines = group_by_chart, line_styles  # former names, until their last users have moved

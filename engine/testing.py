@@ -43,24 +43,28 @@ def counting_step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 class Transcript(Callback):
     """Writes down every event as a line, so that a test compares the order of events with one list.
 
-    A line is `"<event> <step>/<epoch>"`, with the transcript's name in front if it has one, and with what `show`
-    returns behind it.
+    A line is `"<event> <step>/<epoch>"`, with the transcript's name in front if it has one, and followed by the text
+    that `show` returns. A line of `log` also has the values of the record, sorted by name, and one of `exception` the
+    type of the error.
 
     Args:
         name: the callback's name. With one, several transcripts can share `lines`.
         lines: the list to append to; a new one by default.
-        quiet: events to leave out, without `on_`.
-        show: `(loop, event) -> str`, appended to each line.
+        quiet: events to leave out, without `on_`. The transcript does not handle them at all, so it does not make
+            the engine end a block of steps for them.
+        show: `(loop, event) -> str`, appended to each line; an empty string appends nothing.
         when: when `step_begin`, `step_end` and `save` are due; a plain int means steps.
 
     Attributes:
-        lines: what was written down.
+        lines: the lines written so far.
 
     >>> from onstep import Engine
     >>> transcript = Transcript(quiet=[event for event in EVENT_NAMES if event != "step_end"])
     >>> _ = Engine(counting_step, [transcript]).run(jnp.int32(0), [1, 2], epochs=2)
     >>> transcript.lines
     ['step_end 1/0', 'step_end 2/1', 'step_end 3/1', 'step_end 4/2']
+    >>> transcript.steps("step_end")
+    [1, 2, 3, 4]
     """
 
     def __init__(
@@ -75,9 +79,21 @@ class Transcript(Callback):
         self.name: str | None = name
         self.lines: list[str] = [] if lines is None else lines
         self.when: Cadence | int = when
-        self._quiet, self._show = frozenset(quiet), show
-        if unknown := sorted(self._quiet - set(EVENT_NAMES)):
+        self._show = show
+        quiet = set(quiet)
+        if unknown := sorted(quiet - set(EVENT_NAMES)):
             raise ValueError(f"Transcript cannot leave out {unknown}. The events are {list(EVENT_NAMES)}.")
+        for event in quiet:  # the empty method of Callback counts as not overridden
+            setattr(self, f"on_{event}", getattr(super(), f"on_{event}"))
+
+    def steps(self, event: str) -> list[int]:
+        """Return the steps at which an event (without `on_`) was written down.
+
+        Args:
+            event: one of `EVENT_NAMES`.
+        """
+        start = f"{self.name} {event} " if self.name else f"{event} "
+        return [int(line.removeprefix(start).split("/")[0]) for line in self.lines if line.startswith(start)]
 
     def on_load(self, loop: Loop) -> None:
         self._write(loop, "load")
@@ -95,7 +111,7 @@ class Transcript(Callback):
         self._write(loop, "step_end")
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        self._write(loop, "log", *(f"{name}={value:g}" for name, value in record.values.items()))
+        self._write(loop, "log", *(f"{name}={value:g}" for name, value in sorted(record.values.items())))
 
     def on_epoch_end(self, loop: Loop) -> None:
         self._write(loop, "epoch_end")
@@ -113,14 +129,12 @@ class Transcript(Callback):
         self._write(loop, "run_end")
 
     def _write(self, loop: Loop, event: str, *more: str) -> None:
-        if event not in self._quiet:
-            shown = [self._show(loop, event)] if self._show else []
-            named = [self.name] if self.name else []
-            self.lines.append(" ".join([*named, event, f"{loop.step}/{loop.epoch}", *shown, *more]))
+        shown = self._show(loop, event) if self._show else ""
+        self.lines.append(" ".join(filter(None, [self.name, event, f"{loop.step}/{loop.epoch}", shown, *more])))
 
 
 EVENT_NAMES: tuple[str, ...] = tuple(event.removeprefix("on_") for event in EVENTS)
-"""The events as `Transcript` writes them."""
+"""The names of the events as `Transcript` writes them, without `on_`."""
 
 
 class StopAt(Callback):
@@ -151,7 +165,7 @@ class LogValues(Callback):
 
     Args:
         values: by step (counted from 1), the values by name.
-        name: the callback's name.
+        name: the callback's name; the class name by default.
 
     >>> from onstep import Engine
     >>> scores = LogValues({1: {"val/loss": 0.5}, 3: {"val/loss": 0.25}})
@@ -194,13 +208,15 @@ class RaiseIn(Callback):
                 raise error
 
         setattr(self, method, raise_it)
+        if step is not None:  # so that the engine ends no block of steps before this step
+            self.when: Cadence | int = at(max(step + (method == "on_step_begin"), 1))
 
 
 class Restore(Callback):
     """Resumes from a result or snapshot in memory, without a checkpoint on disk.
 
     Args:
-        source: of an earlier run.
+        source: the result or a snapshot of an earlier run.
         strict, skip: as for `Loop.restore`.
 
     >>> from onstep import Engine
@@ -252,7 +268,7 @@ class TickingBatches(list[Any]):
     Args:
         clock: the clock.
         batches: the batches.
-        seconds: that each batch takes.
+        seconds: how long each batch takes.
 
     >>> clock = FakeClock()
     >>> [(batch, clock.now) for batch in TickingBatches(clock, ["a", "b"], seconds=30)]
@@ -270,15 +286,16 @@ class TickingBatches(list[Any]):
 
 
 class FakeLoader:
-    """A loader whose iterator can tell its position and be put back to it, like those of grain.
+    """A loader whose iterator saves and restores its position, like the loaders of grain.
 
     Args:
         batches: the batches of each pass.
-        before: called with the index of a batch before that is drawn; raise an error in it to test a faulty source.
+        before: called with the index of each batch (from 0) before it is drawn. Raise an error in it to test a faulty
+            source.
 
     Attributes:
         drawn: every batch that was drawn, in order, over all passes.
-        sought: every position that an iterator was put to.
+        sought: every position that `set_state` restored.
 
     >>> iterator = iter(FakeLoader(["a", "b", "c"]))
     >>> iterator.set_state({"next": 1})
@@ -312,21 +329,21 @@ class FakeLoaderIterator(Iterator[Any]):
         return self.loader.drawn[-1]
 
     def get_state(self) -> dict[str, int]:
-        """Return the position."""
+        """Return the position in the pass."""
         return {"next": self.next}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go to a position."""
+        """Continue from a position that `get_state` returned."""
         self.loader.sought.append(state["next"])
         self.next = state["next"]
 
 
 class SizedData:
-    """Batches with a length of your choice, which may be wrong, or an error.
+    """Batches with a length of your choice, to test a wrong `len` or none.
 
     Args:
-        batches: what iterating yields.
-        length: what `len` returns, or an error that it raises.
+        batches: the batches that iterating yields.
+        length: the length that `len` returns, or an error that it raises.
 
     Attributes:
         drawn: every batch that was drawn, in order, over all passes.

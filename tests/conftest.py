@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Configuration of all tests."""
 
 import shutil
 import sys
@@ -8,22 +8,22 @@ from pathlib import Path
 import jax
 
 sys.path.insert(0, str(Path(__file__).parent))
-collect_ignore = ["pair.py"]  # a program, which test_processes.py starts
+collect_ignore = ["pair.py"]  # a program that test_processes.py starts
 
 
 def pytest_addoption(parser):
-    parser.addoption("--steps-per-call", type=int, help="of every engine whose test does not say")
-    parser.addoption("--compile-anew", action="store_true", help="every program, also one compiled before")
+    parser.addoption("--steps-per-call", type=int, help="for every engine whose test does not set it")
+    parser.addoption("--compile-anew", action="store_true", help="compile every program, even one compiled before")
 
 
 def pytest_configure(config):
-    jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what uses none is on the first
+    jax.config.update("jax_num_cpu_devices", 8)  # for meshes; a run without one uses the first device
     if config.option.steps_per_call is not None:
         from onstep import Engine
 
         Engine.__init__.__kwdefaults__["steps_per_call"] = config.option.steps_per_call
     if not config.option.compile_anew:  # hundreds of tests compile the same few programs
-        compiled = tempfile.mkdtemp(prefix="onstep-tests-")  # of this process alone: jax's writes are not atomic
+        compiled = tempfile.mkdtemp(prefix="onstep-tests-")  # one folder per process: jax's writes are not atomic
         config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))
         jax.config.update("jax_compilation_cache_dir", compiled)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

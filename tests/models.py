@@ -1,4 +1,8 @@
-"""One small real run for the tests that compare bytes: dropout, Adam with a schedule, shuffled epochs."""
+"""Helpers shared by several tests, and one small real run: dropout, Adam with a schedule, shuffled epochs."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -6,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
+from onstep.testing import same_bytes as same_bytes  # for `from models import same_bytes`
 
 EXAMPLES, BATCH = 24, 2
 X = np.random.default_rng(0).normal(size=(EXAMPLES, 4)).astype(np.float32)
@@ -43,7 +48,7 @@ def evaluation(state, batch):
 
 
 def epoch(number, seen=None):
-    """An epoch's batches, in an order of its own; `seen` collects the examples' numbers."""
+    """Yield the batches of an epoch in its own order; `seen` collects the numbers of the examples."""
     order = np.random.default_rng((0, number)).permutation(EXAMPLES).reshape(-1, BATCH)
     for rows in order:
         if seen is not None:
@@ -51,22 +56,8 @@ def epoch(number, seen=None):
         yield {"x": X[rows], "y": Y[rows]}
 
 
-def same_bytes(one, other):
-    """Whether two trees have the same structure and the same bytes in every leaf."""
-    if jax.tree.structure(one) != jax.tree.structure(other):
-        return False
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(_bytes(a) == _bytes(b) for a, b in pairs)
-
-
-def _bytes(leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
-
-
 def refilled(batches=40):
-    """A source that fills one array again and again, which begins where jax would read it as it lies."""
+    """Yield one array over and over with new values; it is aligned, so jax could use its memory without a copy."""
     raw = np.empty(64 * 256 * 4 + 64, np.uint8)
     start = -raw.__array_interface__["data"][0] % 64
     array = raw[start : start + 64 * 256 * 4].view(np.float32).reshape(64, 256)
@@ -74,3 +65,60 @@ def refilled(batches=40):
         array[:] = number
         yield array
         array[:] = -1
+
+
+class Tripwire:
+    """A metric or carry that records `step` in `reads` whenever the host reads its value, in whatever way.
+
+    Waiting for it with `block_until_ready` is not a read.
+    """
+
+    dtype = np.dtype("float32")
+
+    def __init__(self, step, reads, shape=()):
+        self.step, self.reads, self.shape, self.ndim = step, reads, shape, len(shape)
+
+    def _read(self, *args, **kwargs):
+        self.reads.append(self.step)
+        return 1.0
+
+    __float__ = __int__ = __bool__ = __index__ = __format__ = __lt__ = __gt__ = __eq__ = __hash__ = _read
+    item = tolist = copy_to_host_async = __repr__ = _read
+
+    def __array__(self, *args, **kwargs):
+        return np.full(self.shape, self._read(), self.dtype)
+
+    def block_until_ready(self):
+        return self
+
+
+@contextlib.contextmanager
+def compilations():
+    """Yield a list that gets one item for each compilation inside the block, as reported by jax."""
+    seen = []
+
+    def listen(name, seconds, **more):
+        if name == "/jax/core/compile/backend_compile_duration":
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
+
+
+def load_example(script):
+    """Import an example script as a module."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, EXAMPLES_FOLDER / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def files(directory):
+    """Return the modification time of every file under `directory`, by path."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}

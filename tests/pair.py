@@ -1,4 +1,4 @@
-"""One of several processes that train together: what tests/test_processes.py starts.
+"""One of several processes that train together; tests/test_processes.py starts it.
 
 python pair.py SCENARIO PROCESS PROCESSES PORT DIRECTORY
 """
@@ -27,6 +27,7 @@ from onstep import Batches, Callback, Engine, at, evaluate, every  # noqa: E402
 from onstep.callbacks import EMA, Checkpoint, GracefulExit, GradNorm, Images, TensorBoard  # noqa: E402
 from onstep.callbacks.checkpoint import load, save  # noqa: E402
 from onstep.sharding import create, fsdp, make_mesh  # noqa: E402
+from onstep.testing import FakeLoader, FakeLoaderIterator  # noqa: E402
 
 TX = optax.adam(1e-2)
 MESH = make_mesh()
@@ -75,12 +76,13 @@ def run(state, *callbacks, source=None, steps=50, epochs=None, mesh=MESH, **opti
 
 
 def checksum(result):
-    """Of what this process holds of a run at its end."""
+    """Return a checksum of the arrays that this process holds at the end of a run."""
     arrays = jax.tree.leaves(result.snapshot.tree)
     return zlib.crc32(b"".join(np.asarray(shard.data).tobytes() for a in arrays for shard in a.addressable_shards))
 
 
-def said(function):
+def message_of(function):
+    """Return the message of the error that `function` raises."""
     try:
         function()
     except (ValueError, FileExistsError) as error:
@@ -88,18 +90,21 @@ def said(function):
     return "nothing"
 
 
-def tell(**values):
+def report(**values):
+    """Write values to the file that the test reads."""
     (DIRECTORY / f"{SCENARIO}-{PROCESS}.json").write_text(json.dumps(values))
 
 
 def own_part(source):
-    """Batches as a loader of this process would give them: its own rows."""
+    """Yield the rows of each batch that belong to this process, as its own loader would."""
     rows = 64 // PROCESSES
     for batch in source:
         yield {name: array[PROCESS * rows : (PROCESS + 1) * rows] for name, array in batch.items()}
 
 
 class At3(Callback):
+    """Call `act(loop)` after step 3."""
+
     def __init__(self, act):
         self.act = act
         self.when = at(3)
@@ -109,7 +114,7 @@ class At3(Callback):
 
 
 class Times(Callback):
-    """Due by the clock: when it was."""
+    """Collect the steps at which a cadence in seconds was due."""
 
     def __init__(self):
         self.when, self.steps = every(seconds=0.05), []
@@ -119,7 +124,7 @@ class Times(Callback):
 
 
 def losses():
-    """The same numbers as on one device, whatever feeds them; and the same examples."""
+    """Train with every kind of data source: losses and examples equal those of one device."""
     runs = {
         "batches": run(cut(), GradNorm()),
         "blocks": run(cut(), GradNorm(), steps_per_call=8),
@@ -128,13 +133,13 @@ def losses():
         "prefetch": run(cut(), GradNorm(), prefetch=2),
     }
     ends = {name: [result.history[k] for k in ("train/loss", "train/order")] for name, result in runs.items()}
-    uneven = data(100, drop_last=False)  # 12 at the end, which do not divide
+    uneven = data(100, drop_last=False)  # the last batch of 12 does not divide among the devices
     seen = np.asarray(jax.jit(lambda x: x, out_shardings=None)(runs["whole state"].state["seen"]))
-    tell(ends=ends, error=evaluate(score, cut(), uneven, mesh=MESH)["error"], seen=seen.tolist())
+    report(ends=ends, error=evaluate(score, cut(), uneven, mesh=MESH)["error"], seen=seen.tolist())
 
 
 def agree():
-    """Stops, clocks and files are the same for all; a mistake speaks on all."""
+    """Stops, clocks and files are the same in all processes, and so is the error of a mistake."""
     times, ema = Times(), EMA(0.9)
     timed = run(cut(), times, ema, steps=200)
     stopped = run(cut(), At3(lambda loop: loop.stop("enough") if PROCESS == 1 else None))
@@ -153,7 +158,7 @@ def agree():
         for a, b in zip(tree["w"].addressable_shards, loaded.addressable_shards, strict=True)
     )
     few = list(data())[: 8 - PROCESS]
-    tell(
+    report(
         times=times.steps,
         timed=timed.step,
         stopped=[stopped.step, stopped.stopped],
@@ -161,65 +166,55 @@ def agree():
         checkpoints=sorted(int(path.name) for path in (DIRECTORY / "run").iterdir() if path.name.isdigit()),
         bytes=[checksum(whole), checksum(again)],
         loaded=same,
-        lengths=said(lambda: run(cut(), source=few)),
-        seeds=said(lambda: run(make(jax.random.key(PROCESS)))),
-        lists=said(lambda: run(cut(), *[GradNorm()] * PROCESS)),
-        meshes=said(lambda: run(make(jax.random.key(0)), mesh=None)),
-        used=said(lambda: save(DIRECTORY / "tree", tree)),
-        indivisible=said(lambda: run(cut(), source=data(60))),
+        lengths=message_of(lambda: run(cut(), source=few)),
+        seeds=message_of(lambda: run(make(jax.random.key(PROCESS)))),
+        lists=message_of(lambda: run(cut(), *[GradNorm()] * PROCESS)),
+        meshes=message_of(lambda: run(make(jax.random.key(0)), mesh=None)),
+        used=message_of(lambda: save(DIRECTORY / "tree", tree)),
+        indivisible=message_of(lambda: run(cut(), source=data(60))),
     )
 
 
 def begin():
-    """Half a run, to be gone on with by others."""
-    tell(losses=run(cut(), EMA(0.9), Checkpoint(DIRECTORY / "moves", when=10), steps=20).history["train/loss"])
+    """Run half of the steps, for another number of processes to resume."""
+    report(losses=run(cut(), EMA(0.9), Checkpoint(DIRECTORY / "moves", when=10), steps=20).history["train/loss"])
 
 
-def go_on():
+def resume():
+    """Resume the run of `begin` in several processes, or in one with a mesh."""
     result = run(cut(), EMA(0.9), Checkpoint(DIRECTORY / "moves", when=10), steps=40)
-    tell(losses=result.history["train/loss"], steps=result.history.steps("train/loss"))
+    report(losses=result.history["train/loss"], steps=result.history.steps("train/loss"))
 
 
-def go_on_alone():
-    """On one device, without a mesh."""
+def resume_alone():
+    """Resume the run of `begin` on one device, without a mesh."""
     saves = Checkpoint(DIRECTORY / "moves", when=10)
     result = run(make(jax.random.key(0)), EMA(0.9), saves, steps=40, mesh=None)
-    tell(losses=result.history["train/loss"], devices=len(jax.tree.leaves(result.state)[0].sharding.device_set))
+    report(losses=result.history["train/loss"], devices=len(jax.tree.leaves(result.state)[0].sharding.device_set))
 
 
 def loader_moves():
-    class Loader:
-        """Knows its position by itself."""
-
+    class Loader(FakeLoader):
         def __iter__(self):
-            return Reader()
+            return Reader(self)
 
-    class Reader:
-        def __init__(self):
-            self.batches = list(own_part(data()))
-            self.at = 0
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            if self.at == len(self.batches):
-                raise StopIteration
-            self.at += 1
-            return self.batches[self.at - 1]
+    class Reader(FakeLoaderIterator):
+        """Check that each process gets its own position back."""
 
         def get_state(self):
-            return {"at": self.at, "process": PROCESS}
+            return {**super().get_state(), "process": PROCESS}
 
         def set_state(self, state):
             assert state["process"] == PROCESS
-            self.at = state["at"]
+            super().set_state(state)
 
     steps = int(os.environ.get("STEPS", "5"))
     saves = Checkpoint(DIRECTORY / "loader", when=5)
-    message = said(lambda: tell(order=run(cut(), saves, source=Loader(), steps=steps).history["train/order"]))
+    message = message_of(
+        lambda: report(order=run(cut(), saves, source=Loader(own_part(data())), steps=steps).history["train/order"])
+    )
     if message != "nothing":
-        tell(message=message)
+        report(message=message)
 
 
 def raises():
@@ -250,15 +245,15 @@ def runs_out():
 def is_killed():
     def act(loop):
         if PROCESS == 1:
-            while not (DIRECTORY / "run" / "2").exists():  # a save is committed beside the steps
+            while not (DIRECTORY / "run" / "2").exists():  # a save is committed in the background
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
 
     run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(act))
 
 
-def go_on_killed():
-    tell(step=run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(lambda loop: None), steps=8).step)
+def resume_after_kill():
+    report(step=run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(lambda loop: None), steps=8).step)
 
 
 def is_terminated():
@@ -267,7 +262,7 @@ def is_terminated():
             os.kill(os.getpid(), signal.SIGTERM)
 
     result = run(cut(), GracefulExit(), Checkpoint(DIRECTORY / "run", when=2), At3(act))
-    tell(step=result.step, stopped=result.stopped)
+    report(step=result.step, stopped=result.stopped)
 
 
 globals()[SCENARIO]()

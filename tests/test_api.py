@@ -77,26 +77,26 @@ def listing():
     return sorted(lines)
 
 
-def test_nothing_public_changes_unless_the_list_does():
+def test_public_api_matches_the_list():
     was = (ROOT / "tests" / "api.txt").read_text().splitlines()
     changes = list(difflib.unified_diff(was, listing(), "api.txt", "onstep", n=0, lineterm=""))
     assert not changes, "\n".join(["On purpose? python tests/test_api.py > tests/api.txt", *changes])
 
 
-def test_what_is_public_is_documented():
+def test_public_names_have_docstrings():
     for name, found in public():
         members_of = members(found) if inspect.isclass(found) else ()
         for member, it in [("", found), *((member, it) for member, it in members_of if it)]:
             assert inspect.getdoc(it), f"{name}.{member}"
 
 
-def test_every_way_to_what_is_public_is_documented():
+def test_public_modules_are_documented():
     page = (ROOT / "docs" / "api_stability.md").read_text()
     for module in [*LISTS, *NAMES]:
         assert f"`{module}`" in page
 
 
-def test_the_version_is_semantic():
+def test_version_is_semantic():
     assert re.fullmatch(r"\d+\.\d+\.\d+", onstep.__version__)
 
 

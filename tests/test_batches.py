@@ -1,4 +1,4 @@
-"""Arrays in memory as batches: their order, their sizes, and going on in the middle of an epoch."""
+"""Batches of arrays in memory: their order, their sizes, and resuming in the middle of an epoch."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from onstep.data.stacking import aligned_empty
 
 
 def served(batches, epoch=0):
-    """The examples of an epoch, batch by batch."""
+    """Return the examples of an epoch, batch by batch."""
     return [batch.tolist() for batch in batches(epoch)]
 
 
@@ -21,7 +21,7 @@ def mean_step(state, batch):
     return state + batch.sum(), {"mean": batch.mean()}
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_only_on_seed_and_epoch():
     first = served(Batches(np.arange(40), 4, seed=7), epoch=3)
     batches = Batches(np.arange(40), 4, seed=7)
     served(batches, epoch=0)
@@ -37,12 +37,12 @@ def test_epochs_differ_and_each_has_every_example_once():
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_iterating_gives_the_first_epoch():
+def test_iterating_yields_the_first_epoch():
     batches = Batches(np.arange(12), 4)
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in batches] == served(batches, 0)
 
 
-def test_a_run_reads_another_order_every_epoch():
+def test_run_reads_another_order_every_epoch():
     seen = []
     batches = Batches(np.arange(12), 4)
     engine = Engine(mean_step)
@@ -55,12 +55,12 @@ def test_a_run_reads_another_order_every_epoch():
     assert seen == served(batches, 0) + served(batches, 1)
 
 
-def test_without_shuffle_every_epoch_has_the_arrays_own_order():
+def test_without_shuffle_every_epoch_keeps_the_order_of_the_arrays():
     batches = Batches(np.arange(6), 2, shuffle=False)
     assert served(batches, 0) == served(batches, 5) == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_the_leaves_of_a_tree_stay_together():
+def test_leaves_of_a_tree_stay_aligned():
     arrays = {"x": np.arange(10), "y": (np.arange(10) * 10, jnp.arange(20).reshape(10, 2))}
     for batch in Batches(arrays, 3):
         assert (batch["y"][0] == batch["x"] * 10).all()
@@ -68,7 +68,7 @@ def test_the_leaves_of_a_tree_stay_together():
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_the_arrays_are_served_as_they_are_in_shape_and_dtype(shuffle):
+def test_batches_keep_shape_and_dtype_of_the_arrays(shuffle):
     (batch,) = Batches({"x": np.ones((4, 2, 3), np.float16)}, 4, shuffle=shuffle)
     assert (batch["x"].shape, batch["x"].dtype) == ((4, 2, 3), np.float16)
 
@@ -76,52 +76,52 @@ def test_the_arrays_are_served_as_they_are_in_shape_and_dtype(shuffle):
 @pytest.mark.parametrize(
     ("examples", "size", "drop_last", "sizes", "dropped"),
     [
-        pytest.param(7, 3, True, [3, 3], 1, id="a rest that is dropped"),
-        pytest.param(7, 3, False, [3, 3, 1], 0, id="a rest that is served"),
-        pytest.param(6, 3, True, [3, 3], 0, id="no rest to drop"),
-        pytest.param(6, 3, False, [3, 3], 0, id="no rest to serve"),
+        pytest.param(7, 3, True, [3, 3], 1, id="remainder dropped"),
+        pytest.param(7, 3, False, [3, 3, 1], 0, id="remainder kept"),
+        pytest.param(6, 3, True, [3, 3], 0, id="no remainder to drop"),
+        pytest.param(6, 3, False, [3, 3], 0, id="no remainder to keep"),
         pytest.param(3, 3, True, [3], 0, id="one batch"),
         pytest.param(2, 3, False, [2], 0, id="one short batch"),
     ],
 )
-def test_a_short_last_batch_is_dropped_or_served(examples, size, drop_last, sizes, dropped):
+def test_short_last_batch_is_dropped_or_kept(examples, size, drop_last, sizes, dropped):
     batches = Batches(np.arange(examples), size, drop_last=drop_last)
     assert [len(batch) for batch in batches] == sizes
     assert (len(batches), batches.dropped) == (len(sizes), dropped)
 
 
-def test_the_dropped_examples_are_others_every_epoch():
+def test_dropped_examples_differ_between_epochs():
     batches = Batches(np.arange(7), 3)
     left_out = {tuple(set(range(7)) - set(examples(batches, epoch))) for epoch in range(10)}
     assert len(left_out) > 1
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "4"], ids=repr)
-def test_a_size_that_is_no_positive_whole_number_is_refused(size):
+def test_batch_size_that_is_not_a_positive_int_is_refused(size):
     with pytest.raises(ValueError, match=f"Batches needs .*batch_size.* >= 1, .*got {size!r}"):
         Batches(np.arange(8), size)
 
 
-def test_a_batch_larger_than_the_data_is_refused_unless_short_ones_are_served():
+def test_batch_size_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match=r"batch_size <= .*\b3\b.*, got 4; or drop_last=False"):
         Batches(np.arange(3), 4)
 
 
-def test_leading_axes_that_differ_are_refused_by_name():
+def test_arrays_with_different_leading_axes_are_refused_by_name():
     with pytest.raises(ValueError, match=r"one leading axis, got .*'x': \(3,\), 'y': \(4,\)"):
         Batches({"x": np.arange(3), "y": np.arange(4)}, 2)
 
 
 @pytest.mark.parametrize("arrays", [{}, {"x": np.float32(1)}], ids=["no array", "a scalar"])
-def test_what_has_no_leading_axis_is_refused(arrays):
+def test_arrays_without_a_leading_axis_are_refused(arrays):
     with pytest.raises(ValueError, match="Batches needs arrays of one leading axis"):
         Batches(arrays, 2)
 
 
-# Going on in the middle of an epoch.
+# Resuming in the middle of an epoch.
 
 
-def test_an_iterator_says_where_it_stands_and_goes_there():
+def test_iterator_saves_and_restores_its_position():
     batches = Batches(np.arange(20), 4)
     whole = served(batches, 2)
     iterator = batches(2)
@@ -131,7 +131,7 @@ def test_an_iterator_says_where_it_stands_and_goes_there():
     assert [batch.tolist() for batch in again] == whole[2:]
 
 
-def test_what_an_iterator_said_does_not_change_as_it_goes_on():
+def test_saved_position_does_not_change_as_the_iterator_advances():
     iterator = Batches(np.arange(20), 4)(0)
     before = iterator.get_state()
     rest = [batch.tolist() for batch in iterator]
@@ -139,7 +139,7 @@ def test_what_an_iterator_said_does_not_change_as_it_goes_on():
     assert [batch.tolist() for batch in iterator] == rest
 
 
-def test_a_resumed_run_gathers_nothing_of_what_was_used(capsys):
+def test_resumed_run_gathers_no_used_examples(capsys):
     gathered = []
 
     @jax.tree_util.register_pytree_node_class
@@ -180,7 +180,7 @@ def test_a_resumed_run_gathers_nothing_of_what_was_used(capsys):
     ],
     ids=["examples", "batch_size", "one example", "seed", "shuffle", "drop_last"],
 )
-def test_a_run_does_not_go_on_with_other_batches(other, change):
+def test_run_cannot_resume_with_different_batches(other, change):
     engine = Engine(mean_step)
     part = engine.run(jnp.int32(0), Batches(np.arange(8), 2), steps=3)
     with pytest.raises(ValueError, match=change):
@@ -188,10 +188,10 @@ def test_a_run_does_not_go_on_with_other_batches(other, change):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_block_in_another_type_than_the_arrays_reads_nothing_that_was_not_written(shuffle, monkeypatch):
+def test_block_of_another_dtype_reads_no_uninitialized_memory(shuffle, monkeypatch):
     def dirty(*args):
         out = aligned_empty(*args)
-        out.view(np.uint32)[...] = 0x7FA00000  # a signalling NaN, which may not be converted
+        out.view(np.uint32)[...] = 0x7FA00000  # a signalling NaN, whose conversion would raise a warning
         return out
 
     monkeypatch.setattr("onstep.data.batches.aligned_empty", dirty)

@@ -18,7 +18,7 @@ def run(script, *flags):
     return done.stdout
 
 
-def test_the_loops_are_timed_in_tables_in_json_and_in_a_plot(tmp_path):
+def test_loops_are_timed_in_tables_json_and_a_plot(tmp_path):
     printed = run("run.py", "--quick", "--only", "W1", "--out", str(tmp_path))
     (found,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     rows = {row["case"]: row["ratio"] for row in found["workloads"]["W1"]}
@@ -28,11 +28,11 @@ def test_the_loops_are_timed_in_tables_in_json_and_in_a_plot(tmp_path):
     assert [path.stat().st_size > 10_000 for path in tmp_path.glob("*.png")] == [True]
 
 
-def test_the_engine_alone_is_timed():
+def test_overhead_of_the_engine_is_timed():
     assert "10 callbacks, 2 act every 100 steps" in run("overhead.py", "--rounds", "1")
 
 
-def test_nothing_is_compiled_but_what_is_said_and_no_array_is_left_behind():
+def test_long_run_compiles_only_what_it_logs_and_leaves_no_array_behind():
     printed = run("limits.py", "--steps", "15000")
     assert "compilations: 1 before step 100, 0 afterwards; said: ['compiled the step, up to 128 to a call" in printed
     (live,) = (line for line in printed.splitlines() if line.startswith("live arrays"))

@@ -1,4 +1,4 @@
-"""Several steps in one compiled call: the same run, however it is cut."""
+"""Several steps in one compiled call: the run is the same for every block length."""
 
 import itertools
 import logging
@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from clu import metrics
-from models import epoch, fresh_state, same_bytes
+from models import Tripwire, compilations, epoch, fresh_state
 from models import step as real_step
 from onstep import Batches, Callback, Engine, at, every
 from onstep.callbacks import EMA, Checkpoint, GradNorm
 from onstep.compiled.blocks import choose_block_size
 from onstep.snapshot import unpack
+from onstep.testing import FakeClock, FakeLoader, StopAt, Transcript, same_bytes
 
 KEY = jax.random.key(7)
 
@@ -27,23 +28,13 @@ def add(state, batch):
 
 
 def total(state, batch):
-    """Adds up all that is in a batch."""
+    """Add up all leaves of a batch."""
     leaves = [jnp.asarray(leaf).astype(jnp.float32).sum() for leaf in jax.tree.leaves(batch)]
     return state + sum(leaves), {"sum": sum(leaves) + 0.0}
 
 
-class StopAt(Callback):
-    """A stop that is meant to be resumed."""
-
-    def __init__(self, step):
-        self.when = at(step)
-
-    def on_step_end(self, loop):
-        loop.stop("cut", final=False)
-
-
 class Looks(Callback):
-    """Host halves that are due and do nothing."""
+    """Handlers that are due and do nothing."""
 
     def __init__(self, when):
         self.when = when
@@ -54,47 +45,23 @@ class Looks(Callback):
     on_step_begin = on_save = on_step_end
 
 
-class Transcript(Callback):
-    """Writes down every event, and what can be seen there; steps are due by `when`."""
-
-    def __init__(self, when=1):
-        self.when, self.lines = when, []
-
-    def _write(self, loop, event, *more):
-        numbers = {name: float(value) for name, value in loop.metrics.items()}
-        batch = None if loop.batch is None else int(loop.batch)
-        self.lines.append(
-            (event, loop.step, loop.epoch, loop.epoch_step, int(loop.state), batch, numbers, dict(loop.latest), *more)
-        )
-
-    def on_epoch_begin(self, loop):
-        self._write(loop, "epoch_begin")
-
-    def on_step_end(self, loop):
-        self._write(loop, "step_end")
-
-    def on_log(self, loop, record):
-        self._write(loop, "log", record.values)
-
-    def on_epoch_end(self, loop):
-        self._write(loop, "epoch_end")
-
-    def on_save(self, loop):
-        self._write(loop, "save", unpack(loop.snapshot().host)["data"])
-
-    def on_exception(self, loop, error):
-        self._write(loop, "exception", str(error))
-
-    def on_run_end(self, loop):
-        self._write(loop, "run_end")
+def observed(loop, event):
+    """Show everything that a handler can see."""
+    numbers = sorted((name, float(value)) for name, value in loop.metrics.items())
+    batch = None if loop.batch is None else int(loop.batch)
+    position = unpack(loop.snapshot().host)["data"] if event == "save" else None
+    return repr((loop.epoch_step, int(loop.state), batch, numbers, sorted(loop.latest.items()), position))
 
 
-class Begins(Transcript):
-    def on_step_begin(self, loop):
-        self._write(loop, "step_begin")
+def transcript(when=1, *, begins=False):
+    """Write down events with everything that is seen there; only with `begins` those before steps, which end blocks."""
+    quiet = ["load", "run_begin", "snapshot", *([] if begins else ["step_begin"])]
+    return Transcript(show=observed, when=when, quiet=quiet)
 
 
 class Replaces(Callback):
+    """Replace the batch of every third step."""
+
     when = every(steps=3)
 
     def on_step_begin(self, loop):
@@ -102,7 +69,7 @@ class Replaces(Callback):
 
 
 class Half(Callback):
-    """A pure half that counts how often it was due, and logs that and the step."""
+    """A compiled half that counts how often it was due, and logs the count and the step."""
 
     def __init__(self, when, name=None):
         self.update_when, self.name = when, name
@@ -112,37 +79,6 @@ class Half(Callback):
 
     def update(self, carry, ctx):
         return carry + 1, ctx.log({f"{self.name}/due": carry + 1, f"{self.name}/step": ctx.step})
-
-
-class Loader:
-    """Batches whose iterator can say where it stands; `before(number)` is called before each draw."""
-
-    def __init__(self, batches, before=lambda number: None):
-        self.batches, self.before = list(batches), before
-
-    def __iter__(self):
-        return LoaderIterator(self)
-
-
-class LoaderIterator:
-    def __init__(self, loader):
-        self.loader, self.next = loader, 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.loader.before(self.next + 1)
-        if self.next == len(self.loader.batches):
-            raise StopIteration
-        self.next += 1
-        return self.loader.batches[self.next - 1]
-
-    def get_state(self):
-        return {"next": self.next}
-
-    def set_state(self, state):
-        self.next = state["next"]
 
 
 def points(history):
@@ -189,18 +125,18 @@ def test_blocks_of_every_length_end_in_the_same_bytes_and_records(length, whole)
         pytest.param([], {"data": lambda number: list(epoch(number))}, id="epochs of known length"),
     ],
 )
-def test_where_the_host_looks_changes_no_byte(others, options, whole):
+def test_log_steps_and_host_callbacks_do_not_change_a_byte(others, options, whole):
     assert same_bytes(train(6, *others, **options)[1], whole[1])
 
 
 @pytest.mark.parametrize(
     ("cut", "through"), [(7, "result"), (12, "result"), (1, "checkpoint"), (17, "checkpoint")], ids=str
 )
-def test_a_run_cut_anywhere_goes_on_with_blocks_of_another_length(cut, through, whole, tmp_path):
+def test_interrupted_run_resumes_with_blocks_of_another_length(cut, through, whole, tmp_path):
     def saved():
         return [Checkpoint(tmp_path, when=every(10))] if through == "checkpoint" else []
 
-    first, _ = train(4, *saved(), StopAt(cut))
+    first, _ = train(4, *saved(), StopAt(cut, final=False, reason="cut"))
     second, trees = train(7, *saved(), state=first if through == "result" else None)
     assert (first.step, first.stopped, second.step) == (cut, "cut", 36)
     assert same_bytes(trees, whole[1])
@@ -209,7 +145,7 @@ def test_a_run_cut_anywhere_goes_on_with_blocks_of_another_length(cut, through, 
         assert points(first.history).get(name, []) + points(second.history).get(name, []) == expected
 
 
-def test_batches_gathered_as_blocks_are_those_gathered_one_by_one():
+def test_batches_gathered_in_blocks_equal_batches_gathered_one_by_one():
     data = Batches({"x": np.arange(22.0), "y": np.arange(22)}, 3, seed=2)
 
     def mixed(state, batch):
@@ -227,27 +163,39 @@ def test_batches_gathered_as_blocks_are_those_gathered_one_by_one():
 @pytest.mark.parametrize(
     ("callbacks", "data", "options"),
     [
-        pytest.param(lambda: [Transcript()], lambda: range(1, 8), {"epochs": 2}, id="every step"),
-        pytest.param(lambda: [Transcript(4)], lambda: range(1, 8), {"epochs": 3}, id="every fourth step"),
-        pytest.param(lambda: [Transcript(at(1, 6, 19))], lambda: range(1, 8), {"epochs": 3}, id="at"),
-        pytest.param(lambda: [Transcript(every(epochs=2))], lambda: range(1, 8), {"epochs": 5}, id="epochs"),
-        pytest.param(lambda: [Begins(every(5) | every(epochs=1))], lambda: range(1, 8), {"epochs": 3}, id="begins"),
-        pytest.param(lambda: [Transcript(3), Begins(4)], lambda: range(1, 8), {"steps": 17}, id="two cadences"),
-        pytest.param(lambda: [Transcript(5), Replaces()], lambda: range(1, 8), {"epochs": 3}, id="batches replaced"),
-        pytest.param(lambda: [Transcript(6)], lambda: iter(range(1, 40)), {"steps": 20}, id="an iterator"),
-        pytest.param(lambda: [Transcript(6)], lambda: iter(range(1, 10)), {"epochs": 1}, id="a short iterator"),
+        pytest.param(lambda: [transcript()], lambda: range(1, 8), {"epochs": 2}, id="every step"),
+        pytest.param(lambda: [transcript(4)], lambda: range(1, 8), {"epochs": 3}, id="every fourth step"),
+        pytest.param(lambda: [transcript(at(1, 6, 19))], lambda: range(1, 8), {"epochs": 3}, id="at"),
+        pytest.param(lambda: [transcript(every(epochs=2))], lambda: range(1, 8), {"epochs": 5}, id="epochs"),
         pytest.param(
-            lambda: [Transcript(3)], lambda: lambda number: (i for i in range(5 + number)), {"epochs": 3}, id="growing"
+            lambda: [transcript(every(5) | every(epochs=1), begins=True)],
+            lambda: range(1, 8),
+            {"epochs": 3},
+            id="begins",
         ),
         pytest.param(
-            lambda: [Begins(4)], lambda: range(1, 8), {"epochs": 4, "epoch_steps": 5}, id="epochs across passes"
+            lambda: [transcript(3), transcript(4, begins=True)], lambda: range(1, 8), {"steps": 17}, id="two cadences"
         ),
-        pytest.param(lambda: [Transcript(50)], lambda: Loader(range(1, 8)), {"epochs": 3}, id="a loader"),
-        pytest.param(lambda: [Transcript(4), StopAt(9)], lambda: Loader(range(1, 8)), {"epochs": 3}, id="a stop"),
-        pytest.param(lambda: [Transcript(9), Half(2, "h")], lambda: range(1, 8), {"epochs": 4}, id="a pure half"),
+        pytest.param(lambda: [transcript(5), Replaces()], lambda: range(1, 8), {"epochs": 3}, id="batches replaced"),
+        pytest.param(lambda: [transcript(6)], lambda: iter(range(1, 40)), {"steps": 20}, id="an iterator"),
+        pytest.param(lambda: [transcript(6)], lambda: iter(range(1, 10)), {"epochs": 1}, id="a short iterator"),
+        pytest.param(
+            lambda: [transcript(3)], lambda: lambda number: (i for i in range(5 + number)), {"epochs": 3}, id="growing"
+        ),
+        pytest.param(
+            lambda: [transcript(4, begins=True)],
+            lambda: range(1, 8),
+            {"epochs": 4, "epoch_steps": 5},
+            id="epochs across passes",
+        ),
+        pytest.param(lambda: [transcript(50)], lambda: FakeLoader(range(1, 8)), {"epochs": 3}, id="a loader"),
+        pytest.param(
+            lambda: [transcript(4), StopAt(9, final=False)], lambda: FakeLoader(range(1, 8)), {"epochs": 3}, id="a stop"
+        ),
+        pytest.param(lambda: [transcript(9), Half(2, "h")], lambda: range(1, 8), {"epochs": 4}, id="a compiled half"),
     ],
 )
-def test_events_and_all_that_is_seen_there_are_those_of_single_steps(length, callbacks, data, options):
+def test_events_and_observed_values_equal_those_of_single_steps(length, callbacks, data, options):
     def lines(steps_per_call):
         given = callbacks()
         Engine(add, given, log_every=6, steps_per_call=steps_per_call).run(jnp.int32(0), data(), **options)
@@ -257,7 +205,7 @@ def test_events_and_all_that_is_seen_there_are_those_of_single_steps(length, cal
 
 
 @pytest.mark.parametrize("when", [1, 3, at(2, 9), every(epochs=1)], ids=str)
-def test_a_for_of_ones_own_gets_the_same_turns(when):
+def test_iterating_yields_the_same_steps_with_blocks(when):
     def turns(length):
         engine = Engine(add, log_every=5, steps_per_call=length)
         with engine.steps(jnp.int32(0), range(7), epochs=2, when=when) as steps:
@@ -266,16 +214,15 @@ def test_a_for_of_ones_own_gets_the_same_turns(when):
     assert turns(4) == turns(1)
 
 
-def test_a_cadence_in_seconds_is_looked_at_after_each_block():
-    now, seen = [0.0], []
+def test_cadence_in_seconds_is_checked_after_each_block():
+    clock, seen = FakeClock(), []
 
     def data():
         for _ in range(12):
-            now[0] += 1.0
+            clock.advance(1)
             yield 1
 
-    engine = Engine(add, log_every=1000, steps_per_call=4)
-    engine._clock = lambda: now[0]
+    engine = Engine(add, log_every=1000, steps_per_call=4, clock=clock)
     engine.on("step_end", when=every(seconds=3))(lambda loop: seen.append(loop.step))
     engine.run(jnp.int32(0), data(), steps=12)
     assert seen == [4, 8, 12]
@@ -289,7 +236,7 @@ def test_no_batch_is_drawn_beyond_the_next_due_step():
     assert seen == [(7, 7), (14, 14), (21, 21)]
 
 
-def test_a_state_set_between_two_blocks_is_the_one_that_goes_on():
+def test_state_assigned_between_two_blocks_is_used():
     engine = Engine(add, steps_per_call=8)
 
     @engine.on("step_end", when=5)
@@ -299,7 +246,7 @@ def test_a_state_set_between_two_blocks_is_the_one_that_goes_on():
     assert int(engine.run(jnp.int32(0), [1] * 12, epochs=1).state) == 102
 
 
-def test_a_batch_changed_in_place_before_a_step_counts():
+def test_batch_changed_in_place_before_a_step_is_used():
     engine = Engine(total, steps_per_call=4)
 
     @engine.on("step_begin", when=2)
@@ -309,7 +256,7 @@ def test_a_batch_changed_in_place_before_a_step_counts():
     assert float(engine.run(0.0, Batches({"x": np.ones(8)}, 2), epochs=1).state) == 2 + 20 + 2 + 20
 
 
-def test_a_batch_may_get_its_shape_before_the_step():
+def test_callback_may_turn_raw_data_into_a_batch_before_the_step():
     engine = Engine(total, steps_per_call=4)
 
     @engine.on("step_begin")
@@ -340,7 +287,7 @@ def test_a_batch_may_get_its_shape_before_the_step():
         pytest.param([np.zeros((0, 4))] * 9, id="no examples"),
     ],
 )
-def test_batches_of_every_kind_give_what_they_give_one_by_one(batches):
+def test_batches_of_every_kind_give_the_results_of_single_steps(batches):
     def run(length):
         seen = []
         engine = Engine(total, log_every=4, steps_per_call=length)
@@ -354,7 +301,7 @@ def test_batches_of_every_kind_give_what_they_give_one_by_one(batches):
 
 
 @pytest.mark.parametrize("length", [4, "auto"])
-def test_random_keys_may_be_in_a_batch(length):
+def test_batch_may_contain_random_keys(length):
     def step(state, batch):
         return state + jax.random.normal(batch["key"]), {}
 
@@ -368,12 +315,12 @@ def test_random_keys_may_be_in_a_batch(length):
     [(jnp.bfloat16(0), 0.5), (jnp.int8(0), 2), (jnp.bfloat16(0), jnp.full((), 0.5))],
     ids=["a float", "an int", "an array of weak type"],
 )
-def test_a_plain_number_in_a_batch_widens_no_dtype(state, batch):
+def test_python_number_in_a_batch_does_not_widen_the_dtype(state, batch):
     result = Engine(lambda state, batch: (state + batch, {}), steps_per_call=4).run(state, [batch] * 6, epochs=1)
     assert (result.state.dtype, float(result.state)) == (state.dtype, 6 * float(batch))
 
 
-def test_an_array_that_the_data_fills_again_is_used_before():
+def test_array_is_used_before_the_data_source_overwrites_it():
     def data(shape):
         buffer = np.zeros(shape)
         for i in range(10):
@@ -384,7 +331,7 @@ def test_an_array_that_the_data_fills_again_is_used_before():
     assert float(Engine(total, steps_per_call=4).run(0.0, data(3), steps=10).state) == 135
 
 
-def test_a_dict_that_the_data_fills_again_is_used_before():
+def test_dict_is_used_before_the_data_source_overwrites_it():
     def data():
         batch = {}
         for i in range(10):
@@ -394,17 +341,8 @@ def test_a_dict_that_the_data_fills_again_is_used_before():
     assert float(Engine(total, steps_per_call=4).run(0.0, data(), steps=10).state) == 45
 
 
-def test_a_short_last_batch_is_worth_one_warning_and_counts():
-    data, seen = Batches({"x": np.arange(11)}, 2, shuffle=False, drop_last=False), []
-    engine = Engine(total, steps_per_call=4)
-    engine.on("epoch_end")(lambda loop: seen.append(loop.batch["x"].tolist()))
-    with pytest.warns(UserWarning, match=r"x: int32\[2\] became int32\[1\]") as warned:
-        result = engine.run(0.0, data, epochs=3)
-    assert (float(result.state), result.step, seen, len(warned)) == (165, 18, [[10]] * 3, 1)
-
-
 @pytest.mark.parametrize("length", [2, 3, 7, 128])
-def test_batches_of_mixed_shapes_come_in_their_order(length):
+def test_batches_of_mixed_shapes_keep_their_order(length):
     order = [3, 3, 1, 2, 2, 2, 3, 1, 1, 3, 2, 3, 3]
     batches = [np.full(size, number, np.float32) for number, size in enumerate(order)]
 
@@ -425,7 +363,7 @@ def test_batches_of_mixed_shapes_come_in_their_order(length):
     [[(1, 2), {"a": 3, "b": 4}, (5, 6)], [1, None, 2], [{"a": 1}, {"a": 2.5}, {"a": True}]],
     ids=["containers", "nothing", "dtypes"],
 )
-def test_batches_of_another_kind_end_a_block(batches):
+def test_batch_of_another_structure_ends_a_block(batches):
     def run(length):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -434,7 +372,7 @@ def test_batches_of_another_kind_end_a_block(batches):
     assert run(8) == run(1)
 
 
-def test_the_callers_batches_and_state_are_neither_changed_nor_donated():
+def test_batches_and_state_of_the_caller_are_neither_changed_nor_donated():
     state, device, fixed = jnp.ones(3), [jnp.full(3, i) for i in range(6)], [np.full(3, i) for i in range(6)]
     for array in fixed:
         array.flags.writeable = False
@@ -444,7 +382,7 @@ def test_the_callers_batches_and_state_are_neither_changed_nor_donated():
     assert (state.tolist(), result.state.tolist()) == ([1] * 3, [43] * 3)
 
 
-def test_what_a_callback_writes_into_its_batch_is_not_in_the_callers_arrays():
+def test_writing_into_loop_batch_leaves_the_arrays_of_the_caller_unchanged():
     data = Batches(np.arange(8), 2, shuffle=False)
     engine = Engine(total, steps_per_call=2)
 
@@ -455,14 +393,14 @@ def test_what_a_callback_writes_into_its_batch_is_not_in_the_callers_arrays():
     assert float(engine.run(0.0, data, epochs=2).state) == 56
 
 
-# Pure halves
+# Compiled halves
 
 
 @pytest.mark.parametrize(
     "when", [2, 3, every(4) | every(7), at(1, 5, 6, 20), every(epochs=1), every(epochs=2) | at(3)], ids=str
 )
 @pytest.mark.parametrize("length", [3, 128])
-def test_a_pure_half_is_due_at_its_steps_alone(when, length):
+def test_compiled_half_in_a_block_is_due_at_its_steps_only(when, length):
     def run(length):
         half = Half(when, "h")
         engine = Engine(add, [half], log_every=1, steps_per_call=length)
@@ -472,7 +410,7 @@ def test_a_pure_half_is_due_at_its_steps_alone(when, length):
     assert run(length) == run(1)
 
 
-def test_halves_of_several_cadences_log_where_they_are_due():
+def test_compiled_halves_of_several_cadences_log_only_when_due():
     halves = [Half(2, "two"), Half(1, "one"), Half(5, "five"), Half(at(3), "at"), Half(every(epochs=1), "epoch")]
     engine = Engine(add, halves, log_every=1000, steps_per_call=6)
     seen = {}
@@ -486,12 +424,12 @@ def test_halves_of_several_cadences_log_where_they_are_due():
     assert {name: result.latest[f"train/{name}"] for name in expected} == expected
 
 
-def test_a_half_that_was_never_due_is_in_no_record():
+def test_compiled_half_that_was_never_due_is_in_no_record():
     result = Engine(add, [Half(at(100), "late")], log_every=3, steps_per_call=4).run(jnp.int32(0), range(7), epochs=1)
     assert set(result.history) == {"train/loss", "epoch/loss"}
 
 
-def test_a_half_may_change_the_state_of_the_next_step_in_its_block():
+def test_compiled_half_may_change_the_state_within_a_block():
     class Clips(Callback):
         update_when = every(3)
 
@@ -502,7 +440,7 @@ def test_a_half_may_change_the_state_of_the_next_step_in_its_block():
     assert int(result.state) == 18
 
 
-def test_a_half_draws_what_it_would_draw_one_by_one():
+def test_random_numbers_in_a_block_equal_those_of_single_steps():
     class Draws(Callback):
         def update(self, carry, ctx):
             return carry, ctx.log(draw=jax.random.randint(ctx.rng, (), 0, 10**6))
@@ -535,7 +473,7 @@ def test_clu_metrics_merge_exactly_in_blocks():
 
 
 @pytest.mark.parametrize("value", [True, 3, 0.25, np.float64(2), float("nan")], ids=str)
-def test_a_constant_may_be_a_metric(value):
+def test_metric_may_be_a_constant(value):
     history = Engine(lambda s, b: (s, {"c": value}), steps_per_call=4).run(0, range(6), epochs=1).history
     assert history["epoch/c"] == pytest.approx([float(value)], nan_ok=True)
 
@@ -545,23 +483,22 @@ def test_a_constant_may_be_a_metric(value):
 
 @pytest.mark.parametrize("number", [1, 2, 6, 9])
 @pytest.mark.parametrize("callbacks", [[], [Looks(3)]], ids=["alone", "with a callback"])
-def test_all_batches_before_one_that_cannot_be_drawn_are_used(number, callbacks):
+def test_all_batches_before_a_failing_one_are_used(number, callbacks):
     def data():
         for i in itertools.count(1):
             if i == number:
                 raise OSError("disk gone")
             yield i
 
-    transcript = Transcript(1000)
-    engine = Engine(add, [transcript, *callbacks], steps_per_call=4)
+    events = transcript(1000)
+    engine = Engine(add, [events, *callbacks], steps_per_call=4)
     with pytest.raises(OSError, match="disk gone") as caught:
         engine.run(jnp.int32(0), data(), steps=20)
     assert caught.value.__notes__ == [f"onstep: raised by the data, at batch {number} of pass 1"]
-    event, step, _, _, state, *_ = transcript.lines[-2]
-    assert (event, step, state) == ("exception", number - 1, sum(range(number)))
+    assert events.lines[-2].startswith(f"exception {number - 1}/0 ({number - 1}, {sum(range(number))}, ")
 
 
-def test_the_note_counts_the_batches_of_its_own_pass():
+def test_error_note_counts_the_batches_of_the_current_pass():
     def data(number):
         yield from [1, 1, 1]
         if number == 1:
@@ -572,17 +509,17 @@ def test_the_note_counts_the_batches_of_its_own_pass():
     assert caught.value.__notes__ == ["onstep: raised by the data, at batch 4 of pass 2"]
 
 
-def test_an_error_in_the_step_reaches_the_caller_before_any_step_ran():
+def test_error_while_tracing_is_raised_before_any_step_ran():
     def step(state, batch):
         raise KeyError("no such name")
 
-    transcript = Transcript()
+    events = transcript()
     with pytest.raises(KeyError, match="no such name"):
-        Engine(step, [transcript], steps_per_call=4).run(jnp.int32(0), range(9), epochs=1)
-    assert [line[:2] for line in transcript.lines] == [("epoch_begin", 0), ("exception", 0), ("run_end", 0)]
+        Engine(step, [events], steps_per_call=4).run(jnp.int32(0), range(9), epochs=1)
+    assert [line.split(" (")[0] for line in events.lines] == ["epoch_begin 0/0", "exception 0/0", "run_end 0/0"]
 
 
-def test_an_error_in_a_callback_comes_at_its_own_step():
+def test_error_in_a_callback_is_raised_at_its_due_step():
     engine = Engine(add, steps_per_call=8)
 
     @engine.on("step_end", when=5)
@@ -594,32 +531,23 @@ def test_an_error_in_a_callback_comes_at_its_own_step():
     assert caught.value.__notes__ == ["onstep: raised by fails.on_step_end at step 5"]
 
 
-def test_ctrl_c_while_a_block_is_drawn_leaves_the_steps_before_it():
-    def interrupts(number):
-        if number == 7:
+def test_ctrl_c_while_drawing_a_block_keeps_the_steps_before_it():
+    def interrupts(index):
+        if index == 6:
             raise KeyboardInterrupt
 
-    transcript = Transcript(1000)
+    events = transcript(1000)
     with pytest.raises(KeyboardInterrupt):
-        Engine(add, [transcript], steps_per_call=4).run(jnp.int32(0), Loader(range(20), interrupts), epochs=1)
-    assert transcript.lines[-2][:5] == ("exception", 4, 0, 4, 6)
-
-
-def test_a_pass_that_is_shorter_than_its_len_is_an_error_that_counts_it():
-    class Short(list):
-        def __len__(self):
-            return 9
-
-    with pytest.raises(ValueError, match="has len 9, but pass 1 ended after 7 batches"):
-        Engine(add, steps_per_call=4).run(jnp.int32(0), Short(range(7)), epochs=1)
+        Engine(add, [events], steps_per_call=4).run(jnp.int32(0), FakeLoader(range(20), interrupts), epochs=1)
+    assert events.lines[-2].startswith("exception 4/0 (4, 6, ")
 
 
 def cut_while_drawing(number, batches, length, stop):
-    """A run that is stopped while batch `number` is drawn, and its continuation from the loader's state."""
+    """Run until `stop` is called while batch `number` (from 1) is drawn, then resume from the state of the loader."""
     loops = []
 
-    def before(now):
-        if now == number:
+    def before(index):
+        if index == number - 1:
             stop(loops[0])
 
     def run(start, data):
@@ -629,8 +557,8 @@ def cut_while_drawing(number, batches, length, stop):
             warnings.filterwarnings("ignore", message="A batch has another shape")
             return engine.run(start, data, epochs=1)
 
-    first = run(0.0, Loader(batches, before))
-    return first, run(first, Loader(batches))
+    first = run(0.0, FakeLoader(batches, before))
+    return first, run(first, FakeLoader(batches))
 
 
 MIXED = [np.full(1 if number in (3, 4, 9) else 2, number, np.float32) for number in range(1, 13)]
@@ -638,14 +566,14 @@ MIXED = [np.full(1 if number in (3, 4, 9) else 2, number, np.float32) for number
 
 @pytest.mark.parametrize("number", [1, 2, 5, 6, 10])
 @pytest.mark.parametrize("batches", [list(range(1, 13)), MIXED], ids=["one shape", "shapes that change"])
-def test_a_stop_while_a_block_is_drawn_loses_no_batch_and_repeats_none(number, batches):
+def test_stop_while_drawing_a_block_loses_and_repeats_no_batch(number, batches):
     first, second = cut_while_drawing(number, batches, 5, lambda loop: loop.stop("signal", final=False))
     assert first.step <= number + 4
     assert host(first)["data"]["loader"] == {"next": first.step}
     assert (second.step, float(second.state)) == (12, sum(float(np.sum(batch)) for batch in batches))
 
 
-def test_a_stop_from_another_thread_loses_no_batch_and_repeats_none():
+def test_stop_from_another_thread_loses_and_repeats_no_batch():
     def stop(loop):
         thread = threading.Thread(target=lambda: loop.stop("signal", final=False))
         thread.start()
@@ -656,7 +584,7 @@ def test_a_stop_from_another_thread_loses_no_batch_and_repeats_none():
     assert float(second.state) == sum(float(batch.sum()) for batch in MIXED)
 
 
-def test_a_stop_in_a_block_that_cannot_be_drawn_to_its_end_has_the_right_position():
+def test_stop_in_a_block_with_a_failing_batch_saves_the_right_position():
     def stop_and_fail(loop):
         loop.stop("signal", final=False)
         raise OSError("disk gone")
@@ -666,29 +594,28 @@ def test_a_stop_in_a_block_that_cannot_be_drawn_to_its_end_has_the_right_positio
     assert int(second.state) == 12
 
 
-def test_a_save_in_a_block_that_cannot_be_drawn_to_its_end_has_the_right_position():
-    now, saved = [0.0], []
+def test_save_in_a_block_with_a_failing_batch_saves_the_right_position():
+    clock, saved = FakeClock(), []
 
-    def before(number):
-        now[0] = float(number)
-        if number == 6:
+    def before(index):
+        clock.now = index + 1.0
+        if index == 5:
             raise OSError("disk gone")
 
-    engine = Engine(total, log_every=1000, steps_per_call=8)
-    engine._clock = lambda: now[0]
+    engine = Engine(total, log_every=1000, steps_per_call=8, clock=clock)
     engine.on("save", when=every(seconds=3))(lambda loop: saved.append((loop.step, loop.snapshot())))
     with pytest.raises(OSError, match="disk gone"):
-        engine.run(0.0, Loader(range(20), before), epochs=1)
+        engine.run(0.0, FakeLoader(range(20), before), epochs=1)
     assert [(step, unpack(snapshot.host)["data"]["loader"]["next"]) for step, snapshot in saved] == [(5, 5)]
 
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 13])
-def test_batches_go_on_with_the_one_after_the_last_that_ran(cut):
+def test_batches_resume_after_the_last_batch_that_was_used(cut):
     def data():
         return Batches(np.arange(1, 17), 3, seed=3)
 
     expected = Engine(total, steps_per_call=4).run(0.0, data(), epochs=3)
-    first = Engine(total, [StopAt(cut)], steps_per_call=4).run(0.0, data(), epochs=3)
+    first = Engine(total, [StopAt(cut, final=False)], steps_per_call=4).run(0.0, data(), epochs=3)
     assert host(first)["data"]["loader"] == (None if cut % 5 == 0 else {"index": cut % 5, "of": [16, 3, 3, True, True]})
     second = Engine(total, steps_per_call=7).run(first, data(), epochs=3)
     assert (second.step, float(second.state)) == (15, float(expected.state))
@@ -698,33 +625,20 @@ def test_batches_go_on_with_the_one_after_the_last_that_ran(cut):
 
 
 @pytest.mark.parametrize(("lengths", "modes"), [((4, 1), ("block", "plain")), ((1, 4), ("plain", "block"))], ids=str)
-def test_a_run_does_not_go_on_in_another_mode(lengths, modes):
-    first = Engine(add, [StopAt(3)], steps_per_call=lengths[0]).run(jnp.int32(0), range(9), epochs=1)
+def test_run_cannot_resume_in_another_execution_mode(lengths, modes):
+    first = Engine(add, [StopAt(3, final=False)], steps_per_call=lengths[0]).run(jnp.int32(0), range(9), epochs=1)
     with pytest.raises(ValueError, match=f"the execution mode '{modes[0]}', this run '{modes[1]}'.*steps_per_call"):
         Engine(add, steps_per_call=lengths[1]).run(first, range(9), epochs=1)
 
 
 @pytest.mark.parametrize("length", [1, 4, "auto"])
 @pytest.mark.parametrize("then", [1, 4, "auto"])
-def test_an_uncompiled_run_goes_on_from_either_mode_and_keeps_it(length, then):
-    first = Engine(add, [StopAt(3)], steps_per_call=length).run(jnp.int32(0), range(9), epochs=1)
-    second = Engine(add, [StopAt(5)], steps_per_call=then, jit=False).run(first, range(9), epochs=1)
+def test_uncompiled_run_resumes_either_execution_mode_and_keeps_it(length, then):
+    first = Engine(add, [StopAt(3, final=False)], steps_per_call=length).run(jnp.int32(0), range(9), epochs=1)
+    second = Engine(add, [StopAt(5, final=False)], steps_per_call=then, jit=False).run(first, range(9), epochs=1)
     assert (second.step, int(second.state)) == (5, 10)
     assert host(second)["program"]["mode"] == host(first)["program"]["mode"]
     assert int(Engine(add, steps_per_call=length).run(second, range(9), epochs=1).state) == 36
-
-
-def test_an_uncompiled_run_takes_its_steps_one_by_one():
-    seen = []
-
-    def looks(state, batch):
-        seen.append(int(state))
-        return state + batch, {"loss": state}
-
-    engine = Engine(looks, [Half(2, "h")], steps_per_call=4, jit=False, log_every=2)
-    history = engine.run(jnp.int32(0), [1] * 6, epochs=1).history
-    assert seen == list(range(6))
-    assert history["train/h/step"] == [1, 3, 5]
 
 
 IMAGE = np.ones((1, 1, 4, 4), np.float32)
@@ -734,24 +648,24 @@ def convolve(x):
     return jax.lax.conv(x, np.ones((1, 1, 3, 3), np.float32), (1, 1), "SAME").sum()
 
 
-def test_auto_takes_blocks_for_a_small_step_and_single_steps_for_a_convolution():
+def test_auto_chooses_blocks_for_a_small_step_and_single_steps_for_a_convolution():
     def convolves(state, batch):
         return state + convolve(batch), {}
 
     for step, mode, length in ((total, "block", 3), (convolves, "plain", 1)):
-        first = Engine(step, [StopAt(2)], steps_per_call="auto").run(0.0, [IMAGE] * 5, epochs=1)
+        first = Engine(step, [StopAt(2, final=False)], steps_per_call="auto").run(0.0, [IMAGE] * 5, epochs=1)
         assert host(first)["program"]["mode"] == mode
         assert Engine(step, steps_per_call=length).run(first, [IMAGE] * 5, epochs=1).step == 5
 
 
-def test_auto_goes_on_in_the_saved_mode_where_the_next_batch_is_a_short_one():
-    data = [np.ones((5, 2**20), np.float32), np.ones((1, 2**20), np.float32)]  # one of 20 MiB goes alone
-    first = Engine(total, [StopAt(1)], steps_per_call="auto").run(0.0, data, epochs=1)
+def test_auto_resumes_in_the_saved_mode_although_the_next_batch_is_short():
+    data = [np.ones((5, 2**20), np.float32), np.ones((1, 2**20), np.float32)]  # a batch of 20 MiB is a block of its own
+    first = Engine(total, [StopAt(1, final=False)], steps_per_call="auto").run(0.0, data, epochs=1)
     with pytest.warns(UserWarning, match="is compiled again"):
         assert Engine(total, steps_per_call="auto").run(first, data, epochs=1).step == 2
 
 
-def test_auto_looks_at_every_runs_own_batches():
+def test_auto_decides_from_the_batches_of_each_run():
     engine = Engine(total, steps_per_call="auto")
     engine.run(0.0, [np.ones(2, np.float32)], epochs=1)
     large = engine.run(0.0, [np.ones((5, 2**20), np.float32)], epochs=1)
@@ -759,7 +673,7 @@ def test_auto_looks_at_every_runs_own_batches():
 
 
 @pytest.mark.parametrize("length", [1, 4, "auto"])
-def test_a_snapshot_may_be_taken_before_the_first_batch(length):
+def test_snapshot_may_be_taken_before_the_first_batch(length):
     snapshots = []
     engine = Engine(add, steps_per_call=length)
     engine.on("load")(lambda loop: snapshots.append(loop.snapshot()))
@@ -800,7 +714,7 @@ own_forward.defjvp(lambda primals, tangents: (convolve(primals[0]), tangents[0].
         pytest.param(own_forward, id="custom_jvp"),
     ],
 )
-def test_a_convolution_is_found_wherever_it_hides(function):
+def test_convolution_is_found_inside_every_transformation(function):
     assert choose_block_size(jax.make_jaxpr(function)(IMAGE), IMAGE)[0] == 0
 
 
@@ -817,31 +731,16 @@ def rows_for_batch(size):
     return choose_block_size(jax.make_jaxpr(lambda b: b["x"].sum())(batch), batch)[0]
 
 
-def test_many_flops_make_short_blocks_and_very_many_none():
+def test_more_flops_make_shorter_blocks_down_to_single_steps():
     assert [rows_for_product(n) for n in (8, 256, 512, 1024)] == [128, 119, 14, 0]
     assert [rows_for_product(256, times) for times in (1, 10, 50, 100)] == [119, 11, 2, 0]
 
 
-def test_large_batches_make_short_blocks_and_very_large_none():
+def test_larger_batches_make_shorter_blocks_down_to_single_steps():
     assert [rows_for_batch(2**n) for n in (10, 16, 18, 20, 22, 23)] == [128, 128, 32, 8, 2, 0]
 
 
-# What is compiled, what is read
-
-
-def compilations(run):
-    """How often something is compiled after the first step, by jax's own account."""
-    names = []
-
-    def listen(name, seconds, **more):
-        names.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        run(names.clear)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return names.count("/jax/core/compile/backend_compile_duration")
+# Compilations and reads
 
 
 @pytest.mark.parametrize(
@@ -856,23 +755,22 @@ def compilations(run):
     ],
 )
 @pytest.mark.parametrize("length", [5, "auto"])
-def test_one_trace_and_one_executable_serve_blocks_of_every_length(data, length):
+def test_blocks_of_every_length_share_one_trace_and_one_executable(data, length):
     traces = []
 
     def step(state, batch, rng):
         traces.append(1)
         return state + jax.random.uniform(rng), {"loss": state}
 
-    def run(reset):
+    with compilations() as compiled:
         engine = Engine(step, [EMA(0.9, of=None), Half(3, "h")], log_every=4, steps_per_call=length)
-        engine.on("step_end", when=at(1))(lambda loop: reset())
+        engine.on("step_end", when=at(1))(lambda loop: compiled.clear())
         engine.run(0.0, data, epochs=4, rng=KEY)
-
-    assert compilations(run) == 0
+    assert compiled == []
     assert len(traces) == 1
 
 
-def test_compiling_is_announced_once_with_the_most_steps(caplog):
+def test_compilation_is_logged_once_with_the_block_length(caplog):
     with caplog.at_level(logging.INFO, "onstep"):
         engine = Engine(add, steps_per_call=6)
         for _ in range(2):
@@ -882,34 +780,18 @@ def test_compiling_is_announced_once_with_the_most_steps(caplog):
 
 
 @pytest.mark.parametrize("given", [0, -1, 2.5, True, "fast", None], ids=str)
-def test_a_wrong_number_of_steps_is_refused_when_the_engine_is_made(given):
+def test_invalid_steps_per_call_is_refused_when_the_engine_is_made(given):
     with pytest.raises(ValueError, match=f"Engine needs steps_per_call >= 1, a whole number, got {given!r}"):
         Engine(add, steps_per_call=given)
 
 
-class Column:
-    """Metrics of a block that note when they are read."""
-
-    shape = (4,)
-
-    def __init__(self, step, reads):
-        self.step, self.reads = step, reads
-
-    def __array__(self, dtype=None, copy=None):
-        self.reads.append(self.step)
-        return np.zeros(self.shape)
-
-    def block_until_ready(self):
-        """Waiting for a call is no read of its value."""
-
-
-def test_no_metric_is_read_between_due_log_steps():
+def test_metrics_of_blocks_are_read_only_at_log_steps():
     calls, reads, seen = [], [], []
     engine = Engine(add, log_every=20, steps_per_call=4)
 
     def call(bundle, batches, rng, due):
         calls.append(int(due[1]))
-        column = Column(len(calls), reads)
+        column = Tripwire(len(calls), reads, shape=(4,))
         return bundle, ({"loss": column}, {"loss": column})
 
     engine._compiled.call = call
@@ -921,18 +803,17 @@ def test_no_metric_is_read_between_due_log_steps():
     assert reads == list(range(1, 14))
 
 
-def test_slow_steps_make_short_blocks_where_the_engine_chooses():
+def test_slow_steps_make_shorter_blocks_with_auto():
     def lengths(steps_per_call):
-        now, drawn, seen = [0.0], [0], []
+        clock, seen = FakeClock(), []
 
         def data(epoch):
             for n in range(200):
-                now[0] += 0.019  # seconds a step, as far as the clock can tell
-                drawn[0] = n + 1
+                clock.advance(0.019)  # the seconds of a step
                 yield n
 
-        options = {"log_every": 50, "steps_per_call": steps_per_call, "clock": lambda: now[0]}
-        engine = Engine(lambda state, batch: (state + batch, {}), **options)
+        step, options = (lambda state, batch: (state + batch, {})), {"log_every": 50, "clock": clock}
+        engine = Engine(step, steps_per_call=steps_per_call, **options)
         deciding = engine._compiled._select_call
 
         def decide(layout):
@@ -947,12 +828,12 @@ def test_slow_steps_make_short_blocks_where_the_engine_chooses():
         return seen
 
     chosen, given = lengths("auto"), lengths(32)
-    assert max(chosen[:7]) == 8  # before it is known how long a step takes
+    assert max(chosen[:7]) == 8  # before the duration of a step is known
     assert max(chosen[8:]) == 5  # 0.1 s
     assert max(given) == 32
 
 
-def test_a_nan_that_jax_looks_for_is_found_in_its_operation():
+def test_debug_nans_names_the_operation_that_made_the_nan():
     def step(state, batch):
         return state + jnp.log(batch), {}
 

@@ -1,4 +1,4 @@
-"""The list of callbacks: names, order, functions, what they keep, and what they may change."""
+"""Callbacks of an engine: names, order, functions, host state, carries, and what they may change."""
 
 import contextlib
 import gc
@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from onstep import Callback, Engine, every
-
-
-def add(state, batch):
-    return state + batch, {"loss": batch}
+from onstep import Callback, Engine, at, every
+from onstep.testing import EVENT_NAMES, FakeClock, Transcript
+from onstep.testing import counting_step as add
 
 
 class Idle(Callback):
-    """Does nothing, compiled in."""
+    """A compiled half that changes nothing."""
 
     def __init__(self, name=None):
         self.name = name
@@ -26,7 +24,7 @@ class Idle(Callback):
 
 
 class Counter(Callback):
-    """Counts steps on the host, from `start`."""
+    """Count steps on the host, from `start`."""
 
     def __init__(self, name=None, start=0):
         self.name, self.count = name, start
@@ -42,7 +40,7 @@ class Counter(Callback):
 
 
 class Total(Callback):
-    """Sums the batches in a carry."""
+    """Sum the batches in a carry."""
 
     def init(self, state):
         return jnp.zeros_like(state)
@@ -52,7 +50,7 @@ class Total(Callback):
 
 
 class Draw(Callback):
-    """Logs a random number of its own."""
+    """Log a random number."""
 
     def __init__(self, name):
         self.name = name
@@ -61,66 +59,33 @@ class Draw(Callback):
         return carry, ctx.log({f"draw/{self.name}": jax.random.uniform(ctx.rng)})
 
 
-class Everything(Callback):
-    """Writes down every event that it answers."""
-
-    def __init__(self, name, lines):
-        self.name, self.lines = name, lines
-
-    def on_load(self, loop):
-        self.lines.append(("load", self.name))
-
-    def on_run_begin(self, loop):
-        self.lines.append(("run_begin", self.name))
-
-    def on_epoch_begin(self, loop):
-        self.lines.append(("epoch_begin", self.name))
-
-    def on_step_begin(self, loop):
-        self.lines.append(("step_begin", self.name))
-
-    def on_step_end(self, loop):
-        self.lines.append(("step_end", self.name))
-
-    def on_log(self, loop, record):
-        self.lines.append(("log", self.name))
-
-    def on_epoch_end(self, loop):
-        self.lines.append(("epoch_end", self.name))
-
-    def on_save(self, loop):
-        self.lines.append(("save", self.name))
-
-    def on_run_end(self, loop):
-        self.lines.append(("run_end", self.name))
+def written(lines, event):
+    """Return the names of the callbacks that wrote an event into shared lines, in order."""
+    return [line.split()[0] for line in lines if line.split()[1] == event]
 
 
 # Names and order.
 
 
-def test_callbacks_answer_every_event_in_the_order_of_the_list_and_end_in_reverse():
+def test_callbacks_handle_events_in_list_order_and_end_in_reverse():
     lines = []
-    Engine(add, [Everything(name, lines) for name in "bca"]).run(jnp.int32(0), [1], epochs=1)
-    orders = {event: "".join(name for what, name in lines if what == event) for event, _ in lines}
+    Engine(add, [Transcript(name, lines=lines) for name in "bca"]).run(jnp.int32(0), [1], epochs=1)
+    orders = {event: "".join(written(lines, event)) for event in dict.fromkeys(line.split()[1] for line in lines)}
     assert orders.pop("run_end") == "acb"
     assert orders.pop("log") == "bcabca"
     assert set(orders.values()) == {"bca"}
-    assert len(orders) == 7
+    assert len(orders) == 8
 
 
-def test_a_save_comes_after_every_other_answer_wherever_it_is_listed():
+def test_on_save_comes_after_all_other_handlers_wherever_the_callback_is_listed():
     lines = []
-
-    class Save(Callback):
-        def on_save(self, loop):
-            lines.append(("save", "first in the list"))
-
-    Engine(add, [Save(), Everything("last", lines)], log_every=1).run(jnp.int32(0), [1], epochs=1)
-    before = lines[: lines.index(("save", "first in the list"))]
-    assert [event for event, _ in before][-4:] == ["step_end", "log", "log", "epoch_end"]
+    save = Transcript("first", lines=lines, quiet=set(EVENT_NAMES) - {"save"})
+    Engine(add, [save, Transcript("last", lines=lines)], log_every=1).run(jnp.int32(0), [1], epochs=1)
+    before = lines[: lines.index("first save 1/1")]
+    assert [line.split()[1] for line in before][-4:] == ["step_end", "log", "log", "epoch_end"]
 
 
-def test_pure_halves_act_in_the_order_of_the_list():
+def test_compiled_halves_run_in_list_order():
     class Scale(Idle):
         def update(self, carry, ctx):
             return carry, ctx.replace(state=ctx.state * 10)
@@ -135,30 +100,30 @@ def test_pure_halves_act_in_the_order_of_the_list():
     assert (run([Scale(), Shift()]), run([Shift(), Scale()])) == (11, 20)
 
 
-def test_names_are_class_names_numbered_where_they_repeat():
+def test_repeated_class_names_are_numbered():
     given = [Idle(), Counter(), Idle(), Idle("mine"), Idle()]
     engine = Engine(add, given)
     assert list(engine.callbacks) == ["Idle", "Counter", "Idle_2", "mine", "Idle_3"]
     assert list(engine.callbacks.values()) == given
 
 
-def test_a_name_that_was_given_is_not_given_again():
+def test_automatic_names_avoid_names_given_by_the_user():
     assert list(Engine(add, [Idle(), Idle("Idle"), Idle("Idle_2")]).callbacks) == ["Idle_3", "Idle", "Idle_2"]
 
 
-def test_two_callbacks_of_one_given_name_are_refused():
+def test_two_callbacks_with_the_same_name_are_refused():
     with pytest.raises(ValueError, match="Two callbacks are named 'mine'"):
         Engine(add, [Idle("mine"), Counter("mine")])
 
 
 @pytest.mark.parametrize("name", [None, "mine"])
-def test_a_callback_listed_twice_is_refused(name):
+def test_callback_listed_twice_is_refused(name):
     callback = Idle(name)
     with pytest.raises(ValueError, match="or one is listed twice"):
         Engine(add, [callback, Counter(), callback])
 
 
-def test_a_class_in_the_list_is_refused_with_the_call_that_was_meant():
+def test_class_in_the_list_is_refused_and_the_call_is_suggested():
     with pytest.raises(
         TypeError, match=r"An engine needs callbacks, got .*Counter.*\. Did you mean Counter\(\.\.\.\)\?"
     ):
@@ -166,15 +131,15 @@ def test_a_class_in_the_list_is_refused_with_the_call_that_was_meant():
 
 
 @pytest.mark.parametrize("wrong", [print, "Counter", None, [Counter()]], ids=["function", "name", "None", "list"])
-def test_what_is_no_callback_is_refused(wrong):
+def test_object_that_is_not_a_callback_is_refused(wrong):
     with pytest.raises(TypeError, match="An engine needs callbacks, got"):
         Engine(add, [wrong])
 
 
-# Which methods count.
+# Which methods are called.
 
 
-def test_only_methods_that_are_overridden_are_ever_due():
+def test_only_overridden_methods_are_ever_due():
     class Idles(Callback):
         when = every(seconds=1)
 
@@ -185,18 +150,16 @@ def test_only_methods_that_are_overridden_are_ever_due():
         def on_step_end(self, loop):
             pass
 
-    def looks_at_the_clock(callback):
-        looks = []
-        engine = Engine(add, [callback])
-        engine._clock = lambda: looks.append(1) or 0.0
-        engine.run(jnp.int32(0), [1, 1], epochs=1)
-        return len(looks)
+    def reads_of_the_clock(callback):
+        clock = FakeClock()
+        Engine(add, [callback], clock=clock).run(jnp.int32(0), [1, 1], epochs=1)
+        return clock.reads
 
-    assert looks_at_the_clock(Idles()) == looks_at_the_clock(Callback())
-    assert looks_at_the_clock(Acts()) > looks_at_the_clock(Callback())
+    assert reads_of_the_clock(Idles()) == reads_of_the_clock(Callback())
+    assert reads_of_the_clock(Acts()) > reads_of_the_clock(Callback())
 
 
-def test_a_method_that_was_inherited_counts():
+def test_inherited_method_is_called():
     class More(Counter):
         pass
 
@@ -209,7 +172,7 @@ def test_a_method_that_was_inherited_counts():
 
 
 @pytest.mark.parametrize("event", ["step_end", "on_step_end"])
-def test_a_function_answers_an_event_and_stays_itself(event):
+def test_engine_on_calls_a_function_and_returns_it_unchanged(event):
     engine = Engine(add)
 
     def note(loop):
@@ -221,22 +184,22 @@ def test_a_function_answers_an_event_and_stays_itself(event):
     assert seen == [1, 2]
 
 
-def test_a_function_is_due_when_it_says():
+def test_function_runs_at_its_cadence():
     seen = []
     engine = Engine(add)
     engine.on("step_end", when=2)(lambda loop: seen.append(loop.step))
-    engine.on("step_end", when=every(epochs=1))(lambda loop: seen.append(("epoch", loop.step)))
+    engine.on("step_end", when=every(epochs=1) | at(4))(lambda loop: seen.append(("second", loop.step)))
     engine.run(jnp.int32(0), [1, 1, 1], epochs=2)
-    assert seen == [2, ("epoch", 3), 4, 6, ("epoch", 6)]
+    assert seen == [2, ("second", 3), 4, ("second", 4), 6, ("second", 6)]
 
 
-def test_functions_act_after_the_list_in_the_order_in_which_they_were_added():
+def test_functions_run_after_the_list_in_the_order_they_were_added():
     lines = []
-    engine = Engine(add, [Everything("listed", lines)])
-    engine.on("step_end")(lambda loop: lines.append(("step_end", "first")))
-    engine.on("step_end")(lambda loop: lines.append(("step_end", "second")))
+    engine = Engine(add, [Transcript("listed", lines=lines)])
+    engine.on("step_end")(lambda loop: lines.append("first step_end"))
+    engine.on("step_end")(lambda loop: lines.append("second step_end"))
     engine.run(jnp.int32(0), [1], epochs=1)
-    assert [name for event, name in lines if event == "step_end"] == ["listed", "first", "second"]
+    assert written(lines, "step_end") == ["listed", "first", "second"]
 
 
 def test_functions_are_named_after_themselves():
@@ -249,7 +212,7 @@ def test_functions_are_named_after_themselves():
     assert list(engine.callbacks) == ["sample", "sample_2"]
 
 
-def test_a_function_for_a_record_or_an_error_gets_it():
+def test_function_receives_the_record_or_the_error():
     seen = []
     engine = Engine(add)
     engine.on("log")(lambda loop, record: seen.append(record.values))
@@ -268,12 +231,12 @@ def test_a_function_for_a_record_or_an_error_gets_it():
     ("event", "meant"),
     [("epoch_ends", "epoch_end"), ("on_step_ends", "step_end"), ("exeption", "exception"), ("saved", "save")],
 )
-def test_an_event_that_does_not_exist_is_answered_with_the_nearest(event, meant):
+def test_unknown_event_is_refused_with_a_suggestion(event, meant):
     with pytest.raises(ValueError, match=rf"'{event}' is not an event\. Did you mean {meant}\?"):
         Engine(add).on(event)(lambda loop: None)
 
 
-def test_an_event_that_is_near_nothing_is_refused_too():
+def test_unknown_event_without_a_similar_name_is_refused():
     with pytest.raises(ValueError, match=r"'xyz' is not an event\.$"):
         Engine(add).on("xyz")(lambda loop: None)
 
@@ -288,15 +251,15 @@ def test_an_event_that_is_near_nothing_is_refused_too():
     ],
     ids=["none", "one too many", "no record", "no error"],
 )
-def test_a_function_with_the_wrong_arguments_is_refused_when_it_is_added(event, function, needs):
+def test_function_with_the_wrong_arguments_is_refused_when_it_is_added(event, function, needs):
     with pytest.raises(TypeError, match=f"needs the arguments {needs}"):
         Engine(add).on(event)(function)
 
 
-# What the host half keeps.
+# The state of the host half.
 
 
-def test_host_state_is_put_back_before_every_fresh_run():
+def test_host_state_is_reset_before_every_new_run():
     counter = Counter(start=10)
     engine = Engine(add, [counter])
     counts = []
@@ -306,7 +269,7 @@ def test_host_state_is_put_back_before_every_fresh_run():
     assert counts == [13, 13]
 
 
-def test_host_state_is_put_back_after_a_run_that_failed():
+def test_host_state_is_reset_after_a_failed_run():
     counter = Counter()
     engine = Engine(add, [counter])
     with pytest.raises(ValueError, match="exhausted"):
@@ -315,7 +278,7 @@ def test_host_state_is_put_back_after_a_run_that_failed():
     assert counter.count == 1
 
 
-def test_host_state_goes_on_with_a_result():
+def test_host_state_is_restored_from_a_result():
     counter = Counter()
     engine = Engine(add, [counter])
     first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
@@ -324,14 +287,14 @@ def test_host_state_goes_on_with_a_result():
     assert counter.count == 6
 
 
-def test_host_state_goes_on_in_another_engine():
+def test_host_state_is_restored_in_another_engine():
     first = Engine(add, [Counter("a"), Counter("b", start=100)]).run(jnp.int32(0), [1, 1], epochs=1)
     a, b = Counter("a"), Counter("b")
     Engine(add, [b, a]).run(first, [1, 1], epochs=2)
     assert (a.count, b.count) == (4, 104)
 
 
-def test_what_a_callback_had_when_an_engine_saw_it_first_is_fresh():
+def test_another_engine_starts_a_callback_from_its_initial_state():
     counter = Counter()
     Engine(add, [counter]).run(jnp.int32(0), [1, 1], epochs=1)
     Engine(add, [counter]).run(jnp.int32(0), [1], epochs=1)
@@ -358,7 +321,7 @@ def test_host_state_may_hold_json_values_arrays_and_bytes():
 # What events may change.
 
 
-def test_a_state_assigned_in_an_event_is_honoured():
+def test_state_assigned_in_an_event_is_used_by_the_next_step():
     engine = Engine(add)
 
     @engine.on("step_end")
@@ -369,13 +332,13 @@ def test_a_state_assigned_in_an_event_is_honoured():
 
 
 @pytest.mark.parametrize(("event", "total"), [("run_begin", 1002), ("epoch_end", 1002), ("save", 2002)])
-def test_a_state_may_be_assigned_in_any_event(event, total):
+def test_state_may_be_assigned_in_any_event(event, total):
     engine = Engine(add)
     engine.on(event)(lambda loop: setattr(loop, "state", loop.state + 1000))
     assert int(engine.run(jnp.int32(0), [1, 1], epochs=1).state) == total
 
 
-def test_an_assigned_state_stays_the_callbacks_own():
+def test_assigned_state_is_not_donated():
     mine = jnp.int32(100)
     engine = Engine(add)
     engine.on("run_begin")(lambda loop: setattr(loop, "state", mine))
@@ -393,14 +356,14 @@ def test_an_assigned_state_stays_the_callbacks_own():
     ],
     ids=["shape", "dtype", "leaf gone", "leaf new"],
 )
-def test_another_tree_is_refused_as_a_state_by_the_name_of_its_leaf(new, said):
+def test_assigned_state_of_another_structure_is_refused_naming_the_leaf(new, said):
     engine = Engine(lambda state, batch: (state, {}))
     engine.on("step_end")(lambda loop: setattr(loop, "state", new))
     with pytest.raises(ValueError, match=f"loop.state needs a state like the one it has: {said}"):
         engine.run({"w": jnp.zeros(2), "n": 0}, [1], epochs=1)
 
 
-def test_a_batch_assigned_before_a_step_is_what_the_step_gets():
+def test_batch_assigned_in_step_begin_is_used_by_the_step():
     seen = []
     engine = Engine(add)
     engine.on("step_begin")(lambda loop: setattr(loop, "batch", loop.batch * 10))
@@ -410,16 +373,16 @@ def test_a_batch_assigned_before_a_step_is_what_the_step_gets():
     assert seen == [11, 21, 31]
 
 
-def test_a_batch_is_assigned_for_one_step_alone():
+def test_assigned_batch_lasts_for_one_step():
     engine = Engine(add)
     engine.on("step_begin", when=2)(lambda loop: setattr(loop, "batch", 1000))
     assert int(engine.run(jnp.int32(0), [1, 1, 1], epochs=1).state) == 1002
 
 
-# The pure half.
+# The compiled half.
 
 
-def test_a_pure_half_sees_the_step_from_both_sides():
+def test_compiled_half_sees_the_state_before_and_after_the_step():
     class See(Callback):
         def update(self, carry, ctx):
             return carry, ctx.log(
@@ -439,7 +402,7 @@ def test_a_pure_half_sees_the_step_from_both_sides():
     assert seen == [[0, 1], [10, 11], [11, 13], [1, 2], [2, 4], [3, 6]]
 
 
-def test_a_state_that_a_pure_half_replaced_is_the_state_of_the_next_step():
+def test_state_replaced_by_a_compiled_half_is_used_by_the_next_step():
     class Clip(Callback):
         def update(self, carry, ctx):
             return carry, ctx.replace(state=jnp.minimum(ctx.state, 5))
@@ -451,7 +414,7 @@ def test_a_state_that_a_pure_half_replaced_is_the_state_of_the_next_step():
     assert states == [3, 5, 4]
 
 
-def test_a_pure_half_acts_when_it_is_due():
+def test_compiled_half_runs_at_its_cadence():
     class Reset(Callback):
         update_when = every(steps=3)
 
@@ -466,7 +429,7 @@ def test_a_pure_half_acts_when_it_is_due():
     assert (history.steps("train/was"), history["train/was"]) == ([3, 6], [3, 3])
 
 
-def test_a_carry_is_kept_from_step_to_step_and_can_be_asked_for():
+def test_carry_is_kept_between_steps_and_can_be_read():
     total, seen = Total(), []
     engine = Engine(add, [Idle(), total])
     engine.on("step_end")(lambda loop: seen.append(int(loop.carry(total))))
@@ -474,7 +437,7 @@ def test_a_carry_is_kept_from_step_to_step_and_can_be_asked_for():
     assert (seen, int(result.carry(total)), int(result.state)) == ([1, 3, 6], 6, 13)
 
 
-def test_a_carry_begins_anew_with_a_fresh_run_and_goes_on_with_a_result():
+def test_carry_is_reset_by_a_new_run_and_restored_from_a_result():
     total = Total()
     engine = Engine(add, [total])
     first = engine.run(jnp.int32(0), [1, 2], epochs=1)
@@ -483,41 +446,41 @@ def test_a_carry_begins_anew_with_a_fresh_run_and_goes_on_with_a_result():
     assert [int(result.carry(total)) for result in (first, fresh, rest)] == [3, 3, 9]
 
 
-def test_a_carry_is_asked_for_by_a_callback_of_the_run():
+def test_carry_of_a_callback_outside_the_run_is_refused():
     total = Total()
     result = Engine(add, [total, Counter()]).run(jnp.int32(0), [1], epochs=1)
     with pytest.raises(ValueError, match=r"This Total is not among the run's callbacks \['Total', 'Counter'\]"):
         result.carry(Total())
 
 
-def test_a_callback_without_a_pure_half_keeps_no_carry():
+def test_carry_of_a_callback_without_a_compiled_half_is_refused():
     counter = Counter()
     result = Engine(add, [counter]).run(jnp.int32(0), [1], epochs=1)
     with pytest.raises(ValueError, match="Counter keeps no carry"):
         result.carry(counter)
 
 
-# Random numbers of a pure half.
+# Random numbers of a compiled half.
 
 
 def draws(names, **targets):
-    """Each name's random numbers, step by step."""
+    """Return the random numbers that each named callback drew, step by step."""
     result = Engine(add, [Draw(name) for name in names], log_every=1).run(
         jnp.int32(0), [1, 1, 1, 1], rng=jax.random.key(0), **targets
     )
     return {name: result.history[f"train/draw/{name}"] for name in names}
 
 
-def test_random_numbers_differ_by_callback_and_by_step():
+def test_random_numbers_differ_by_callback_and_step():
     numbers = draws("abc", epochs=2)
     assert len({number for column in numbers.values() for number in column}) == 3 * 8
 
 
-def test_random_numbers_do_not_depend_on_the_other_callbacks():
+def test_random_numbers_do_not_depend_on_other_callbacks():
     assert draws("abc", epochs=1)["b"] == draws("b", epochs=1)["b"] == draws("cb", epochs=1)["b"]
 
 
-def test_random_numbers_are_the_same_after_going_on():
+def test_random_numbers_are_the_same_after_resuming():
     engine = Engine(add, [Draw("a")], log_every=1)
     part = engine.run(jnp.int32(0), [1, 1, 1, 1], steps=3, rng=jax.random.key(0))
     rest = engine.run(part, [1, 1, 1, 1], epochs=2, rng=jax.random.key(0))
@@ -535,15 +498,15 @@ def test_random_numbers_of_the_step_do_not_depend_on_callbacks():
     assert states[0].tobytes() == states[1].tobytes()
 
 
-# What stays alive.
+# What is freed.
 
 
 class Data(list):
-    """A list that can be watched."""
+    """A list that can have weak references."""
 
 
 def watched(callback):
-    """Weak references to an engine, its data and its callback, and the engine and the data."""
+    """Return weak references to an engine, its data and its callback, then the engine and the data."""
     data, engine = Data([1, 1, 1]), Engine(add, [callback, Idle()])
     return [weakref.ref(engine), weakref.ref(data), weakref.ref(callback)], engine, data
 
@@ -557,7 +520,7 @@ def no_collector():
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_a_finished_engine_is_freed_at_once_with_its_data_and_callbacks():
+def test_finished_engine_is_freed_at_once_with_its_data_and_callbacks():
     alive, engine, data = watched(Counter())
     result = engine.run(jnp.int32(0), data, epochs=1)
     del engine, data, result
@@ -565,7 +528,7 @@ def test_a_finished_engine_is_freed_at_once_with_its_data_and_callbacks():
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_an_engine_whose_for_was_left_is_freed_at_once():
+def test_engine_whose_iteration_was_left_early_is_freed_at_once():
     alive, engine, data = watched(Counter())
     with engine.steps(jnp.int32(0), data, epochs=1) as steps:
         for loop in steps:
@@ -576,10 +539,10 @@ def test_an_engine_whose_for_was_left_is_freed_at_once():
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_an_engine_that_failed_is_freed_at_once():
+def test_failed_engine_is_freed_at_once():
     class Fails(Counter):
         def on_step_end(self, loop):
-            raise OSError("disk gone")
+            raise OSError("disk gone")  # RaiseIn would keep the error, and with it every frame of its traceback
 
     alive, engine, data = watched(Fails())
     with contextlib.suppress(OSError):

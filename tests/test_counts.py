@@ -1,4 +1,4 @@
-"""How many steps, epochs and events a run has, and what its numbers count."""
+"""The number of steps, epochs and events of a run."""
 
 import itertools
 
@@ -8,45 +8,11 @@ import numpy as np
 import optax
 import pytest
 from onstep import Callback, Engine, every
+from onstep.testing import Transcript
+from onstep.testing import counting_step as add
 
 
-def add(state, batch):
-    return state + batch, {"loss": batch}
-
-
-class Transcript(Callback):
-    def __init__(self):
-        self.lines = []
-
-    def on_run_begin(self, loop):
-        self.lines.append(("run_begin", loop.step))
-
-    def on_epoch_begin(self, loop):
-        self.lines.append(("epoch_begin", loop.step))
-
-    def on_step_begin(self, loop):
-        self.lines.append(("step_begin", loop.step))
-
-    def on_step_end(self, loop):
-        self.lines.append(("step_end", loop.step))
-
-    def on_log(self, loop, record):
-        self.lines.append(("log", loop.step))
-
-    def on_epoch_end(self, loop):
-        self.lines.append(("epoch_end", loop.step))
-
-    def on_save(self, loop):
-        self.lines.append(("save", loop.step))
-
-    def on_run_end(self, loop):
-        self.lines.append(("run_end", loop.step))
-
-    def steps(self, event):
-        return [step for name, step in self.lines if name == event]
-
-
-def test_a_run_counts_steps_epochs_and_the_steps_of_the_present_epoch():
+def test_loop_counts_steps_epochs_and_steps_of_the_current_epoch():
     counts = []
     engine = Engine(add)
 
@@ -72,33 +38,19 @@ def test_a_run_counts_steps_epochs_and_the_steps_of_the_present_epoch():
         pytest.param(4, {"steps": 0}, 0, 0, id="nothing to do"),
     ],
 )
-def test_a_run_ends_at_the_target_that_comes_first(length, targets, step, epoch):
+def test_run_ends_at_the_target_reached_first(length, targets, step, epoch):
     result = Engine(add).run(jnp.int32(0), [1] * length, **targets)
     assert (int(result.state), result.step, result.epoch) == (step, step, epoch)
 
 
 @pytest.mark.parametrize(("steps", "ends"), [(4, [3]), (3, [3]), (2, [])], ids=["beyond", "at its end", "within"])
-def test_an_epoch_ends_only_if_all_its_steps_ran(steps, ends):
+def test_epoch_ends_only_if_all_its_steps_ran(steps, ends):
     transcript = Transcript()
     Engine(add, [transcript]).run(jnp.int32(0), [1, 1, 1], steps=steps)
     assert transcript.steps("epoch_end") == ends
 
 
-def test_every_event_of_one_epoch_comes_as_often_as_it_should():
-    transcript = Transcript()
-    Engine(add, [transcript], log_every=2).run(jnp.int32(0), [1, 2, 3], epochs=1)
-    assert transcript.lines == [
-        ("run_begin", 0),
-        ("epoch_begin", 0),
-        *[("step_begin", 0), ("step_end", 1), ("save", 1)],
-        *[("step_begin", 1), ("step_end", 2), ("log", 2), ("save", 2)],
-        *[("step_begin", 2), ("step_end", 3), ("log", 3), ("epoch_end", 3), ("save", 3)],
-        ("log", 3),
-        ("run_end", 3),
-    ]
-
-
-def test_logs_evaluations_and_saves_keep_their_own_rhythm():
+def test_logs_evaluations_and_saves_keep_their_own_cadence():
     lines = []
 
     class Save(Callback):
@@ -125,14 +77,13 @@ def test_logs_evaluations_and_saves_keep_their_own_rhythm():
 
 
 @pytest.mark.parametrize("when", [every(epochs=1), 2, 100], ids=repr)
-def test_a_run_that_ends_within_an_epoch_saves_its_end_once(when):
-    transcript = Transcript()
-    transcript.when = when
+def test_run_that_ends_within_an_epoch_saves_once_at_its_end(when):
+    transcript = Transcript(when=when)
     Engine(add, [transcript]).run(jnp.int32(0), [1, 1, 1], steps=2)
     assert transcript.steps("save") == [2]
 
 
-def test_the_data_are_asked_once_for_a_batch_and_once_for_each_end():
+def test_data_are_asked_once_for_each_batch_and_once_for_each_end():
     asked = []
 
     class Source:
@@ -152,7 +103,7 @@ def test_the_data_are_asked_once_for_a_batch_and_once_for_each_end():
     [(10, 10, 4, 4), (100, 50, 5, 3), (10, 15, 5, 8), (10, 3, 1, 1)],
     ids=["epochs are passes", "epochs are halves", "epochs are longer", "one short epoch"],
 )
-def test_epochs_of_a_given_length_open_the_data_no_oftener_than_needed(length, epoch_steps, epochs, passes):
+def test_epoch_steps_starts_a_pass_over_the_data_only_when_needed(length, epoch_steps, epochs, passes):
     opened = []
 
     class Source:
@@ -164,7 +115,7 @@ def test_epochs_of_a_given_length_open_the_data_no_oftener_than_needed(length, e
     assert (result.step, len(opened)) == (epochs * epoch_steps, passes)
 
 
-def test_the_step_is_one_number_everywhere():
+def test_step_number_is_the_same_everywhere():
     seen = []
     engine = Engine(lambda state, batch: (state + 1, {"count": state + 1}), log_every=1)
 
@@ -182,30 +133,14 @@ def test_the_step_is_one_number_everywhere():
     assert result.history.steps("train/count") == result.history["train/count"] == [1, 2, 3]
 
 
-def test_names_in_the_records_say_what_they_average():
+def test_record_names_say_what_they_average():
     result = Engine(add, log_every=2).run(jnp.int32(0), [1, 2, 3], epochs=1)
     assert dict(result.history) == {"train/loss": [1.5, 3], "epoch/loss": [2]}
     assert result.history.steps("train/loss") == [2, 3]
 
 
-def test_no_callback_and_one_that_does_nothing_give_the_same_bits():
-    def step(state, batch):
-        return jnp.sin(state * batch), {"loss": state.sum()}
-
-    class Idle(Callback):
-        def on_step_end(self, loop):
-            pass
-
-        def update(self, carry, ctx):
-            return carry, ctx
-
-    start = jnp.arange(5.0)
-    alone = Engine(step).run(start, [0.3, 0.7, 1.1], epochs=3)
-    watched = Engine(step, [Idle()]).run(start, [0.3, 0.7, 1.1], epochs=3)
-    assert np.asarray(alone.state).tobytes() == np.asarray(watched.state).tobytes()
-
-
-def test_a_second_run_starts_afresh():
+@pytest.mark.parametrize("target", [{"epochs": 4}, {"steps": 8}], ids=str)
+def test_resumed_run_continues_to_an_absolute_target(target):
     epochs = []
     engine = Engine(add)
 
@@ -214,65 +149,37 @@ def test_a_second_run_starts_afresh():
         epochs.append(loop.epoch)
 
     first = engine.run(jnp.int32(0), [1, 2], epochs=2)
-    second = engine.run(jnp.int32(0), [1, 2], epochs=2)
-    assert epochs == [0, 1, 0, 1]
-    assert (first.step, int(first.state)) == (second.step, int(second.state)) == (4, 6)
-
-
-def test_a_run_of_a_result_goes_on_to_an_absolute_target():
-    epochs = []
-    engine = Engine(add)
-
-    @engine.on("epoch_begin")
-    def note(loop):
-        epochs.append(loop.epoch)
-
-    first = engine.run(jnp.int32(0), [1, 2], epochs=2)
-    second = engine.run(first, [1, 2], epochs=4)
+    second = engine.run(first, [1, 2], **target)
     assert epochs == [0, 1, 2, 3]
     assert (second.step, second.epoch, int(second.state)) == (8, 4, 12)
     assert int(first.state) == 6
 
 
-def test_a_target_that_is_reached_already_runs_nothing_and_says_so(capsys):
-    transcript = Transcript()
+def test_target_already_reached_runs_no_step_and_says_so(capsys):
+    transcript = Transcript(quiet=["load", "snapshot"])
     engine = Engine(add, [transcript])
     first = engine.run(jnp.int32(0), [1] * 12, epochs=3)
     transcript.lines.clear()
     again = engine.run(first, [1] * 12, steps=36)
-    assert transcript.lines == [("run_begin", 36), ("run_end", 36)]
+    assert transcript.lines == ["run_begin 36/3", "run_end 36/3"]
     assert (again.step, int(again.state), dict(again.history)) == (36, 36, {})
     said = capsys.readouterr().err
     assert "already at step 36 of 36" in said
     assert "nothing to do" in said
 
 
-def test_a_raised_target_runs_exactly_the_rest():
-    engine = Engine(add)
-    first = engine.run(jnp.int32(0), [1] * 12, epochs=3)
-    assert int(engine.run(first, [1] * 12, steps=48).state) == 48
-
-
-@pytest.mark.parametrize("targets", [{"steps": 24}, {"epochs": 2}], ids=str)
-def test_a_target_below_the_step_reached_is_an_error(targets):
-    engine = Engine(add)
-    first = engine.run(jnp.int32(0), [1] * 12, epochs=3)
-    with pytest.raises(ValueError, match=r"at (step 36|epoch 3), beyond the target of 2"):
-        engine.run(first, [1] * 12, **targets)
-
-
-def test_an_epoch_that_has_begun_counts_against_a_target_in_epochs():
+def test_epoch_in_progress_counts_against_a_target_in_epochs():
     engine = Engine(add)
     first = engine.run(jnp.int32(0), [1, 1, 1], steps=4)
     with pytest.raises(ValueError, match="at epoch 2, beyond the target of 1"):
         engine.run(first, [1, 1, 1], epochs=1)
 
 
-# Steps that count by themselves: gradient accumulation, and networks that take turns.
+# Steps with their own counters: gradient accumulation, and networks that alternate.
 
 
 def accumulating(every_k, updates):
-    """A step whose optimizer sums `every_k` gradients, with a learning rate that falls to 0."""
+    """Return a step whose optimizer averages `every_k` gradients, with a learning rate that falls to 0."""
     schedule = optax.linear_schedule(1.0, 0.0, updates)
     optimizer = optax.MultiSteps(optax.sgd(schedule), every_k)
 
@@ -287,7 +194,7 @@ def accumulating(every_k, updates):
     return step, (weight, optimizer.init(weight))
 
 
-def test_gradient_accumulation_goes_on_across_epochs():
+def test_gradient_accumulation_continues_across_epochs():
     step, state = accumulating(4, updates=5)
     counts = []
     engine = Engine(step)
@@ -303,7 +210,7 @@ def test_gradient_accumulation_goes_on_across_epochs():
     np.testing.assert_allclose(result.state[0], -(rates * batches.mean(1)).sum(), rtol=1e-6)
 
 
-def test_a_half_accumulated_gradient_survives_a_stop():
+def test_partly_accumulated_gradient_survives_a_stop():
     step, state = accumulating(4, updates=5)
     data = [float(n) for n in range(10)]
     whole = Engine(step).run(state, data, epochs=2)
@@ -317,18 +224,18 @@ def test_a_half_accumulated_gradient_survives_a_stop():
     ]
 
 
-def test_two_optimizers_share_one_step_counter_and_keep_their_own():
+def test_two_optimizers_keep_their_own_counters_under_one_step_counter():
     schedule = {"d": optax.linear_schedule(1.0, 0.0, 36), "g": optax.linear_schedule(1.0, 0.0, 18)}
     optimizers = {name: optax.sgd(schedule[name]) for name in schedule}
 
-    def turn(name, state):
+    def descend(name, state):
         weight, optimizer_state = state
         change, optimizer_state = optimizers[name].update(jnp.float32(1), optimizer_state)
         return weight + change, optimizer_state
 
     def step(state, batch):
-        d = turn("d", state["d"])
-        g = jax.lax.cond(state["step"] % 2 == 1, lambda g: turn("g", g), lambda g: g, state["g"])
+        d = descend("d", state["d"])
+        g = jax.lax.cond(state["step"] % 2 == 1, lambda g: descend("g", g), lambda g: g, state["g"])
         return {"d": d, "g": g, "step": state["step"] + 1}, {"d": d[0], "g": g[0]}
 
     state = {name: (jnp.float32(0), optimizers[name].init(jnp.float32(0))) for name in optimizers}

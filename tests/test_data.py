@@ -1,4 +1,4 @@
-"""What may be data, what is drawn from it and when, and what goes wrong with it."""
+"""Data sources: which ones are accepted, when batches are drawn, how a run resumes, and which errors are raised."""
 
 import itertools
 
@@ -7,38 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import refilled
-from onstep import Batches, Callback, Engine, evaluate, every
+from onstep import Batches, Engine, evaluate, every
 from onstep.snapshot import unpack
-
-
-def add(state, batch):
-    return state + batch, {"loss": batch}
+from onstep.testing import EVENT_NAMES, FakeLoader, SizedData, StopAt, Transcript
+from onstep.testing import counting_step as add
 
 
 def recorded(batches, drawn):
-    """Batches one by one; `drawn` gets each as it is drawn."""
+    """Yield the batches, and append each to `drawn` as it is drawn."""
     for batch in batches:
         drawn.append(batch)
         yield batch
 
 
-class Sized:
-    """Batches with any `len`, or an error for one; `drawn` as above."""
-
-    def __init__(self, batches, length, drawn=None):
-        self.batches, self.length, self.drawn = batches, length, [] if drawn is None else drawn
-
-    def __len__(self):
-        if isinstance(self.length, Exception):
-            raise self.length
-        return self.length
-
-    def __iter__(self):
-        return recorded(self.batches, self.drawn)
-
-
 class EndsOnce:
-    """An iterator that fails where it is asked again after its end, so that a test cannot hang."""
+    """An iterator that fails if it is asked again after its end, so that a test cannot hang."""
 
     def __init__(self, batches):
         self.answers = iter([*batches, StopIteration(), AssertionError("asked again after the end")])
@@ -53,66 +36,17 @@ class EndsOnce:
         return answer
 
 
-class Loader:
-    """A loader in the manner of grain: its iterator can say where it stands and be put there."""
-
-    def __init__(self, batches):
-        self.batches, self.drawn, self.sought = batches, [], []
-
-    def __iter__(self):
-        return LoaderIterator(self)
-
-
-class LoaderIterator:
-    def __init__(self, loader):
-        self.loader, self.next = loader, 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.next == len(self.loader.batches):
-            raise StopIteration
-        self.next += 1
-        self.loader.drawn.append(self.loader.batches[self.next - 1])
-        return self.loader.drawn[-1]
-
-    def get_state(self):
-        return {"next": self.next}
-
-    def set_state(self, state):
-        self.loader.sought.append(state["next"])
-        self.next = state["next"]
-
-
-class SizedLoader(Loader):
+class SizedLoader(FakeLoader):
     def __len__(self):
         return len(self.batches)
 
 
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, loop):
-        if loop.step == self.step:
-            loop.stop("enough", final=False)
+def saves_and_epochs(when=1):
+    """Write down the steps of saves and of ends of epochs."""
+    return Transcript(quiet=set(EVENT_NAMES) - {"save", "epoch_end"}, when=when)
 
 
-class Steps(Callback):
-    """The steps at which something happened."""
-
-    def __init__(self, when=1):
-        self.when, self.saves, self.epochs = when, [], []
-
-    def on_epoch_end(self, loop):
-        self.epochs.append(loop.step)
-
-    def on_save(self, loop):
-        self.saves.append(loop.step)
-
-
-# What may be data.
+# Data sources.
 
 
 @pytest.mark.parametrize(
@@ -122,11 +56,11 @@ class Steps(Callback):
         (1, 2, 3),
         range(1, 4),
         np.arange(1, 4),
-        Sized([1, 2, 3], TypeError("no len")),
-        Sized([1, 2, 3], NotImplementedError()),
+        SizedData([1, 2, 3], TypeError("no len")),
+        SizedData([1, 2, 3], NotImplementedError()),
         lambda epoch: [1, 2, 3],
         lambda epoch: iter([1, 2, 3]),
-        Loader([1, 2, 3]),
+        FakeLoader([1, 2, 3]),
         Batches(np.arange(1, 4), 1),
     ],
     ids=[
@@ -142,17 +76,17 @@ class Steps(Callback):
         "Batches",
     ],
 )
-def test_any_source_that_can_be_read_again_serves_every_epoch(data):
+def test_reiterable_source_is_read_again_every_epoch(data):
     def step(state, batch):
         return state + jnp.sum(batch), {}
 
-    steps = Steps()
-    result = Engine(step, [steps]).run(jnp.int32(0), data, epochs=2)
+    events = saves_and_epochs()
+    result = Engine(step, [events]).run(jnp.int32(0), data, epochs=2)
     assert (int(result.state), result.step, result.epoch) == (12, 6, 2)
-    assert steps.epochs == [3, 6]
+    assert events.steps("epoch_end") == [3, 6]
 
 
-def test_a_batch_may_be_any_tree_of_arrays():
+def test_batch_may_be_any_tree_of_arrays():
     def step(state, batch):
         (x, extra), y = batch["pair"], batch["y"]
         return state + x.sum() + extra + y, {}
@@ -161,23 +95,23 @@ def test_a_batch_may_be_any_tree_of_arrays():
     assert Engine(step).run(jnp.float32(0), batches, epochs=1).state == 2 * 112
 
 
-def test_a_callable_is_given_the_number_of_its_epoch():
+def test_callable_receives_the_epoch_number():
     result = Engine(add).run(jnp.int32(0), lambda epoch: [10**epoch] * 2, epochs=3)
     assert int(result.state) == 222
 
 
-def test_a_generator_serves_a_run_of_so_many_steps():
+def test_generator_serves_a_run_with_a_target_in_steps():
     assert int(Engine(add).run(jnp.int32(0), itertools.count(1), steps=4).state) == 10
 
 
-def test_an_endless_source_has_epochs_where_their_length_is_given():
-    steps, drawn = Steps(), []
-    result = Engine(add, [steps]).run(jnp.int32(0), recorded(itertools.count(), drawn), epochs=3, epoch_steps=5)
-    assert (result.step, result.epoch, steps.epochs) == (15, 3, [5, 10, 15])
+def test_endless_source_has_epochs_of_epoch_steps():
+    events, drawn = saves_and_epochs(), []
+    result = Engine(add, [events]).run(jnp.int32(0), recorded(itertools.count(), drawn), epochs=3, epoch_steps=5)
+    assert (result.step, result.epoch, events.steps("epoch_end")) == (15, 3, [5, 10, 15])
     assert drawn == list(range(15))
 
 
-def test_epochs_of_a_given_length_read_on_where_the_last_one_ended():
+def test_epoch_steps_continues_in_the_data_where_the_last_epoch_ended():
     batches = []
     engine = Engine(add)
 
@@ -189,28 +123,28 @@ def test_epochs_of_a_given_length_read_on_where_the_last_one_ended():
     assert batches == [0, 1, 2, 10, 11, 12, 20, 21]
 
 
-def test_an_iterator_of_unknown_length_makes_one_epoch():
-    steps = Steps()
-    result = Engine(add, [steps]).run(jnp.int32(0), (n for n in range(11)), epochs=1)
-    assert (result.step, result.epoch, steps.epochs) == (11, 1, [11])
+def test_iterator_of_unknown_length_is_one_epoch():
+    events = saves_and_epochs()
+    result = Engine(add, [events]).run(jnp.int32(0), (n for n in range(11)), epochs=1)
+    assert (result.step, result.epoch, events.steps("epoch_end")) == (11, 1, [11])
 
 
-# What is drawn, and when.
+# When batches are drawn.
 
 
-def test_no_batch_is_drawn_before_its_step_where_len_is_known():
-    drawn, counts = [], []
+def test_no_batch_is_drawn_ahead_if_len_is_known():
+    data, counts = SizedData([1, 2, 3], 3), []
     engine = Engine(add)
 
     @engine.on("step_end")
     def note(loop):
-        counts.append((loop.step, len(drawn)))
+        counts.append((loop.step, len(data.drawn)))
 
-    engine.run(jnp.int32(0), Sized([1, 2, 3], 3, drawn), epochs=2)
+    engine.run(jnp.int32(0), data, epochs=2)
     assert counts == [(n, n) for n in range(1, 7)]
 
 
-def test_one_batch_is_drawn_ahead_where_the_end_is_learnt_by_asking():
+def test_one_batch_is_drawn_ahead_if_len_is_unknown():
     drawn, counts = [], []
     engine = Engine(add)
 
@@ -222,7 +156,7 @@ def test_one_batch_is_drawn_ahead_where_the_end_is_learnt_by_asking():
     assert counts == [(1, 2), (2, 3), (3, 4)]
 
 
-def test_nothing_is_drawn_ahead_of_a_step_that_is_not_due():
+def test_no_second_batch_is_drawn_ahead_between_due_steps():
     drawn, counts = [], []
     engine = Engine(add)
 
@@ -235,7 +169,7 @@ def test_nothing_is_drawn_ahead_of_a_step_that_is_not_due():
 
 
 @pytest.mark.parametrize("event", ["load", "run_begin", "epoch_begin"])
-def test_no_batch_is_drawn_if_the_run_is_stopped_before(event):
+def test_no_batch_is_drawn_if_the_run_stops_before_its_first_step(event):
     drawn = []
     engine = Engine(add)
 
@@ -247,8 +181,8 @@ def test_no_batch_is_drawn_if_the_run_is_stopped_before(event):
     assert (result.step, result.stopped, drawn) == (0, "not today", [])
 
 
-@pytest.mark.parametrize("kind", [Loader, SizedLoader], ids=["drawn ahead", "not drawn ahead"])
-def test_the_saved_position_does_not_depend_on_what_was_drawn_ahead(kind):
+@pytest.mark.parametrize("kind", [FakeLoader, SizedLoader], ids=["drawn ahead", "not drawn ahead"])
+def test_saved_position_does_not_depend_on_batches_drawn_ahead(kind):
     positions = []
     engine = Engine(add)
 
@@ -259,15 +193,15 @@ def test_the_saved_position_does_not_depend_on_what_was_drawn_ahead(kind):
     data = kind([1, 2, 3])
     engine.run(jnp.int32(0), data, steps=2)
     assert [(place["used"], place["loader"]) for place in positions] == [(1, {"next": 1}), (2, {"next": 2})]
-    assert len(data.drawn) == (3 if kind is Loader else 2)
+    assert len(data.drawn) == (3 if kind is FakeLoader else 2)
 
 
-# Going on in the middle of the data.
+# Resuming in the middle of the data.
 
 
-@pytest.mark.parametrize("kind", [Loader, SizedLoader], ids=["without len", "with len"])
-def test_a_loader_goes_on_by_its_own_state_and_reads_nothing_twice(kind, capsys):
-    engine = Engine(add, [StopAt(2)])
+@pytest.mark.parametrize("kind", [FakeLoader, SizedLoader], ids=["without len", "with len"])
+def test_loader_resumes_from_its_own_state_and_reads_nothing_twice(kind, capsys):
+    engine = Engine(add, [StopAt(2, final=False)])
     part = engine.run(jnp.int32(0), kind([1, 2, 3, 4]), epochs=2)
     fresh = kind([1, 2, 3, 4])
     rest = engine.run(part, fresh, epochs=2)
@@ -276,36 +210,36 @@ def test_a_loader_goes_on_by_its_own_state_and_reads_nothing_twice(kind, capsys)
     assert "skipping" not in capsys.readouterr().err
 
 
-def test_a_source_without_state_is_read_past_what_was_used_and_says_so_once(capsys):
-    drawn, ran = [], []
-    engine = Engine(add, [StopAt(2)])
+def test_source_without_state_skips_used_batches_and_says_so_once(capsys):
+    data, ran = SizedData([1, 2, 3, 4], 4), []
+    engine = Engine(add, [StopAt(2, final=False)])
     part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=2)
 
     @engine.on("step_begin")
     def note(loop):
         ran.append(int(loop.batch))
 
-    rest = engine.run(part, Sized([1, 2, 3, 4], 4, drawn), epochs=2)
+    rest = engine.run(part, data, epochs=2)
     assert int(rest.state) == 20
-    assert (drawn, ran) == ([1, 2, 3, 4] * 2, [3, 4, 1, 2, 3, 4])
+    assert (data.drawn, ran) == ([1, 2, 3, 4] * 2, [3, 4, 1, 2, 3, 4])
     assert capsys.readouterr().err.count("skipping 2 batches") == 1
 
 
-def test_a_callable_goes_on_in_the_epoch_that_was_cut():
+def test_callable_resumes_in_the_interrupted_epoch():
     called = []
 
     def data(epoch):
         called.append(epoch)
         return [10**epoch] * 3
 
-    engine = Engine(add, [StopAt(5)])
+    engine = Engine(add, [StopAt(5, final=False)])
     part = engine.run(jnp.int32(0), data, epochs=3)
     rest = engine.run(part, lambda epoch: data(epoch), epochs=3)
     assert (int(rest.state), called) == (333, [0, 1, 1, 2])
 
 
-def test_epochs_of_a_given_length_go_on_in_the_middle_of_a_pass():
-    engine = Engine(add, [StopAt(5)])
+def test_epoch_steps_resumes_in_the_middle_of_a_pass():
+    engine = Engine(add, [StopAt(5, final=False)])
     data = [1, 20, 300]
     whole = Engine(add).run(jnp.int32(0), data, epochs=4, epoch_steps=2)
     part = engine.run(jnp.int32(0), data, epochs=4, epoch_steps=2)
@@ -313,8 +247,8 @@ def test_epochs_of_a_given_length_go_on_in_the_middle_of_a_pass():
     assert (int(rest.state), rest.step) == (int(whole.state), 8)
 
 
-@pytest.mark.parametrize("kind", [list, Loader, SizedLoader], ids=["list", "loader", "loader with len"])
-def test_a_batch_that_was_drawn_but_not_used_is_the_first_of_the_rest(kind):
+@pytest.mark.parametrize("kind", [list, FakeLoader, SizedLoader], ids=["list", "loader", "loader with len"])
+def test_batch_that_was_drawn_but_not_used_comes_first_when_resumed(kind):
     asked = []
     engine = Engine(add)
 
@@ -326,18 +260,19 @@ def test_a_batch_that_was_drawn_but_not_used_is_the_first_of_the_rest(kind):
 
     part = engine.run(jnp.int32(0), kind([1, 2, 3, 4]), epochs=1)
     rest = engine.run(part, kind([1, 2, 3, 4]), epochs=1)
+    assert (part.step, int(part.state)) == (2, 3)
     assert (asked, int(rest.state)) == ([1, 2, 3, 3, 4], 10)
 
 
-def test_data_that_became_shorter_than_what_was_used_are_an_error():
-    engine = Engine(add, [StopAt(3)])
+def test_resuming_with_fewer_batches_than_were_used_is_an_error():
+    engine = Engine(add, [StopAt(3, final=False)])
     part = engine.run(jnp.int32(0), lambda epoch: iter([1, 2, 3, 4]), epochs=1)
     with pytest.raises(ValueError, match="had used 3 batches of this pass, but the data now has 2"):
         engine.run(part, lambda epoch: iter([1, 2]), epochs=2)
 
 
 @pytest.mark.parametrize("steps", [3, 4])
-def test_a_generator_goes_on_where_the_run_before_left_it(steps):
+def test_generator_resumes_where_the_previous_run_left_it(steps):
     drawn = []
     data = recorded(itertools.count(1), drawn)
     engine = Engine(add)
@@ -346,7 +281,7 @@ def test_a_generator_goes_on_where_the_run_before_left_it(steps):
     assert (int(rest.state), drawn) == (28, [1, 2, 3, 4, 5, 6, 7, 8])
 
 
-def test_a_generator_goes_on_through_any_number_of_runs():
+def test_generator_resumes_through_any_number_of_runs():
     data = itertools.count(1)
     engine = Engine(add)
     result = engine.run(jnp.int32(0), data, steps=1)
@@ -355,7 +290,7 @@ def test_a_generator_goes_on_through_any_number_of_runs():
     assert int(result.state) == 45
 
 
-def test_a_generator_goes_on_after_the_for_was_left():
+def test_generator_resumes_after_breaking_out_of_the_iteration():
     data = itertools.count(1)
     engine = Engine(add)
     with engine.steps(jnp.int32(0), data, steps=4) as steps:
@@ -363,7 +298,7 @@ def test_a_generator_goes_on_after_the_for_was_left():
     assert int(engine.run(steps.result, data, steps=4).state) == 10
 
 
-def test_a_generator_that_was_read_beyond_a_result_is_refused():
+def test_generator_read_beyond_the_result_is_refused():
     data = itertools.count(1)
     engine = Engine(add)
     early = engine.run(jnp.int32(0), data, steps=2)
@@ -385,14 +320,14 @@ def test_a_generator_that_was_read_beyond_a_result_is_refused():
     ],
     ids=["shorter", "unknown", "epoch_steps"],
 )
-def test_going_on_with_epochs_of_another_length_names_both(data, options, match):
+def test_resuming_with_another_epoch_length_names_both_lengths(data, options, match):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), [1, 2, 3, 4, 5], steps=3)
     with pytest.raises(ValueError, match=match):
         engine.run(part, data, steps=10, **options)
 
 
-def test_a_new_generator_is_read_past_what_was_used(capsys):
+def test_new_generator_skips_used_batches(capsys):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), itertools.count(1), steps=2)
     assert int(engine.run(part, itertools.count(1), steps=4).state) == 10
@@ -400,7 +335,7 @@ def test_a_new_generator_is_read_past_what_was_used(capsys):
 
 
 @pytest.mark.parametrize("kind", [list, iter], ids=["list", "iterator"])
-def test_a_batch_that_was_replaced_before_a_stop_is_replaced_once(kind):
+def test_batch_replaced_before_a_stop_is_replaced_once(kind):
     asked, data = [], kind([1, 2, 3, 4])
     engine = Engine(add)
 
@@ -416,62 +351,62 @@ def test_a_batch_that_was_replaced_before_a_stop_is_replaced_once(kind):
     assert (asked, int(rest.state)) == ([1, 2, 3, 3, 4], 20)
 
 
-# What goes wrong.
+# Errors.
 
 
 @pytest.mark.parametrize(
     "data",
-    [[], (), Sized([], TypeError("no len")), lambda epoch: [], Loader([])],
+    [[], (), SizedData([], TypeError("no len")), lambda epoch: [], FakeLoader([])],
     ids=["list", "tuple", "without len", "callable", "loader"],
 )
 def test_empty_data_are_an_error_before_anything_is_saved(data):
-    steps = Steps()
+    events = saves_and_epochs()
     with pytest.raises(ValueError, match="yielded no batches in epoch 1"):
-        Engine(add, [steps]).run(jnp.int32(0), data, epochs=1)
-    assert (steps.saves, steps.epochs) == ([], [])
+        Engine(add, [events]).run(jnp.int32(0), data, epochs=1)
+    assert (events.steps("save"), events.steps("epoch_end")) == ([], [])
 
 
-def test_a_callable_that_gives_nothing_for_a_later_epoch_is_an_error_there():
-    steps = Steps()
+def test_callable_without_batches_in_a_later_epoch_is_an_error_in_that_epoch():
+    events = saves_and_epochs()
     with pytest.raises(ValueError, match="yielded no batches in epoch 2"):
-        Engine(add, [steps]).run(jnp.int32(0), lambda epoch: [1, 2] if epoch == 0 else [], epochs=2)
-    assert (steps.saves, steps.epochs) == ([1, 2], [2])
+        Engine(add, [events]).run(jnp.int32(0), lambda epoch: [1, 2] if epoch == 0 else [], epochs=2)
+    assert (events.steps("save"), events.steps("epoch_end")) == ([1, 2], [2])
 
 
 @pytest.mark.parametrize("targets", [{"epochs": 2}, {"steps": 24}], ids=str)
-def test_a_generator_is_exhausted_at_its_second_epoch(targets):
-    steps = Steps()
+def test_generator_is_exhausted_at_its_second_epoch(targets):
+    events = saves_and_epochs()
     with pytest.raises(ValueError, match="exhausted at the start of epoch 2: a generator can be read only once"):
-        Engine(add, [steps]).run(jnp.int32(0), (n for n in range(12)), **targets)
-    assert (steps.saves, steps.epochs) == (list(range(1, 13)), [12])
+        Engine(add, [events]).run(jnp.int32(0), (n for n in range(12)), **targets)
+    assert (events.steps("save"), events.steps("epoch_end")) == (list(range(1, 13)), [12])
 
 
-def test_a_generator_shorter_than_one_epoch_is_an_error():
-    steps = Steps()
+def test_generator_shorter_than_one_epoch_is_an_error():
+    events = saves_and_epochs()
     with pytest.raises(ValueError, match=r"ended after 3 batches, but an epoch needs 5 \(epoch_steps\)"):
-        Engine(add, [steps]).run(jnp.int32(0), iter([1, 2, 3]), epochs=1, epoch_steps=5)
-    assert steps.saves == [1, 2, 3]
+        Engine(add, [events]).run(jnp.int32(0), iter([1, 2, 3]), epochs=1, epoch_steps=5)
+    assert events.steps("save") == [1, 2, 3]
 
 
-def test_empty_data_are_an_error_where_epochs_have_a_given_length():
+def test_empty_data_with_epoch_steps_are_an_error():
     with pytest.raises(ValueError, match="ended after 0 batches, but an epoch needs 5"):
         Engine(add).run(jnp.int32(0), [], epochs=1, epoch_steps=5)
 
 
-def test_a_len_that_is_too_long_is_an_error_when_the_data_end():
-    steps = Steps(when=2)
+def test_len_that_is_too_long_is_an_error_when_the_data_end():
+    events = saves_and_epochs(when=2)
     with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Mend its len"):
-        Engine(add, [steps]).run(jnp.int32(0), Sized([1, 2, 3], 5), epochs=1)
-    assert (steps.saves, steps.epochs) == ([2], [])
+        Engine(add, [events]).run(jnp.int32(0), SizedData([1, 2, 3], 5), epochs=1)
+    assert (events.steps("save"), events.steps("epoch_end")) == ([2], [])
 
 
-def test_a_len_that_is_too_long_is_an_error_where_the_host_stops_at_every_step():
-    class Source(Sized):
+def test_len_that_is_too_long_is_an_error_with_a_handler_at_every_step():
+    class Source(SizedData):
         def __iter__(self):
             return EndsOnce(self.batches)
 
     with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Mend its len"):
-        Engine(add, [Steps()]).run(jnp.int32(0), Source([1, 2, 3], 5), epochs=1)
+        Engine(add, [saves_and_epochs()]).run(jnp.int32(0), Source([1, 2, 3], 5), epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -479,13 +414,13 @@ def test_a_len_that_is_too_long_is_an_error_where_the_host_stops_at_every_step()
     [({"x": [1, 2]}, "dict"), ("abc", "str"), (5, "int"), (None, "NoneType"), (lambda epoch: None, "NoneType")],
     ids=["dict", "string", "number", "None", "callable to None"],
 )
-def test_what_is_no_source_of_batches_is_refused(data, kind):
+def test_object_that_is_not_a_data_source_is_refused(data, kind):
     with pytest.raises(TypeError, match=f"data needs to be an iterable of batches or a callable .*, got {kind}"):
         Engine(add).run(jnp.int32(0), data, epochs=1)
 
 
 def failing():
-    """Six batches, then an error."""
+    """Yield six batches, then raise an error."""
     yield from range(1, 7)
     raise OSError("disk gone")
 
@@ -502,26 +437,26 @@ class SizedFailing(Failing):
 
 @pytest.mark.parametrize("when", [1, 4, every(epochs=1)], ids=repr)
 @pytest.mark.parametrize("data", [Failing, SizedFailing, failing], ids=["without len", "with len", "generator"])
-def test_an_error_of_the_data_arrives_unchanged_and_says_where_it_came_from(data, when):
+def test_error_of_the_data_is_raised_unchanged_with_a_note_of_its_origin(data, when):
     with pytest.raises(OSError, match="disk gone") as caught:
-        Engine(add, [Steps(when)]).run(jnp.int32(0), data(), epochs=1)
+        Engine(add, [saves_and_epochs(when)]).run(jnp.int32(0), data(), epochs=1)
     assert str(caught.value) == "disk gone"
     assert caught.value.__notes__ == ["onstep: raised by the data, at batch 7 of pass 1"]
 
 
 @pytest.mark.parametrize("data", [Failing, SizedFailing], ids=["without len", "with len"])
-def test_the_step_before_an_error_of_the_data_is_saved(data):
-    steps = Steps()
+def test_step_before_an_error_of_the_data_is_saved(data):
+    events = saves_and_epochs()
     with pytest.raises(OSError, match="disk gone"):
-        Engine(add, [steps]).run(jnp.int32(0), data(), epochs=1)
-    assert steps.saves == [1, 2, 3, 4, 5, 6]
+        Engine(add, [events]).run(jnp.int32(0), data(), epochs=1)
+    assert events.steps("save") == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_error_of_a_batch_that_no_step_needs_is_not_raised():
+def test_error_of_a_batch_that_no_step_needs_is_not_raised():
     assert int(Engine(add).run(jnp.int32(0), failing(), steps=6).state) == 21
 
 
-def test_an_error_that_was_put_off_is_raised_when_its_batch_is_due():
+def test_deferred_error_is_raised_when_its_batch_is_needed():
     data = failing()
     engine = Engine(add)
     part = engine.run(jnp.int32(0), data, steps=6)
@@ -529,7 +464,7 @@ def test_an_error_that_was_put_off_is_raised_when_its_batch_is_due():
         engine.run(part, data, steps=7)
 
 
-def test_an_error_of_the_first_batch_of_an_epoch_names_the_pass():
+def test_error_of_the_first_batch_of_an_epoch_names_the_pass():
     def data(epoch):
         if epoch == 1:
             raise OSError("disk gone")
@@ -540,11 +475,11 @@ def test_an_error_of_the_first_batch_of_an_epoch_names_the_pass():
     assert caught.value.__notes__ == ["onstep: raised by the data, at batch 1 of pass 2"]
 
 
-# A batch of another shape.
+# Batches of another shape.
 
 
 def summing(shapes):
-    """A step that notes the shape of its batch whenever it is traced."""
+    """Return a step that appends the shape of its batch to `shapes` whenever it is traced."""
 
     def step(state, batch):
         shapes.append(batch["x"].shape)
@@ -553,25 +488,20 @@ def summing(shapes):
     return step
 
 
-def test_a_short_last_batch_is_compiled_once_more_and_warned_of_once():
-    shapes = []
+def test_short_last_batch_is_compiled_once_with_one_warning():
+    shapes, last = [], []
     data = Batches({"x": np.ones(23, np.float32)}, 2, drop_last=False)
+    engine = Engine(summing(shapes))
+    engine.on("epoch_end")(lambda loop: last.append(loop.batch["x"].tolist()))
     with pytest.warns(UserWarning, match=r"x: float32\[2\] became float32\[1\]") as warned:
-        result = Engine(summing(shapes)).run(jnp.float32(0), data, epochs=2)
-    assert (result.step, float(result.state)) == (24, 46)
+        result = engine.run(jnp.float32(0), data, epochs=2)
+    assert (result.step, float(result.state), last) == (24, 46, [[1], [1]])
     assert (shapes, len(warned)) == ([(2,), (1,)], 1)
 
 
-def test_batches_of_one_shape_are_compiled_once():
+def test_second_run_of_an_engine_compiles_nothing():
     shapes = []
-    data = Batches({"x": np.ones(23, np.float32)}, 2, drop_last=True)
-    assert Engine(summing(shapes)).run(jnp.float32(0), data, epochs=2).step == 22
-    assert shapes == [(2,)]
-
-
-def test_a_second_run_of_an_engine_compiles_nothing():
-    shapes = []
-    data = Batches({"x": np.ones(6, np.float32)}, 2)
+    data = Batches({"x": np.ones(7, np.float32)}, 2, drop_last=True)
     engine = Engine(summing(shapes))
     first = engine.run(jnp.float32(0), data, epochs=1)
     engine.run(jnp.float32(0), data, epochs=1)
@@ -587,7 +517,7 @@ def test_another_run_may_have_batches_of_another_shape():
     assert shapes == [(2,), (3,)]
 
 
-def test_a_leaf_that_is_new_in_a_batch_is_named():
+def test_new_leaf_in_a_batch_is_named():
     def step(state, batch):
         return state + sum(jax.tree.leaves(batch)), {}
 
@@ -595,12 +525,12 @@ def test_a_leaf_that_is_new_in_a_batch_is_named():
         Engine(step).run(jnp.int32(0), [{"x": 1}, {"x": 1, "y": 2}], epochs=1)
 
 
-def test_a_source_may_fill_its_arrays_again():
+def test_source_may_reuse_its_arrays():
     engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), log_every=1, steps_per_call=1)
     result = engine.run(jnp.int32(0), lambda epoch: refilled(200), epochs=1)
     assert result.history["train/mean"] == list(range(200))
 
 
-def test_so_may_that_of_an_evaluation():
+def test_source_of_an_evaluation_may_reuse_its_arrays():
     means = evaluate(lambda state, batch: {"mean": batch.mean()}, jnp.int32(0), refilled(200))
     assert means["mean"] == 99.5

@@ -1,4 +1,4 @@
-"""When the host waits for the device, what is compiled, what is donated, what is kept."""
+"""When the host waits for the device, and what is compiled, donated and kept in memory."""
 
 import gc
 import io
@@ -10,35 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import Tripwire, compilations
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, Progress, TensorBoard
-
-
-class Tripwire:
-    """A metric that writes down the step at which its value is read, by whatever way."""
-
-    shape, dtype, ndim = (), np.dtype("float32"), 0
-
-    def __init__(self, step, reads):
-        self.step, self.reads = step, reads
-
-    def _read(self, *args, **kwargs):
-        self.reads.append(self.step)
-        return 1.0
-
-    __float__ = __int__ = __bool__ = __index__ = __format__ = __lt__ = __gt__ = __eq__ = __hash__ = _read
-    item = tolist = copy_to_host_async = __repr__ = _read
-
-    def __array__(self, *args, **kwargs):
-        return np.asarray(self._read())
-
-    def block_until_ready(self):
-        """Waiting for a call is no read of its value."""
-        return self
+from onstep.testing import FakeClock
 
 
 def tripwired(engine, reads):
-    """The engine with a plain function in the compiled call's place."""
+    """Replace the compiled call of the engine by a function that returns tripwires."""
     steps = iter(range(1, 10**9))
     engine._compiled.call = lambda bundle, batch, rng, due: (bundle, {"loss": Tripwire(next(steps), reads)})
     return engine
@@ -49,7 +28,7 @@ def step(state, batch):
 
 
 class Idle(Callback):
-    """Answers events without looking at a value."""
+    """Handle events without reading a value."""
 
     when = every(7)
 
@@ -62,7 +41,7 @@ class Idle(Callback):
     on_step_end = on_save = on_step_begin
 
 
-def test_no_metric_is_read_between_due_log_steps():
+def test_metrics_are_read_only_at_log_steps():
     reads = []
     idle = Idle(reads)
     engine = tripwired(Engine(step, [idle], log_every=20, steps_per_call=1), reads)
@@ -72,7 +51,7 @@ def test_no_metric_is_read_between_due_log_steps():
     assert sorted(reads) == list(range(1, 101))
 
 
-def test_a_hundred_steps_logged_every_ten_are_read_at_ten_points():
+def test_hundred_steps_logged_every_ten_are_read_ten_times():
     reads, points = [], []
     engine = tripwired(Engine(step, log_every=10, steps_per_call=1), reads)
     engine.on("log")(lambda loop, record: points.append((loop.step, len(reads))))
@@ -93,11 +72,11 @@ def built_in(tmp_path):
     return [ema, GradNorm(), evaluate, Checkpoint(tmp_path, when=20), TensorBoard(tmp_path), progress]
 
 
-def test_the_host_runs_ahead_of_the_device_until_something_is_due(tmp_path):
+def test_host_runs_ahead_of_the_device_until_something_is_due(tmp_path):
     engine = Engine(slow_step, built_in(tmp_path), log_every=20, in_flight=32)
     state = jnp.full((500, 500), 0.01)
     engine.run(state, range(400), steps=20)  # compiles
-    for target in (40, 60, 80):  # the machine may be busy: one undisturbed stretch will do
+    for target in (40, 60, 80):  # the machine may be busy: one undisturbed measurement is enough
         times = [time.perf_counter()]
         with engine.steps(state, range(400), steps=target, when=19) as steps:
             for _ in steps:
@@ -109,7 +88,7 @@ def test_the_host_runs_ahead_of_the_device_until_something_is_due(tmp_path):
     assert ahead < 0.25 * whole, f"the steps before the due one kept the host for {ahead:.3f} s of {whole:.3f} s"
 
 
-def test_one_read_a_step_would_be_seen_by_that_test():
+def test_host_that_reads_every_step_does_not_run_ahead():
     engine = Engine(slow_step, log_every=20, in_flight=32)
     engine.on("step_end")(lambda loop: float(loop.metrics["loss"]))
     state = jnp.full((500, 500), 0.01)
@@ -123,8 +102,8 @@ def test_one_read_a_step_would_be_seen_by_that_test():
 
 
 @pytest.mark.parametrize(("seconds", "more"), [(1e-3, 0), (1e-6, 15)], ids=["long calls", "short calls"])
-def test_no_more_calls_are_queued_than_asked_for(seconds, more):
-    finished, started, most = set(), [], []
+def test_no_more_calls_than_in_flight_are_queued(seconds, more):
+    finished, started, most, clock = set(), [], [], FakeClock()
 
     class Handle:
         shape = ()
@@ -141,19 +120,19 @@ def test_no_more_calls_are_queued_than_asked_for(seconds, more):
 
     def call(bundle, batch, rng, due):
         started.append(len(started))
+        clock.advance(seconds)
         most.append(len(started) - len(finished))
         return bundle, {"loss": Handle(started[-1])}
 
     for in_flight in (1, 2, 5):
         finished.clear(), started.clear(), most.clear()
-        engine = Engine(step, in_flight=in_flight, log_every=30, steps_per_call=1)
+        engine = Engine(step, in_flight=in_flight, log_every=30, steps_per_call=1, clock=clock)
         engine._compiled.call = call
-        engine._clock = lambda: seconds * len(started)
         engine.run(jnp.int32(0), range(100), epochs=1)
-        assert max(most) == in_flight + 1 + more  # the one being started, behind those that are queued
+        assert max(most) == in_flight + 1 + more  # the call being started, in addition to those that are queued
 
 
-def test_the_callers_arrays_stay_valid_and_are_not_aliased():
+def test_arrays_of_the_caller_stay_valid_and_are_not_aliased():
     params = jnp.ones(3)
     state = {"params": params, "target": params, "numpy": np.zeros(2), "number": 0, "key": jax.random.key(0)}
 
@@ -168,7 +147,7 @@ def test_the_callers_arrays_stay_valid_and_are_not_aliased():
     assert int(result.state["number"]) == 3
 
 
-def test_donate_uses_up_the_callers_state_even_where_leaves_are_shared():
+def test_donate_deletes_the_state_of_the_caller_even_if_leaves_are_shared():
     shared = jax.device_put(jnp.ones(3), jax.devices()[0])
     result = Engine(lambda s, b: ({k: v + 1 for k, v in s.items()}, {})).run(
         {"a": shared, "b": shared}, range(2), epochs=1, donate=True
@@ -177,27 +156,12 @@ def test_donate_uses_up_the_callers_state_even_where_leaves_are_shared():
     assert result.state["b"].tolist() == [3, 3, 3]
 
 
-def test_a_result_stays_valid_after_another_run_goes_on_from_it():
+def test_result_stays_valid_after_another_run_resumes_from_it():
     engine = Engine(step, [EMA(0.5, of=None)])
     first = engine.run(jnp.float32(1), [1.0, 1.0], epochs=1)
     second = engine.run(first, [1.0, 1.0], epochs=2)
     third = engine.run(first, [1.0, 1.0], epochs=3)
     assert (float(first.state), float(second.state), float(third.state)) == (3, 5, 7)
-
-
-def compilations(run):
-    """How often a run compiles something, by jax's own account."""
-    names = []
-
-    def listen(name, seconds, **more):
-        names.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        run()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return names.count("/jax/core/compile/backend_compile_duration")
 
 
 def test_one_executable_serves_the_whole_run_and_the_next():
@@ -206,12 +170,14 @@ def test_one_executable_serves_the_whole_run_and_the_next():
     data = Batches(np.arange(12, dtype=np.float32), 2)
     engine.run(0.0, data, epochs=2, rng=jax.random.key(0))
     assert engine._compiled.call._cache_size() == 1
-    assert compilations(lambda: engine.run(0.0, data, epochs=2, rng=jax.random.key(0))) == 0
+    with compilations() as compiled:
+        engine.run(0.0, data, epochs=2, rng=jax.random.key(0))
+    assert compiled == []
     assert engine._compiled.call._cache_size() == 1
 
 
 class GradLike(Callback):
-    """A pure half that is not always due and logs."""
+    """A compiled half that is not due at every step and logs."""
 
     def __init__(self, when):
         self.update_when = when
@@ -220,21 +186,21 @@ class GradLike(Callback):
         return carry, ctx.log(seen=ctx.step)
 
 
-def test_a_python_number_in_the_state_does_not_compile_twice():
+def test_python_number_in_the_state_does_not_compile_twice():
     engine = Engine(lambda s, b: ({"step": s["step"] + 1, "lr": s["lr"]}, {}))
     result = engine.run({"step": 0, "lr": 0.1}, range(5), epochs=1)
     assert engine._compiled.call._cache_size() == 1
     assert result.state["step"].dtype == jnp.int32
 
 
-def test_a_resumed_run_reuses_the_executable(tmp_path):
+def test_resumed_run_reuses_the_executable(tmp_path):
     engine = Engine(step, [Checkpoint(tmp_path, when=2)])
     engine.run(jnp.int32(0), range(4), steps=3)
     engine.run(jnp.int32(0), range(4), steps=4)
     assert engine._compiled.call._cache_size() == 1
 
 
-def test_numpy_of_64_bits_is_the_shape_that_the_device_sees():
+def test_64_bit_numpy_batches_do_not_compile_again():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Engine(step).run(0.0, [np.float64(1), 1.0, np.asarray(2.0)], epochs=1)
@@ -259,7 +225,7 @@ def test_memory_stays_flat_over_many_steps():
     assert memory[-1] - memory[0] < 20e6
 
 
-def test_a_kept_state_says_that_it_was_donated_and_who_kept_it():
+def test_error_of_a_donated_state_names_the_callback_that_kept_it():
     class Keeps(Callback):
         kept = None
 
@@ -276,21 +242,23 @@ def test_a_kept_state_says_that_it_was_donated_and_who_kept_it():
     assert "Keep a copy instead" in notes
 
 
-def test_uncompiled_steps_can_be_looked_into():
+def test_uncompiled_steps_see_concrete_values():
     seen = []
 
     def looks(state, batch):
         seen.append(float(state))
         return state + batch, {"loss": state}
 
-    engine = Engine(looks, [EMA(0.5, of=None), GradLike(when=2)], jit=False)
-    result = engine.run(jnp.float32(0), [np.float32(1)] * 3, epochs=1)
-    assert seen == [0, 1, 2]
-    assert float(result.state) == 3
+    callbacks = [EMA(0.5, of=None), GradLike(when=2)]
+    engine = Engine(looks, callbacks, jit=False, steps_per_call=4, log_every=2)
+    result = engine.run(jnp.float32(0), [np.float32(1)] * 6, epochs=1)
+    assert seen == list(range(6))
+    assert float(result.state) == 6
+    assert result.history["train/seen"] == [1, 3, 5]
 
 
 @pytest.mark.parametrize("steps_per_call", [1, "auto"])
-def test_a_print_inside_the_step_comes_once_a_step_and_in_order(steps_per_call, capsys):
+def test_print_inside_the_step_comes_once_per_step_and_in_order(steps_per_call, capsys):
     def says(state, batch):
         jax.debug.print("state {}", state)
         return state + batch, {"loss": state}

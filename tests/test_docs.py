@@ -34,7 +34,7 @@ def masked(text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=names)
-def test_the_blocks_of_a_page_run_and_print_what_is_shown(page, tmp_path):
+def test_code_blocks_of_a_page_run_and_print_the_shown_output(page, tmp_path):
     found = blocks(page)
     program = "".join(f"{code}\nprint({MARK!r}, flush=True)\n" for code, _ in found)
     program += "[test() for name, test in list(globals().items()) if name.startswith('test_')]\n"
@@ -49,7 +49,7 @@ def test_the_blocks_of_a_page_run_and_print_what_is_shown(page, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_first_run_is_broken_off_and_goes_on_as_its_page_shows(tmp_path):
+def test_first_run_is_interrupted_and_resumes_as_the_page_shows(tmp_path):
     code, shown = blocks(DOCS / "index.md")[0]
     (tmp_path / "train.py").write_text(code)
     command = [sys.executable, "-u", "train.py"]
@@ -69,7 +69,7 @@ def test_the_first_run_is_broken_off_and_goes_on_as_its_page_shows(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+def test_site_builds_without_a_warning_and_loads_nothing_external(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -79,13 +79,13 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
         assert not re.findall(r"<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=.?https?:", html), page
 
 
-def test_links_inside_the_documents_lead_somewhere():
+def test_links_between_documents_exist():
     for page in EVERY_PAGE:
         for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_reference_has_every_public_name():
+def test_reference_lists_every_public_name():
     shown = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), flags=re.MULTILINE))
     shown.add("onstep.evaluate")  # as onstep.evaluate.evaluate: a module has its name
     public = re.findall(r"^[\w.]+", (ROOT / "tests/api.txt").read_text(), flags=re.MULTILINE)
@@ -94,7 +94,7 @@ def test_the_reference_has_every_public_name():
         assert name in shown or any(name.startswith(f"{holder}.") for holder in shown), name
 
 
-def test_the_catalogue_has_a_row_and_an_example_for_every_callback():
+def test_catalogue_has_a_row_and_an_example_for_every_callback():
     page = (DOCS / "callbacks/catalogue.md").read_text()
     rows = re.findall(r"^\| \[(\w+)\]\(#(\w+)\)", page, flags=re.MULTILINE)
     sections = re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", page, flags=re.MULTILINE | re.DOTALL)
@@ -105,7 +105,7 @@ def test_the_catalogue_has_a_row_and_an_example_for_every_callback():
         assert "```text" in text or "![" in text, name
 
 
-def test_the_readme_is_short_and_begins_with_code():
+def test_readme_is_short_and_starts_with_code():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
     assert lines.index("```python") < 15

@@ -1,53 +1,24 @@
-"""The order of events, as whole lists: what a user may rely on."""
+"""The order of events, as complete lists that users may rely on."""
 
 import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, every
+from onstep.testing import RaiseIn, Transcript
 
 
-class Transcript(Callback):
-    """Writes down every event it is given, with step and epoch."""
+def show(loop, event):
+    """Show the batch before a step and the state after it."""
+    if event == "step_begin":
+        return f"batch={loop.batch}"
+    return f"state={int(loop.state)}" if event == "step_end" else ""
 
-    def __init__(self, name, lines, quiet=()):
-        self.name, self.lines, self.quiet = name, lines, quiet
 
-    def _write(self, loop, event, *more):
-        if event not in self.quiet:
-            self.lines.append(" ".join([self.name, event, f"{loop.step}/{loop.epoch}", *more]))
-
-    def on_load(self, loop):
-        self._write(loop, "load")
-
-    def on_run_begin(self, loop):
-        self._write(loop, "run_begin")
-
-    def on_epoch_begin(self, loop):
-        self._write(loop, "epoch_begin")
-
-    def on_step_begin(self, loop):
-        self._write(loop, "step_begin", f"batch={loop.batch}")
-
-    def on_step_end(self, loop):
-        self._write(loop, "step_end", f"state={int(loop.state)}")
-
-    def on_log(self, loop, record):
-        self._write(loop, "log", *(f"{name}={value:g}" for name, value in record.values.items()))
-
-    def on_epoch_end(self, loop):
-        self._write(loop, "epoch_end")
-
-    def on_save(self, loop):
-        self._write(loop, "save")
-
-    def on_exception(self, loop, error):
-        self._write(loop, "exception", type(error).__name__)
-
-    def on_run_end(self, loop):
-        self._write(loop, "run_end")
+def transcript(name, lines, *quiet, when=1):
+    return Transcript(name, lines=lines, quiet=quiet, show=show, when=when)
 
 
 class Score(Callback):
-    """An evaluation: logs at the end of every epoch."""
+    """Log a value at the end of every epoch, as an evaluation does."""
 
     when = every(epochs=1)
 
@@ -126,6 +97,8 @@ A epoch_end 6/2
 B epoch_end 6/2
 A save 6/2
 B save 6/2
+A snapshot 6/2
+B snapshot 6/2
 B run_end 6/2
 A run_end 6/2
 """
@@ -134,25 +107,25 @@ A run_end 6/2
 @pytest.mark.parametrize(
     "source", [list, tuple, lambda data: lambda epoch: iter(data)], ids=["list", "tuple", "unknown"]
 )
-def test_two_epochs_with_an_evaluation_between_two_callbacks(source):
+def test_events_of_two_epochs_come_in_this_order(source):
     lines = []
-    engine = Engine(step, [Transcript("A", lines), Score(), Transcript("B", lines)], log_every=2)
+    engine = Engine(step, [transcript("A", lines), Score(), transcript("B", lines)], log_every=2)
     engine.run(jnp.int32(0), source([1, 2, 3]), epochs=2)
     assert lines == TWO_EPOCHS.strip().splitlines()
 
 
-def test_a_second_run_gives_the_same_list():
+def test_second_run_has_the_same_events():
     lines = []
-    engine = Engine(step, [Transcript("A", lines), Score(), Transcript("B", lines)], log_every=2)
+    engine = Engine(step, [transcript("A", lines), Score(), transcript("B", lines)], log_every=2)
     for _ in range(2):
         engine.run(jnp.int32(0), [1, 2, 3], epochs=2)
     assert lines == 2 * TWO_EPOCHS.strip().splitlines()
 
 
-def test_a_stop_in_mid_epoch_ends_with_a_save_and_no_epoch_end():
+def test_stop_within_an_epoch_saves_without_an_epoch_end():
     lines = []
-    stopper = Transcript("S", lines, quiet=("step_begin", "epoch_begin", "load", "log"))
-    engine = Engine(step, [stopper, Transcript("A", lines, quiet=("step_begin", "load"))], log_every=3)
+    first = transcript("S", lines, "step_begin", "epoch_begin", "load", "log")
+    engine = Engine(step, [first, transcript("A", lines, "step_begin", "load")], log_every=3)
 
     @engine.on("step_end", when=every(5))
     def enough(loop):
@@ -170,61 +143,54 @@ def test_a_stop_in_mid_epoch_ends_with_a_save_and_no_epoch_end():
         "A step_end 5/1 state=9",
         "S save 5/1",
         "A save 5/1",
+        "S snapshot 5/1",
+        "A snapshot 5/1",
         "A log 5/1 train/loss=1.5",
         "A run_end 5/1",
         "S run_end 5/1",
     ]
 
 
-def test_the_end_of_a_run_saves_for_everybody_and_then_gives_the_last_partial_window():
+def test_run_ends_with_a_save_for_every_callback_and_the_partial_log_window():
     lines = []
-
-    class Rare(Transcript):
-        when = every(100)
-
-    run([Rare("A", lines)], data=[1] * 9, steps=3)
+    run([transcript("A", lines, when=every(100))], data=[1] * 9, steps=3)
     assert lines == [
         "A load 0/0",
         "A run_begin 0/0",
         "A epoch_begin 0/0",
         "A log 2/0 train/loss=1",
         "A save 3/0",
+        "A snapshot 3/0",
         "A log 3/0 train/loss=1",
         "A run_end 3/0",
     ]
 
 
-def test_a_stop_asked_for_in_step_begin_means_that_the_step_does_not_run():
+def test_stop_in_step_begin_prevents_the_step():
     lines = []
-    engine = Engine(step, [Transcript("A", lines, quiet=("load", "save"))])
+    engine = Engine(step, [transcript("A", lines, "load", "save")])
     engine.on("step_begin", when=every(2))(lambda loop: loop.stop("no further"))
     result = engine.run(jnp.int32(0), [1, 2, 3], epochs=1)
     assert (result.step, int(result.state)) == (1, 1)
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "A step_end 1/0 state=1",
         "A step_begin 1/0 batch=2",
+        "A snapshot 1/0",
         "A log 1/0 train/loss=1",
         "A run_end 1/0",
     ]
 
 
-def test_an_error_reaches_on_exception_and_every_on_run_end_in_reverse():
+def test_error_reaches_on_exception_then_on_run_end_in_reverse():
     lines = []
-
-    class Broken(Callback):
-        when = every(2)
-
-        def on_step_end(self, loop):
-            raise RuntimeError("trouble")
-
     callbacks = [
-        Transcript("A", lines, quiet=("step_begin", "load")),
-        Broken(),
-        Transcript("B", lines, quiet=("load",)),
+        transcript("A", lines, "step_begin", "load"),
+        RaiseIn("step_end", RuntimeError("trouble"), step=2),
+        transcript("B", lines, "load"),
     ]
     with pytest.raises(RuntimeError, match="trouble") as caught:
         run(callbacks, epochs=1)
-    assert caught.value.__notes__ == ["onstep: raised by Broken.on_step_end at step 2"]
+    assert caught.value.__notes__ == ["onstep: raised by RaiseIn.on_step_end at step 2"]
     assert lines[lines.index("A step_end 2/0 state=3") :] == [
         "A step_end 2/0 state=3",
         "A exception 2/0 RuntimeError",
@@ -232,16 +198,6 @@ def test_an_error_reaches_on_exception_and_every_on_run_end_in_reverse():
         "B run_end 2/0",
         "A run_end 2/0",
     ]
-
-
-class Raises(Callback):
-    """Raises in one event."""
-
-    def __init__(self, event, error):
-        def method(loop, *more):
-            raise error
-
-        setattr(self, event, method)
 
 
 EVENTS = [
@@ -253,58 +209,59 @@ EVENTS = [
     "on_log",
     "on_epoch_end",
     "on_save",
+    "on_snapshot",
 ]
 
 
 @pytest.mark.parametrize("event", [*EVENTS, "on_run_end"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_error_in_any_event_is_the_callers_and_everybody_who_began_ends(event, kind):
+def test_error_in_any_event_reaches_the_caller_and_every_callback_that_began_ends(event, kind):
     lines, error = [], kind("trouble")
     with pytest.raises(kind, match="trouble") as caught:
-        run([Transcript("A", lines), Raises(event, error), Transcript("B", lines)], epochs=1)
+        run([transcript("A", lines), RaiseIn(event, error), transcript("B", lines)], epochs=1)
     assert caught.value is error
-    assert any(f"Raises.{event} at step" in note for note in error.__notes__)
+    assert any(f"RaiseIn.{event} at step" in note for note in error.__notes__)
     for name in "AB":
         began = sum(line.startswith((f"{name} load", f"{name} run_begin")) for line in lines) > 0
         assert sum(line.startswith(f"{name} run_end") for line in lines) == began
     assert any(line.startswith("A exception") for line in lines) == (event != "on_run_end")
 
 
-def test_of_several_errors_the_first_is_raised_and_the_others_are_its_notes():
-    callbacks = [Raises("on_run_end", ValueError("third")), Raises("on_exception", OSError("second"))]
+def test_first_of_several_errors_is_raised_with_the_others_as_notes():
+    callbacks = [RaiseIn("on_run_end", ValueError("third")), RaiseIn("on_exception", OSError("second"))]
     with pytest.raises(RuntimeError, match="first") as caught:
-        run([*callbacks, Raises("on_step_end", RuntimeError("first"))], epochs=1)
+        run([*callbacks, RaiseIn("on_step_end", RuntimeError("first"))], epochs=1)
     notes = "\n".join(caught.value.__notes__)
     assert "OSError: second" in notes
     assert "ValueError: third" in notes
     assert notes.index("second") < notes.index("third")
 
 
-def test_an_error_in_the_step_itself_ends_the_callbacks_too():
+def test_error_in_the_step_ends_the_callbacks():
     lines = []
 
     def broken(state, batch):
         raise ZeroDivisionError("in the step")
 
     with pytest.raises(ZeroDivisionError, match="in the step"):
-        Engine(broken, [Transcript("A", lines, quiet=("load", "step_begin"))]).run(jnp.int32(0), [1], epochs=1)
+        Engine(broken, [transcript("A", lines, "load", "step_begin")]).run(jnp.int32(0), [1], epochs=1)
     assert lines == ["A run_begin 0/0", "A epoch_begin 0/0", "A exception 0/0 ZeroDivisionError", "A run_end 0/0"]
 
 
-def test_the_same_events_come_uncompiled():
+def test_uncompiled_run_has_the_same_events():
     compiled, uncompiled = [], []
     for lines, jit in ((compiled, True), (uncompiled, False)):
-        engine = Engine(step, [Transcript("A", lines), Score(), Transcript("B", lines)], log_every=2, jit=jit)
+        engine = Engine(step, [transcript("A", lines), Score(), transcript("B", lines)], log_every=2, jit=jit)
         engine.run(jnp.int32(0), [1, 2, 3], epochs=2)
     assert compiled == uncompiled == TWO_EPOCHS.strip().splitlines()
 
 
-def test_owning_the_for_gives_a_turn_before_everybody_saves():
+def test_iterating_yields_before_the_callbacks_save():
     lines = []
-    engine = Engine(step, [Transcript("A", lines, quiet=("load", "step_begin"))], log_every=2)
+    engine = Engine(step, [transcript("A", lines, "load", "step_begin")], log_every=2)
     with engine.steps(jnp.int32(0), [1, 2, 3], epochs=1, when=every(2) | every(epochs=1)) as steps:
         for loop in steps:
-            lines.append(f"turn {loop.step}")
+            lines.append(f"loop body {loop.step}")
     assert steps.result.step == 3
     assert lines == [
         "A run_begin 0/0",
@@ -313,13 +270,14 @@ def test_owning_the_for_gives_a_turn_before_everybody_saves():
         "A save 1/0",
         "A step_end 2/0 state=3",
         "A log 2/0 train/loss=1.5",
-        "turn 2",
+        "loop body 2",
         "A save 2/0",
         "A step_end 3/1 state=6",
         "A log 3/1 epoch/loss=2",
         "A epoch_end 3/1",
-        "turn 3",
+        "loop body 3",
         "A save 3/1",
+        "A snapshot 3/1",
         "A log 3/1 train/loss=3",
         "A run_end 3/1",
     ]

@@ -1,4 +1,4 @@
-"""The same bytes: with and without observers, in any order, and across every cut."""
+"""Exact reproducibility: with and without observers, in any order, and resumed after any step."""
 
 import io
 import itertools
@@ -6,16 +6,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from models import EXAMPLES, TX, X, Y, epoch, evaluation, fresh_state, same_bytes, step
+from models import EXAMPLES, TX, X, Y, epoch, evaluation, fresh_state, step
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, EarlyStopping, Evaluate, GradNorm, Progress, TensorBoard
+from onstep.testing import StopAt, same_bytes
 
 KEY = jax.random.key(7)
 VALIDATION = Batches({"x": X, "y": Y}, 10, shuffle=False, drop_last=False)
 
 
 class Draws(Callback):
-    """Draws from a numpy generator of its own after every step."""
+    """Draw from a NumPy generator after every step."""
 
     def __init__(self):
         self.generator, self.drawn = np.random.default_rng(3), []
@@ -32,7 +33,7 @@ class Draws(Callback):
 
 
 class Adds(Callback):
-    """A pure half that is due every third step and counts by itself."""
+    """A compiled half that is due every third step and counts."""
 
     update_when = every(steps=3)
 
@@ -68,26 +69,26 @@ def plain():
     return run()
 
 
-def test_observers_do_not_change_the_steps_bytes(plain, tmp_path):
+def test_observers_do_not_change_a_byte_of_the_state(plain, tmp_path):
     _, callbacks = observers(tmp_path)
     assert same_bytes(run(callbacks).state, plain.state)
 
 
-@pytest.mark.parametrize("turn", range(4))
-def test_the_order_of_observers_does_not_change_a_byte(plain, whole, turn, tmp_path):
+@pytest.mark.parametrize("shift", range(4))
+def test_order_of_observers_does_not_change_a_byte(plain, whole, shift, tmp_path):
     expected = whole[1].params(whole[0])
     ema, callbacks = observers(tmp_path)
-    result = run(callbacks[::-1] if turn == 0 else callbacks[2 * turn :] + callbacks[: 2 * turn])
+    result = run(callbacks[::-1] if shift == 0 else callbacks[2 * shift :] + callbacks[: 2 * shift])
     assert same_bytes(result.state, plain.state)
     assert same_bytes(ema.params(result), expected)
 
 
-def test_what_is_logged_how_often_and_how_many_calls_are_queued_changes_no_byte(plain):
+def test_log_every_and_in_flight_do_not_change_a_byte(plain):
     engine = Engine(step, log_every=1, in_flight=1)
     assert same_bytes(engine.run(fresh_state(), epoch, epochs=3, rng=KEY).state, plain.state)
 
 
-def test_the_engine_computes_what_a_bare_loop_computes(plain):
+def test_engine_computes_what_a_plain_loop_computes(plain):
     state, jitted = fresh_state(), jax.jit(step)
     for number, batch in enumerate(itertools.chain.from_iterable(map(epoch, range(3)))):
         state, _, _ = jitted(state, batch, jax.random.fold_in(KEY, number))
@@ -108,27 +109,20 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("cut", [1, 7, 12, 17, 24, 35])
 @pytest.mark.parametrize("through", ["result", "checkpoint"])
-def test_a_run_cut_anywhere_ends_in_the_same_bytes_and_records(cut, through, whole, tmp_path):
+def test_resumed_run_ends_in_the_same_bytes_and_records(cut, through, whole, tmp_path):
     expected, expected_ema, expected_draws, expected_batches = whole
     seen = []
     ema, callbacks = observers(tmp_path)
-
-    class Stop(Callback):
-        when = every(cut)
-
-        def on_step_end(self, loop):
-            loop.stop("cut", final=False)
-
-    engine = Engine(step, [*callbacks, Stop()], log_every=5)
+    engine = Engine(step, [*callbacks, StopAt(cut, final=False, reason="cut")], log_every=5)
     first = engine.run(fresh_state(), lambda number: epoch(number, seen), epochs=3, rng=KEY)
     assert (first.step, first.stopped) == (cut, "cut")
-    del seen[cut:]  # one batch may have been drawn ahead, to learn whether the epoch goes on
+    del seen[cut:]  # one batch may have been drawn ahead, to find out whether the epoch continues
     if through == "checkpoint":
         ema, callbacks = observers(tmp_path)
     engine = Engine(step, callbacks, log_every=5)
     start = first if through == "result" else fresh_state()
     second = engine.run(start, lambda number: epoch(number, seen), epochs=3, rng=KEY)
-    assert seen[:cut] + seen[cut + cut % 12 :] == expected_batches  # those skipped are drawn again
+    assert seen[:cut] + seen[cut + cut % 12 :] == expected_batches  # skipped batches are drawn again
     assert same_bytes(second.state, expected.state)
     assert same_bytes(second.carry(ema), expected.carry(expected_ema))
     assert second.latest == expected.latest
@@ -137,7 +131,7 @@ def test_a_run_cut_anywhere_ends_in_the_same_bytes_and_records(cut, through, who
         assert points(first.history, name) + points(second.history, name) == points(expected.history, name)
 
 
-def test_batches_go_on_where_they_were_without_gathering_what_was_used(tmp_path):
+def test_batches_resumed_from_a_checkpoint_end_in_the_same_bytes(tmp_path):
     data = Batches({"x": X, "y": Y}, 5, seed=1)
     whole = run(data=data, epochs=4)
     first = run([Checkpoint(tmp_path)], data=data, steps=6)
@@ -146,7 +140,7 @@ def test_batches_go_on_where_they_were_without_gathering_what_was_used(tmp_path)
     assert same_bytes(second.state, whole.state)
 
 
-def test_grain_goes_on_from_its_own_state(tmp_path):
+def test_grain_resumes_from_its_own_state(tmp_path):
     import grain
 
     def source():
@@ -158,7 +152,7 @@ def test_grain_goes_on_from_its_own_state(tmp_path):
     assert same_bytes(run([Checkpoint(tmp_path)], data=source(), epochs=3).state, whole.state)
 
 
-def test_a_generator_is_skipped_to_where_the_run_stood(tmp_path, capsys):
+def test_generator_is_skipped_to_the_saved_position(tmp_path, capsys):
     def stream():
         for number in itertools.count():
             yield from epoch(number)
@@ -170,7 +164,7 @@ def test_a_generator_is_skipped_to_where_the_run_stood(tmp_path, capsys):
     assert "skipping 13 batches" in capsys.readouterr().err
 
 
-def test_the_learning_rate_goes_on_without_a_seam(tmp_path):
+def test_learning_rate_schedule_continues_when_resumed(tmp_path):
     import optax
 
     def rate(state, batch):

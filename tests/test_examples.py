@@ -26,7 +26,7 @@ def files(directory):
 
 
 @EACH
-def test_an_example_reaches_its_accuracy_and_started_again_does_nothing(script, flags, accuracy, tmp_path):
+def test_example_reaches_its_accuracy_and_a_second_start_does_nothing(script, flags, accuracy, tmp_path):
     first = run(script, flags, tmp_path / "run")
     assert first.returncode == 0, first.stderr
     assert not re.search("Warning|Error|Traceback", first.stderr), first.stderr
@@ -43,7 +43,7 @@ def test_an_example_reaches_its_accuracy_and_started_again_does_nothing(script, 
 
 
 @EACH
-def test_an_example_that_falls_short_says_so_with_its_exit_status(script, flags, accuracy, tmp_path):
+def test_example_below_its_target_exits_with_status_1(script, flags, accuracy, tmp_path):
     short = run(script, [*flags, "--epochs", "1"], tmp_path / "run")
     assert short.returncode == 1, short.stderr
     assert f"short of {accuracy}" in short.stdout

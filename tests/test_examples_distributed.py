@@ -69,7 +69,7 @@ def children(started):
     return [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(started.pid)]).split()]
 
 
-def test_two_processes_reach_the_accuracy_and_one_process_finds_nothing_left_to_do(tmp_path):
+def test_two_processes_reach_the_accuracy_and_a_start_with_one_does_nothing(tmp_path):
     status, out, err = run(tmp_path / "run")
     assert status == 0, err
     assert not re.search("Warning|Error|Traceback", err), err
@@ -84,7 +84,7 @@ def test_two_processes_reach_the_accuracy_and_one_process_finds_nothing_left_to_
     assert f"held-out accuracy  {accuracy}" in out
 
 
-def test_a_signal_to_the_launcher_saves_and_another_number_of_processes_goes_on(tmp_path):
+def test_signal_to_the_launcher_saves_and_another_number_of_processes_resumes(tmp_path):
     started = start(tmp_path / "run")
     once_saved(started, tmp_path / "run")
     started.send_signal(signal.SIGTERM)
@@ -98,7 +98,7 @@ def test_a_signal_to_the_launcher_saves_and_another_number_of_processes_goes_on(
 
 
 @pytest.mark.parametrize("whom", ["one of the processes", "the launcher"])
-def test_a_kill_ends_all_and_the_next_start_goes_on(whom, tmp_path):
+def test_kill_ends_all_processes_and_the_next_start_resumes(whom, tmp_path):
     started = start(tmp_path / "run")
     once_saved(started, tmp_path / "run")
     all_of_them = children(started)
@@ -124,14 +124,14 @@ def alive(pid):
     return True
 
 
-def test_a_run_that_falls_short_says_so_with_its_exit_status(tmp_path):
+def test_run_below_its_target_exits_with_status_1(tmp_path):
     status, out, err = run(tmp_path / "run", "--processes", "1", "--batch-size", "1400")
     assert status == 1, err
     assert "short of 0.93" in out
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_processes_that_a_scheduler_started_find_each_other_by_its_variables(scheduler, tmp_path):
+def test_processes_started_by_a_scheduler_find_each_other(scheduler, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

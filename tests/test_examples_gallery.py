@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 GALLERY, FEATURES = ((ROOT / "docs" / name).read_text() for name in ("gallery.md", "features.md"))
 
 
-def test_the_gallery_shows_every_example_with_its_command():
+def test_gallery_shows_every_example_with_its_command():
     scripts = [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("**/*.py")]
     scripts = [script for script in scripts if "shared_callbacks" not in script]
     assert len(scripts) >= 12
@@ -16,21 +16,21 @@ def test_the_gallery_shows_every_example_with_its_command():
         assert f"](../{script})" in GALLERY, script
 
 
-def test_every_picture_is_small_and_shown_with_what_it_shows():
+def test_every_picture_is_small_and_shown_with_alternative_text():
     shown = dict(re.findall(r"!\[(.+)\]\(pictures/(.+)\)", GALLERY))
     pictures = {path.name: path.stat().st_size for path in (ROOT / "docs" / "pictures").iterdir()}
     assert sorted(shown.values()) == sorted(pictures)
     assert max(pictures.values()) <= 60_000
 
 
-def test_each_line_of_the_gallerys_output_begins_as_one_that_is_printed():
+def test_every_output_line_of_the_gallery_matches_a_printed_line():
     printed = "".join(path.read_text() for name in ("examples", "engine") for path in (ROOT / name).glob("**/*.py"))
     for block in re.findall(r"```text\n(.*?)```", GALLERY, flags=re.DOTALL):
         for line in block.splitlines():
             assert re.split(r"  |\d|,", line)[0].strip() in printed, line
 
 
-def test_every_feature_is_proved_by_tests_and_examples_that_exist():
+def test_features_name_only_existing_tests_and_examples():
     rows = [row for row in FEATURES.splitlines() if row.startswith("|")][2:]
     rows = [row for row in rows if not row.startswith("| **")]
     assert len(rows) > 50

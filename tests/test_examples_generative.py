@@ -65,7 +65,7 @@ def starts(engine):
     ],
     ids=["gan", "vae", "target_network"],
 )
-def test_an_example_passes_its_own_check_leaves_its_pictures_and_started_again_does_nothing(name, pictures, tmp_path):
+def test_example_passes_its_check_saves_its_pictures_and_a_second_start_does_nothing(name, pictures, tmp_path):
     run = script(f"{name}.py", "--fast", "--directory", tmp_path / "run")
     assert run.returncode == 0, run.stdout + run.stderr
     assert not re.search("Warning|Error|Traceback", run.stderr), run.stderr
@@ -78,7 +78,7 @@ def test_an_example_passes_its_own_check_leaves_its_pictures_and_started_again_d
 
 
 @pytest.mark.slow
-def test_a_mean_teacher_is_better_than_the_labels_alone_with_every_seed(tmp_path):
+def test_mean_teacher_beats_training_on_labels_only_for_every_seed(tmp_path):
     run = script("mean_teacher.py", "--fast", "--seeds", 3, "--directory", tmp_path / "run")
     assert run.returncode == 0, run.stdout + run.stderr
     assert not re.search("Warning|Error|Traceback", run.stderr), run.stderr
@@ -89,7 +89,7 @@ def test_a_mean_teacher_is_better_than_the_labels_alone_with_every_seed(tmp_path
 
 
 @pytest.mark.slow
-def test_without_a_target_network_the_values_run_away_and_the_example_says_so(tmp_path):
+def test_values_diverge_without_a_target_network_and_the_example_says_so(tmp_path):
     run = script("target_network.py", "--fast", "--rate", 1, "--directory", tmp_path / "run")
     assert run.returncode == 1, run.stderr
     assert re.search(r"^largest error +\d+\.\d+, short of 0\.02$", run.stdout, re.MULTILINE)
@@ -103,7 +103,7 @@ def gan_engine(gan, *callbacks):
     return Engine(gan.train_step, [gan.TrainGenerator(), gan.Penalty(), ema, *callbacks], log_every=1)
 
 
-def test_a_gan_cut_between_two_turns_ends_in_the_same_bytes(tmp_path):
+def test_gan_interrupted_between_two_updates_ends_in_the_same_bytes(tmp_path):
     gan = example("gan")
     state, data = gan.new_state(KEY, 64), Batches(IMAGES / 16, gan.BATCH)
     whole = gan_engine(gan).run(state, data, steps=17, rng=KEY)
@@ -115,7 +115,7 @@ def test_a_gan_cut_between_two_turns_ends_in_the_same_bytes(tmp_path):
     assert began == [0, 7]
 
 
-def test_under_one_step_counter_each_network_of_the_gan_has_its_turns_and_its_own_count():
+def test_networks_of_the_gan_keep_their_own_update_counts():
     gan = example("gan")
     engine, data = gan_engine(gan), Batches(IMAGES / 16, gan.BATCH)
     result = engine.run(gan.new_state(KEY, 16), data, steps=14, rng=KEY)
@@ -141,7 +141,7 @@ def rates_are_zero(state):
     return [same_bytes(net.params, after.params) for net, after in nets]
 
 
-def test_the_frechet_distance_agrees_with_scipys_square_root():
+def test_frechet_distance_agrees_with_scipy():
     one, other = np.random.default_rng(0).normal(size=(2, 200, 5)) * [[[1]], [[3]]] + [[[0]], [[1]]]
     covariances = [np.cov(x, rowvar=False) for x in (one, other)]
     root = np.trace(scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real)
@@ -174,7 +174,7 @@ def vae_main(vae, tmp_path, monkeypatch, text):
     return vae.main()
 
 
-def test_the_best_vae_is_kept_and_loaded_though_a_rate_that_rises_spoils_the_last(tmp_path, monkeypatch, capsys):
+def test_best_vae_is_kept_and_loaded_although_training_diverges_later(tmp_path, monkeypatch, capsys):
     vae, drawn = example("vae"), []
     monkeypatch.setattr(vae, "draw", lambda *given: drawn.append(given))
     text = VAE_CONFIG.format(rate=20.0, steps=40, directory=tmp_path / "run")
@@ -188,7 +188,7 @@ def test_the_best_vae_is_kept_and_loaded_though_a_rate_that_rises_spoils_the_las
     assert vae.Config.from_yaml(tmp_path / "run" / "config.yaml") == vae.Config.from_yaml(text)
 
 
-def test_the_vaes_likelihood_agrees_with_scipy():
+def test_likelihood_of_the_vae_agrees_with_scipy():
     logits = np.random.default_rng(1).normal(size=(5, 64)) * 3
     expected = -scipy.stats.binom.logpmf(IMAGES[:5], 16, 1 / (1 + np.exp(-logits))).sum(-1).mean()
     assert example("vae").binomial(jnp.asarray(logits), IMAGES[:5]) == pytest.approx(expected, rel=1e-5)
@@ -207,7 +207,7 @@ def test_the_vaes_likelihood_agrees_with_scipy():
     ],
     ids=["unknown", "wrong type", "out of range", "twice", "of no use here", "of another optimizer", "contradictory"],
 )
-def test_a_wrong_configuration_of_the_vae_is_refused_by_its_field(field, wrong, message, tmp_path, monkeypatch, capsys):
+def test_wrong_vae_configuration_is_refused_naming_the_field(field, wrong, message, tmp_path, monkeypatch, capsys):
     text = VAE_CONFIG.format(rate=20.0, steps=40, directory=tmp_path / "run").replace(field, wrong)
     with pytest.raises(SystemExit, match="2"):
         vae_main(example("vae"), tmp_path, monkeypatch, text)
@@ -219,7 +219,7 @@ def test_a_wrong_configuration_of_the_vae_is_refused_by_its_field(field, wrong, 
 
 
 @pytest.mark.parametrize("cut", [32, 37, 50], ids=["as it acts", "between two acts", "between two epochs"])
-def test_q_learning_that_was_cut_ends_in_the_same_bytes_buffer_and_all(cut, tmp_path):
+def test_resumed_q_learning_ends_in_the_same_bytes_including_its_buffer(cut, tmp_path):
     rooms = example("target_network")
     state = rooms.new_state(KEY, 100)
 
@@ -237,7 +237,7 @@ def test_q_learning_that_was_cut_ends_in_the_same_bytes_buffer_and_all(cut, tmp_
     assert same_bytes(again.seen, actor.seen)
 
 
-def test_the_actor_acts_at_the_start_and_at_every_16th_step():
+def test_actor_acts_at_the_start_and_every_16_steps():
     rooms = example("target_network")
     actor, moves = rooms.Actor(0), []
     engine = Engine(rooms.train_step, [actor])
@@ -246,7 +246,7 @@ def test_the_actor_acts_at_the_start_and_at_every_16th_step():
     assert moves == [1] * 15 + [2] * 16 + [3] * 2
 
 
-def test_the_environments_move_as_often_as_the_exact_values_suppose():
+def test_environment_moves_with_the_assumed_probabilities():
     rooms = example("target_network")
     cells = np.full(200_000, 5)
     seen = rooms.move(rooms.new_state(KEY, 1).params, cells, 1.0, KEY)
@@ -255,7 +255,7 @@ def test_the_environments_move_as_often_as_the_exact_values_suppose():
     assert often == pytest.approx(rooms.CHANCE[5] / 4, abs=0.005)
 
 
-def test_the_best_policy_is_worth_what_value_iteration_says():
+def test_value_of_the_best_policy_matches_value_iteration():
     rooms = example("target_network")
     best = rooms.optimum()
     assert rooms.worth(best.argmax(1)) == pytest.approx(best.max(1), abs=1e-5)
@@ -264,7 +264,7 @@ def test_the_best_policy_is_worth_what_value_iteration_says():
 # The mean teacher
 
 
-def test_without_weight_the_images_without_labels_change_nothing():
+def test_unlabelled_images_with_weight_zero_change_nothing():
     teacher = example("mean_teacher")
     labelled = teacher.few(IMAGES / 16, np.arange(256) % 10, seed=0)
     sources = [teacher.epochs_of(labelled, images / 16, seed=0) for images in (IMAGES, IMAGES[::-1])]
@@ -274,7 +274,7 @@ def test_without_weight_the_images_without_labels_change_nothing():
         assert same_bytes(states[0].target, states[1].target) is same
 
 
-def test_the_mean_teacher_has_four_labels_of_each_digit():
+def test_mean_teacher_has_four_labels_of_each_digit():
     few = example("mean_teacher").few(IMAGES, np.arange(256) % 10, seed=1)
     assert np.bincount(few["label"]).tolist() == [4] * 10
     assert len(np.unique(few["image"], axis=0)) == 40

@@ -74,7 +74,7 @@ def files(directory):
 
 
 @pytest.mark.parametrize(("script", "flags"), RESUMABLE)
-def test_an_example_passes_its_own_check_and_started_again_does_nothing(script, flags, tmp_path, shared):
+def test_example_passes_its_check_and_a_second_start_does_nothing(script, flags, tmp_path, shared):
     first = run(script, "--fast", *flags, "--directory", tmp_path / "run", path=shared)
     assert first.returncode == 0, first.stdout + first.stderr
     reached = first.stdout.splitlines()[-1]
@@ -102,7 +102,7 @@ def test_an_example_passes_its_own_check_and_started_again_does_nothing(script, 
     ],
     ids=lambda value: Path(value).stem if isinstance(value, str) else "",
 )
-def test_an_example_that_falls_short_says_so_with_its_exit_status(script, flags, tmp_path, monkeypatch, capsys):
+def test_example_below_its_target_exits_with_status_1(script, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(SHARED)
     assert main(load(script), monkeypatch, *flags, "--directory", tmp_path / "run") == 1
     assert re.search(r", short of \d", capsys.readouterr().out.splitlines()[-1])
@@ -130,7 +130,7 @@ def with_weights(model, state, new):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_the_same_weights_give_the_same_losses_in_linen_nnx_and_equinox(optimizer):
+def test_same_weights_give_the_same_losses_in_linen_nnx_and_equinox(optimizer):
     template = load("template.py")
     train, _ = template.digits()
     curves = []
@@ -145,21 +145,21 @@ def test_the_same_weights_give_the_same_losses_in_linen_nnx_and_equinox(optimize
     np.testing.assert_allclose(curves[2], curves[0], rtol=1e-3)
 
 
-def test_the_template_prints_the_mean_loss_of_each_epoch(tmp_path, monkeypatch, capsys):
+def test_template_prints_the_mean_loss_of_each_epoch(tmp_path, monkeypatch, capsys):
     main(load("template.py"), monkeypatch, "--epochs", 3, "--directory", tmp_path)
     losses = re.findall(r"^epoch +(\d)  loss (\d\.\d{4})  accuracy 0\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
     assert [number for number, _ in losses] == ["1", "2", "3"]
     assert losses[0][1] > losses[1][1] > losses[2][1]
 
 
-def test_the_template_says_how_to_get_equinox(monkeypatch):
+def test_template_says_how_to_install_equinox(monkeypatch):
     monkeypatch.setitem(sys.modules, "equinox", None)
     template = load("template.py")
     with pytest.raises(SystemExit, match="needs Equinox: pip install equinox"):
         template.equinox_model(jax.random.key(0), template.OPTIMIZERS["sgd"]())
 
 
-def test_without_conflict_takes_away_what_works_against_the_others():
+def test_without_conflict_removes_the_conflicting_part_of_a_gradient():
     advanced = load("advanced_step.py")
     others = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
     kept, conflict = advanced.without_conflict({"a": jnp.array([-1.0, 2.0]), "b": jnp.array([-3.0])}, others)
@@ -171,7 +171,7 @@ def test_without_conflict_takes_away_what_works_against_the_others():
     assert not conflict
 
 
-def test_the_advanced_step_has_all_that_it_promises():
+def test_advanced_step_has_the_advertised_parts():
     advanced = load("advanced_step.py")
     train, _ = advanced.digits()
     state, batch = advanced.new_state(0, train["image"]), next(iter(Batches(train, 8)))
@@ -187,7 +187,7 @@ def test_the_advanced_step_has_all_that_it_promises():
     assert int(noise.count) == 1
 
 
-def test_the_advanced_step_goes_on_to_the_same_bytes():
+def test_resumed_advanced_step_ends_in_the_same_bytes():
     advanced = load("advanced_step.py")
     train, _ = advanced.digits()
     state, data = advanced.new_state(0, train["image"]), Batches(train, 16)
@@ -199,7 +199,7 @@ def test_the_advanced_step_goes_on_to_the_same_bytes():
     assert whole.latest["train/grad_norm"] == cut.latest["train/grad_norm"] > 0
 
 
-def test_the_language_model_never_sees_a_letter_before_its_time():
+def test_language_model_never_sees_a_future_letter():
     language = load("language_model.py")
     model, text = language.Transformer(7), jnp.arange(language.CONTEXT) % 7
     variables = model.init(jax.random.key(0), text)
@@ -208,13 +208,13 @@ def test_the_language_model_never_sees_a_letter_before_its_time():
     assert float(abs(before[40:] - after[40:]).max(-1).min()) > 1e-6
 
 
-def test_the_windows_ask_for_each_letter_once(monkeypatch):
+def test_windows_predict_each_letter_once(monkeypatch):
     language = load("language_model.py")
     monkeypatch.setattr(language, "CONTEXT", 3)
     assert language.windows(np.arange(11)).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
 
 
-def test_perplexities_are_those_of_counted_letters_and_pairs():
+def test_perplexities_match_letter_and_pair_counts():
     language = load("language_model.py")
     alone, pairs = language.perplexities(np.array([0, 1, 0, 1, 1]), np.array([[0, 1, 0]]), 2)
     assert alone == pytest.approx(math.sqrt(7 / 4 * 7 / 3))  # 1: (3 + 1) / (5 + 2), 0: (2 + 1) / (5 + 2)
@@ -231,7 +231,7 @@ def test_train_loop_has_the_usual_signature():
     assert names.endswith(", show_progress")
 
 
-def test_train_loop_gives_the_state_and_one_value_an_epoch(capsys):
+def test_train_loop_returns_the_state_and_one_value_per_epoch(capsys):
     state, history = load("functional_loop.py").train_loop(
         jnp.int32(0),
         add,
@@ -248,7 +248,7 @@ def test_train_loop_gives_the_state_and_one_value_an_epoch(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_train_loop_reads_endless_data_in_epochs_of_so_many_batches():
+def test_train_loop_reads_endless_data_in_epochs_of_num_batches():
     def endless(number):
         while True:
             yield 1
@@ -259,7 +259,7 @@ def test_train_loop_reads_endless_data_in_epochs_of_so_many_batches():
     assert history == {"train_loss": [1.0, 1.0, 1.0]}
 
 
-def test_train_loop_saves_every_so_many_epochs_and_goes_on(tmp_path):
+def test_train_loop_saves_every_few_epochs_and_resumes(tmp_path):
     loop, seen = load("functional_loop.py").train_loop, []
 
     def data(number):
@@ -277,7 +277,7 @@ def test_train_loop_saves_every_so_many_epochs_and_goes_on(tmp_path):
     assert history == {"train_loss": [1.5, 1.5]}
 
 
-def test_the_custom_loop_takes_back_what_brought_nothing_and_goes_on(tmp_path):
+def test_custom_loop_reverts_changes_that_did_not_help_and_continues(tmp_path):
     done = run("custom_loop.py", "--fast", "--directory", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     turns = re.findall(r"^step +\d+ +(\d+) periods  (.*) dB$", done.stdout, re.MULTILINE)
@@ -290,13 +290,13 @@ def test_the_custom_loop_takes_back_what_brought_nothing_and_goes_on(tmp_path):
     assert (tmp_path / "turns.png").stat().st_size > 10_000
 
 
-def test_the_shared_package_passes_its_own_tests():
+def test_shared_package_passes_its_own_tests():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
     done = subprocess.run(command, cwd=SHARED, capture_output=True, text=True, timeout=300)
     assert re.search(r"^7 passed", done.stdout, re.MULTILINE), done.stdout
 
 
-def test_project_a_undoes_exactly_the_steps_that_were_spoiled(tmp_path, monkeypatch, capsys):
+def test_project_a_undoes_exactly_the_corrupted_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(SHARED)
     project = load("two_projects/project_a.py")
     train, _ = project.patients()

@@ -1,4 +1,4 @@
-"""Many devices in one process: eight virtual ones, made in conftest.py."""
+"""Many devices in one process: the eight virtual devices that conftest.py configures."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from onstep import Batches, Callback, Engine, evaluate
 from onstep.callbacks import EMA, SWA, Checkpoint, Evaluate, GradNorm, Histograms, NaNGuard, Target
 from onstep.callbacks.checkpoint import load, save
 from onstep.sharding import by_path, create, fsdp, make_mesh, replicated
+from onstep.testing import same_bytes
 
 TX = optax.adam(1e-2)
 
@@ -64,7 +65,7 @@ def run(state, mesh, *callbacks, steps=50, **options):
 
 
 def states(kind):
-    """A mesh, and a state that lies on it in one of the usual ways."""
+    """Return a mesh, and a state that is placed on it in one of the usual layouts."""
     mesh = make_mesh(data=4, model=2) if kind == "tensor parallel" else make_mesh()
     rules = {"w1": PartitionSpec(None, "model"), "w2": PartitionSpec("model")}
     if kind == "plain":
@@ -91,7 +92,7 @@ def layout(tree):
 
 @pytest.mark.parametrize("options", [{}, {"steps_per_call": 8}, {"prefetch": 2}], ids=["plain", "blocks", "prefetch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_losses_are_those_of_one_device(kind, options, alone):
+def test_losses_on_a_mesh_equal_those_of_one_device(kind, options, alone):
     mesh, state = states(kind)
     result = run(state, mesh, GradNorm(), **options)
     for name in ("train/loss", "train/grad_norm"):
@@ -99,7 +100,7 @@ def test_the_losses_are_those_of_one_device(kind, options, alone):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_state_and_the_carries_stay_where_they_lay(kind):
+def test_state_and_carries_keep_their_layout(kind):
     mesh, state = states(kind)
     ema, average = EMA(0.9), SWA(start=1)
     result = run(state, mesh, ema, average, GradNorm(), steps=3)
@@ -110,14 +111,14 @@ def test_the_state_and_the_carries_stay_where_they_lay(kind):
     assert len(jax.tree.leaves(result.state)[0].sharding.device_set) == 8
 
 
-def test_the_step_is_compiled_once():
+def test_step_is_compiled_once_on_a_mesh():
     mesh, state = states("fsdp")
     engine = Engine(step, [EMA(0.9), GradNorm(), NaNGuard()], mesh=mesh)
     engine.run(state, data(), steps=20, rng=jax.random.key(1))
     assert engine._compiled.function.times == 1
 
 
-def test_every_device_gets_its_part_of_a_batch():
+def test_each_device_receives_its_part_of_a_batch():
     seen = []
 
     class Look(Callback):
@@ -133,8 +134,8 @@ def test_every_device_gets_its_part_of_a_batch():
     assert "all-reduce" in text.compile().as_text()
 
 
-def test_the_one_collective_is_the_steps_own():
-    """The mean of the gradients and of the loss: what a loop written by hand has, and no more."""
+def test_engine_adds_no_collective_to_the_step():
+    """There are the means of the gradients and of the loss, as in a loop written by hand, and no others."""
     mesh, state = states("replicated")
     engine = Engine(step, [EMA(0.9)], mesh=mesh)
     engine.run(state, data(), steps=1, rng=jax.random.key(1))
@@ -150,7 +151,7 @@ def test_the_one_collective_is_the_steps_own():
 
 
 @pytest.mark.parametrize("many", [True, False])
-def test_a_batch_that_does_not_divide_names_the_leaf_the_axis_and_the_devices(many):
+def test_indivisible_batch_is_refused_naming_leaf_axis_and_devices(many):
     engine = Engine(lambda s, b: (s, {}), mesh=make_mesh(data=8 if many else 4, model=1 if many else 2))
     batch = {"a": np.zeros((8, 2)), "b": np.zeros(60 if many else 62)}
     parts = 8 if many else 4
@@ -160,7 +161,7 @@ def test_a_batch_that_does_not_divide_names_the_leaf_the_axis_and_the_devices(ma
         engine.run(jnp.float32(0), [batch], epochs=1)
 
 
-def test_a_short_last_batch_of_an_evaluation_is_whole_on_every_device():
+def test_short_last_batch_of_an_evaluation_is_replicated():
     mesh, state = states("fsdp")
     held_out = Batches(arrays(100), 64, shuffle=False, drop_last=False)
     there = evaluate(score, state, held_out, mesh=mesh)
@@ -168,7 +169,7 @@ def test_a_short_last_batch_of_an_evaluation_is_whole_on_every_device():
     assert there["error"] == pytest.approx(here["error"], rel=1e-5)
 
 
-def test_an_evaluation_in_a_run_is_cut_along_the_mesh():
+def test_evaluation_in_a_run_is_sharded_along_the_mesh():
     mesh, state = states("fsdp")
     shapes = []
 
@@ -186,7 +187,7 @@ def test_an_evaluation_in_a_run_is_cut_along_the_mesh():
     ("before", "after"),
     [("plain", "fsdp"), ("fsdp", "replicated"), ("fsdp", "tensor parallel"), ("tensor parallel", "plain")],
 )
-def test_a_checkpoint_moves_to_another_layout(before, after, tmp_path, alone):
+def test_checkpoint_resumes_in_another_layout(before, after, tmp_path, alone):
     mesh, state = states(before)
     ema = EMA(0.9)
     run(state, mesh, ema, Checkpoint(tmp_path, when=10), steps=20)
@@ -199,7 +200,7 @@ def test_a_checkpoint_moves_to_another_layout(before, after, tmp_path, alone):
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "plain"])
-def test_a_run_on_one_device_goes_on_on_many_and_back(kind, tmp_path, alone):
+def test_run_on_one_device_resumes_on_many_and_back(kind, tmp_path, alone):
     run(make(jax.random.key(0)), None, GradNorm(), Checkpoint(tmp_path, when=10), steps=20)
     mesh, state = states(kind)
     run(state, mesh, GradNorm(), Checkpoint(tmp_path, when=10), steps=30)
@@ -209,7 +210,7 @@ def test_a_run_on_one_device_goes_on_on_many_and_back(kind, tmp_path, alone):
 
 
 @pytest.mark.parametrize("options", [{}, {"steps_per_call": 8}], ids=["plain", "blocks"])
-def test_a_run_that_is_cut_ends_in_the_same_bytes_on_the_same_mesh(options, tmp_path):
+def test_resumed_run_ends_in_the_same_bytes_on_the_same_mesh(options, tmp_path):
     def once(directory, *cuts):
         for steps in cuts:
             mesh, state = states("fsdp")
@@ -217,22 +218,21 @@ def test_a_run_that_is_cut_ends_in_the_same_bytes_on_the_same_mesh(options, tmp_
         return result
 
     whole, cut = once(tmp_path / "a", 40), once(tmp_path / "b", 13, 14, 40)
-    for a, b in zip(jax.tree.leaves(whole.snapshot.tree), jax.tree.leaves(cut.snapshot.tree), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert same_bytes(whole.snapshot.tree, cut.snapshot.tree)
 
 
-def test_a_result_goes_on_in_the_layout_of_its_run():
+def test_result_resumes_in_the_layout_of_its_run():
     mesh, state = states("fsdp")
     engine = Engine(step, [EMA(0.9)], mesh=mesh, log_every=1)
     rng = jax.random.key(1)
     cut = engine.run(engine.run(state, data(), steps=20, rng=rng), data(), steps=40, rng=rng)
     whole = engine.run(state, data(), steps=40, rng=rng)
+    assert same_bytes(whole.state, cut.state)
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(cut.state), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         assert a.sharding == b.sharding
 
 
-def test_a_state_that_is_assigned_lies_as_the_one_before():
+def test_assigned_state_keeps_the_layout_of_the_previous_state():
     class Double(Callback):
         when = 2
 
@@ -247,24 +247,24 @@ def test_a_state_that_is_assigned_lies_as_the_one_before():
     np.testing.assert_allclose(result.state, 2 * (np.arange(8) + 2) + 1)
 
 
-def test_uncompiled_steps_run_on_a_mesh_too():
+def test_uncompiled_steps_run_on_a_mesh():
     engine = Engine(count, mesh=make_mesh(), jit=False)
     assert float(engine.run(jnp.float32(0), [np.ones(16, np.float32)] * 2, epochs=1).state) == 32
 
 
-def test_batches_that_are_on_the_devices_stay_there():
+def test_batches_already_on_the_devices_stay_there():
     mesh = make_mesh()
     batch = jax.device_put(np.ones(16, np.float32), NamedSharding(mesh, PartitionSpec()))
     assert float(Engine(count, mesh=mesh).run(jnp.float32(0), [batch] * 2, epochs=1).state) == 32
 
 
-def test_scalars_and_numbers_in_a_batch_are_for_every_device():
+def test_scalars_in_a_batch_are_replicated():
     engine = Engine(lambda s, b: (s + (b["x"] * b["scale"] * b["two"]).sum(), {}), mesh=make_mesh())
     batch = {"x": np.ones(8, np.float32), "scale": np.float32(3), "two": 2}
     assert float(engine.run(jnp.float32(0), [batch], epochs=1).state) == 48
 
 
-def test_a_sharding_of_the_batches_cuts_further_axes():
+def test_batch_sharding_may_split_further_axes():
     mesh = make_mesh(rows=4, sequence=2)
     seen = []
 
@@ -277,7 +277,7 @@ def test_a_sharding_of_the_batches_cuts_further_axes():
     assert seen == [(2, 3)]
 
 
-def test_target_networks_and_histograms_work_on_cut_parameters(tmp_path):
+def test_target_networks_and_histograms_work_on_sharded_parameters(tmp_path):
     mesh = make_mesh()
     start = create(lambda: {"params": jnp.ones((16, 4)), "target": jnp.zeros((16, 4))}, fsdp(mesh, small=0))
 
@@ -302,7 +302,7 @@ def test_saved_trees_load_into_another_layout(tmp_path):
     np.testing.assert_array_equal(there["w"], here["w"])
 
 
-def test_a_state_on_other_devices_is_refused():
+def test_state_on_other_devices_is_refused():
     half = Mesh(np.array(jax.devices()[:4]), ("data",))
     state = jax.device_put(jnp.zeros(8), NamedSharding(half, PartitionSpec("data")))
     with pytest.raises(ValueError, match="mesh's 8 devices, got a leaf of shape .* on 4 others"):
@@ -318,18 +318,18 @@ def test_a_state_on_other_devices_is_refused():
     ],
     ids=["a number", "unknown axes", "explicit axes"],
 )
-def test_a_mesh_that_cannot_serve_is_refused_when_the_engine_is_made(mesh, error, match):
+def test_unusable_mesh_is_refused_when_the_engine_is_made(mesh, error, match):
     with pytest.raises(error, match=match):
         Engine(step, mesh=mesh())
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "model": 3}, {"a": -1, "b": -1}, {"data": 4}])
-def test_axes_that_do_not_make_up_the_devices_are_refused(sizes):
+def test_axis_sizes_that_do_not_match_the_device_count_are_refused(sizes):
     with pytest.raises(ValueError, match="make up 8 devices"):
         make_mesh(**sizes)
 
 
-def test_a_mesh_has_auto_axes_of_the_sizes_asked_for():
+def test_make_mesh_has_auto_axes_of_the_given_sizes():
     mesh = make_mesh(data=-1, model=2)
     assert dict(mesh.shape) == {"data": 4, "model": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
@@ -346,11 +346,11 @@ def test_a_mesh_has_auto_axes_of_the_sizes_asked_for():
         ((), PartitionSpec()),
     ],
 )
-def test_fsdp_cuts_the_largest_axis_that_divides(shape, spec):
+def test_fsdp_shards_the_largest_divisible_axis(shape, spec):
     assert fsdp(make_mesh(), small=0)(jax.ShapeDtypeStruct(shape, jnp.float32)).spec == spec
 
 
-def test_fsdp_leaves_small_leaves_whole():
+def test_fsdp_replicates_small_leaves():
     layout = fsdp(make_mesh(), small=100)
     assert layout(jax.ShapeDtypeStruct((96,), jnp.float32)).spec == PartitionSpec()
     assert layout(jax.ShapeDtypeStruct((104,), jnp.float32)).spec == PartitionSpec("data")
@@ -363,7 +363,7 @@ def test_fsdp_holds_an_eighth_of_the_state_on_each_device():
     assert here < whole / 8 + 8
 
 
-def test_rules_by_path_reach_the_optimizer_state_too():
+def test_rules_by_path_apply_to_the_optimizer_state():
     mesh = make_mesh(data=4, model=2)
     rules = {"w1": PartitionSpec(None, "model"), "w2": PartitionSpec("model")}
     specs = layout(create(make, by_path(mesh, rules, otherwise=fsdp(mesh, small=0)), jax.random.key(0)))
@@ -371,7 +371,7 @@ def test_rules_by_path_reach_the_optimizer_state_too():
     assert specs["['params']['bias']"] == PartitionSpec("data")
 
 
-def test_a_rule_that_fits_nothing_or_does_not_divide_is_refused():
+def test_rule_that_matches_no_leaf_or_does_not_divide_is_refused():
     mesh = make_mesh(data=4, model=2)
     with pytest.raises(ValueError, match=r"no leaf fits \['kernel'\]"):
         create(make, by_path(mesh, {"kernel": PartitionSpec("model")}), jax.random.key(0))
@@ -382,13 +382,13 @@ def test_a_rule_that_fits_nothing_or_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize("options", [{}, {"steps_per_call": 4}, {"prefetch": 2}], ids=["plain", "blocks", "prefetch"])
-def test_a_source_may_fill_its_arrays_again(options):
+def test_source_may_reuse_its_arrays(options):
     engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), mesh=make_mesh(), log_every=1, **options)
     result = engine.run(jnp.int32(0), lambda epoch: refilled(), epochs=1)
     assert result.history["train/mean"] == list(range(40))
 
 
-def test_arrays_of_the_host_and_of_the_devices_mix_in_a_batch():
+def test_host_and_device_arrays_may_mix_in_a_batch():
     engine = Engine(lambda s, b: (s + (b["host"] * b["device"] * b["number"]).sum(), {}), mesh=make_mesh())
     batch = {"host": np.ones(8, np.float32), "device": jnp.ones(8), "number": 2}
     assert float(engine.run(jnp.float32(0), [batch, {**batch, "device": np.ones(8, np.float32)}], epochs=1).state) == 32

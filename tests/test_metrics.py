@@ -1,4 +1,4 @@
-"""Means, records and history: exact, and each at its own step."""
+"""Means, records and history: values are exact and recorded at their own steps."""
 
 import itertools
 import math
@@ -24,25 +24,25 @@ def run(values, **options):
     return engine.run(jnp.float32(0), [np.float32(v) for v in values], **(options or {"epochs": 1})).history
 
 
-def test_a_window_is_the_mean_of_its_steps_and_the_last_may_be_partial():
+def test_log_window_is_the_mean_of_its_steps_and_the_last_may_be_partial():
     history = run(range(10))
     assert history["train/loss"] == [1.5, 5.5, 8.5]
     assert history.steps("train/loss") == [4, 8, 10]
     assert history["epoch/loss"] == [4.5]
 
 
-def test_a_window_runs_across_the_end_of_an_epoch():
+def test_log_window_may_span_two_epochs():
     history = run(range(6), epochs=2)
     assert history["train/loss"] == [1.5, 2.5, 3.5]
     assert history["epoch/loss"] == [2.5, 2.5]
 
 
-def test_means_are_those_of_the_exact_sum():
+def test_mean_equals_that_of_the_exact_sum():
     values = [np.float32(10.0 ** random.Random(7 * n).uniform(-8, 8)) for n in range(500)]
     assert run(values)["epoch/loss"] == [math.fsum(map(float, values)) / 500]
 
 
-def test_a_mean_does_not_depend_on_how_often_it_was_put_away():
+def test_mean_does_not_depend_on_how_often_it_was_saved_and_restored():
     values = [random.Random(n).uniform(-1, 1) * 10.0 ** (n % 30 - 15) for n in range(3000)]
     for every in (1, 7, 1000):
         tally = Mean()
@@ -63,7 +63,7 @@ def test_a_mean_does_not_depend_on_how_often_it_was_put_away():
     ],
     ids=str,
 )
-def test_what_is_not_finite_is_recorded_as_such_however_often_it_is_put_away(values, expected):
+def test_nan_and_infinity_survive_any_number_of_saves(values, expected):
     for tally in (Mean(), Mean()):
         for value in values:
             tally.add([value])
@@ -71,12 +71,12 @@ def test_what_is_not_finite_is_recorded_as_such_however_often_it_is_put_away(val
         assert tally.value("x") == pytest.approx(expected, nan_ok=True)
 
 
-def test_a_loss_that_is_not_finite_is_recorded_at_its_step():
+def test_nonfinite_loss_is_recorded_at_its_step():
     history = run([1, 1, 1, math.nan, 1, 1, 1, 1, math.inf], log_every=2)
     assert history["train/loss"] == pytest.approx([1, math.nan, 1, 1, math.inf], nan_ok=True)
 
 
-def test_a_metric_counts_only_the_steps_at_which_it_was_present():
+def test_mean_counts_only_the_steps_that_have_the_metric():
     class Sometimes(Callback):
         update_when = 3
 
@@ -107,7 +107,7 @@ def batches(sizes):
         yield {"x": generator.normal(size=size).astype(np.float32), "logits": logits, "labels": labels}
 
 
-def test_a_clu_collection_merges_by_examples():
+def test_clu_collection_is_weighted_by_examples():
     data = list(batches([8, 8, 8, 8]))
     history = Engine(scored, log_every=3).run(jnp.float32(0), data, epochs=1).history
     right = [np.argmax(b["logits"], -1) == b["labels"] for b in data]
@@ -115,7 +115,7 @@ def test_a_clu_collection_merges_by_examples():
     assert history["epoch/loss"] == pytest.approx([np.concatenate([b["x"] for b in data]).mean()])
 
 
-def test_an_open_clu_window_goes_on_after_a_cut(tmp_path):
+def test_partial_clu_window_continues_when_resumed(tmp_path):
     def history(directory, *targets):
         for target in targets:
             engine = Engine(scored, [Checkpoint(directory)], log_every=100)
@@ -128,7 +128,7 @@ def test_an_open_clu_window_goes_on_after_a_cut(tmp_path):
     assert cut["train/loss"] == whole["train/loss"]
 
 
-def test_reading_empties_what_is_pending():
+def test_closing_a_window_empties_the_pending_metrics():
     meter = Windows()
     meter.pending += [{"a": 1.0}, {"a": 3.0, "b": 5.0}]
     assert meter.close("train") == {"train/a": 2.0, "train/b": 5.0}
@@ -138,20 +138,20 @@ def test_reading_empties_what_is_pending():
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_an_equal_value_nan_and_infinities_never_improve(mode):
+def test_ties_nan_and_infinities_never_improve(mode):
     values = [1.0, -2.0, 0.0, math.nan, math.inf, -math.inf]
     for value, best in itertools.product(values, [None, *values[:3]]):
         better = best is None or (value < best if mode == "min" else value > best)
         assert improves(value, best, mode=mode) == (better and math.isfinite(value))
 
 
-def test_an_improvement_exceeds_min_delta():
+def test_improvement_must_exceed_min_delta():
     assert improves(0.75, 0.0, mode="max", min_delta=0.5)
     assert not improves(0.5, 0.0, mode="max", min_delta=0.5)
     assert not improves(-0.5, 0.0, min_delta=0.5)
 
 
-def test_logged_values_are_delivered_at_once_and_to_everybody():
+def test_logged_values_reach_every_callback_at_once():
     records = []
 
     class Sink(Callback):

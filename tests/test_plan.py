@@ -72,11 +72,11 @@ class Counts(Callback):
     ],
     ids=str,
 )
-def test_a_cadence_is_said_in_words(cadence, said):
+def test_cadence_is_described_in_words(cadence, said):
     assert words(cadence) == said
 
 
-def test_the_page_as_a_person_reads_it(tmp_path):
+def test_summary_of_a_plan_as_text(tmp_path):
     ema = EMA(of=None)
     evaluate = Evaluate(linear, DATA, using=ema, when=every(epochs=2))
     engine = Engine(linear, [ema, Counts(), evaluate, Checkpoint(tmp_path, when=9), Progress(interval=5)])
@@ -119,7 +119,7 @@ The loop
     )
 
 
-def test_a_plan_needs_no_argument_and_says_what_it_does_not_know():
+def test_plan_without_arguments_says_what_it_does_not_know():
     plan = Engine(linear, [GradNorm(when=10), Evaluate(linear, DATA)], log_every=20).plan()
     assert plan.events[-1] == ("on_step_end", "every epoch", "", "val (Evaluate)")
     assert plan.compiled == [("linear(state, batch)", "every step", ""), ("GradNorm", "every 10 steps", "")]
@@ -128,11 +128,11 @@ def test_a_plan_needs_no_argument_and_says_what_it_does_not_know():
     assert plan.loop[0] == "it stops next at step 20, for log_every=20"
 
 
-def test_an_engine_without_callbacks_has_a_page_too():
+def test_engine_without_callbacks_has_a_summary():
     assert str(Engine(linear).plan()).startswith("Events, in order, and the callbacks that answer\n  none\n\nCompiled")
 
 
-def test_nothing_runs_is_called_donated_or_written(tmp_path, capsys):
+def test_plan_runs_calls_donates_and_writes_nothing(tmp_path, capsys):
     events = ("on_load", "on_run_begin", "on_step_begin", "on_step_end", "on_log", "on_save", "on_run_end")
     state, drawn = fresh(), []
     engine = Engine(linear, [Host(*events), Counts(), Checkpoint(tmp_path / "run")])
@@ -146,7 +146,7 @@ def test_nothing_runs_is_called_donated_or_written(tmp_path, capsys):
     assert (drawn, list(tmp_path.iterdir()), capsys.readouterr()) == ([0], [], ("", ""))
 
 
-def test_a_plan_leaves_the_state_of_callbacks_as_it_is():
+def test_plan_leaves_the_state_of_callbacks_unchanged():
     class Remembers(Callback):
         steps = 0
 
@@ -166,14 +166,14 @@ def test_a_plan_leaves_the_state_of_callbacks_as_it_is():
     assert remembers.steps == 7
 
 
-def test_a_run_after_a_plan_is_the_run_without_one():
+def test_run_after_a_plan_equals_a_run_without_one():
     engine = Engine(noisy, [Counts()])
     engine.plan(fresh(), DATA, steps=5, rng=KEY)
     runs = [one.run(fresh(), DATA, steps=5, rng=KEY) for one in (engine, Engine(noisy, [Counts()]))]
     assert runs[0].state["w"].tolist() == runs[1].state["w"].tolist()
 
 
-def test_data_that_can_be_read_only_once_is_left_alone():
+def test_plan_does_not_read_data_that_can_be_read_only_once():
     data = iter(DATA)
     plan = Engine(linear).plan(fresh(), data, steps=5)
     assert plan.why == ["a Pass can be read only once, so plan drew no batch to decide from"]
@@ -198,7 +198,7 @@ def test_data_that_can_be_read_only_once_is_left_alone():
     ],
     ids=["convolution", "print", "auto", "mesh", "one", "eight", "uncompiled"],
 )
-def test_the_number_of_steps_in_a_call_has_a_reason(step, options, steps, why):
+def test_plan_gives_the_reason_for_the_steps_per_call(step, options, steps, why):
     plan = Engine(step, **options).plan(fresh(), DATA, epochs=2)
     assert (plan.steps_per_call, plan.why[0]) == (steps, why)
 
@@ -214,7 +214,7 @@ def test_large_batches_and_long_steps_make_short_calls():
     assert plan.why[0] == "at most 2 by the step: more batches would take too much memory at once"
 
 
-def test_what_cuts_calls_is_named_the_shortest_first():
+def test_plan_names_what_ends_a_call_shortest_first():
     callbacks = [Host("on_step_end", name="rare", when=100), Host("on_step_end", "on_save", name="often", when=5)]
     plan = Engine(linear, [*callbacks, Host("on_log", name="never", when=2)]).plan(fresh(), DATA)
     assert plan.steps_per_call == 5
@@ -240,7 +240,7 @@ def test_what_cuts_calls_is_named_the_shortest_first():
     ],
     ids=["after", "before", "before each", "before the first", "save", "epoch", "none"],
 )
-def test_where_the_loop_stops_next_is_where_a_run_stops(callback, stop):
+def test_plan_predicts_where_the_run_stops_next(callback, stop):
     assert Engine(linear, [callback]).plan(fresh(), DATA, epochs=2).loop[0] == f"it stops next at {stop}"
     for event in ("on_step_end", "on_step_begin", "on_save", "on_log"):
         if event in vars(callback):
@@ -261,15 +261,15 @@ def test_where_the_loop_stops_next_is_where_a_run_stops(callback, stop):
     ],
     ids=["epochs", "both", "epoch_steps"],
 )
-def test_where_a_run_ends(arguments, end):
+def test_plan_predicts_where_the_run_ends(arguments, end):
     assert end in Engine(linear).plan(fresh(), DATA, **arguments).loop
 
 
-def test_where_a_run_ends_is_not_known_without_the_length_of_an_epoch():
+def test_end_of_the_run_is_unknown_without_the_epoch_length():
     assert "it ends with epoch 3, whose step is not known before" in Engine(linear).plan(epochs=3).loop
 
 
-def test_what_is_due_only_later_than_the_end_is_not_in_the_run():
+def test_plan_says_what_is_due_only_after_the_end():
     callbacks = [Host("on_step_end", "on_save", when=100), Host("on_step_end", when=every(epochs=2))]
     plan = Engine(linear, callbacks).plan(fresh(), DATA, steps=20)
     assert [(event, later) for event, _, later, _ in plan.events] == [
@@ -279,7 +279,7 @@ def test_what_is_due_only_later_than_the_end_is_not_in_the_run():
     ]
 
 
-def test_the_plan_of_a_run_that_goes_on_begins_where_that_ended():
+def test_plan_of_a_resumed_run_starts_at_the_saved_step():
     def engine():
         return Engine(linear, [Evaluate(linear, DATA, when=every(epochs=2)), Counts()])
 
@@ -290,7 +290,7 @@ def test_the_plan_of_a_run_that_goes_on_begins_where_that_ended():
     assert "it ends at step 48" in plan.loop
 
 
-def test_a_run_that_goes_on_keeps_its_mode():
+def test_plan_of_a_resumed_run_keeps_the_execution_mode():
     first = Engine(linear, steps_per_call=1).run(fresh(), DATA, steps=5)
     plan = Engine(linear).plan(first, DATA, epochs=4)
     assert (plan.steps_per_call, plan.why) == (1, ["one by one, as in the run that goes on"])
@@ -298,12 +298,12 @@ def test_a_run_that_goes_on_keeps_its_mode():
     assert Engine(conv).plan(first, DATA, epochs=4).steps_per_call == 2
 
 
-def test_queued_calls_and_prefetched_batches_are_named():
+def test_plan_names_queued_calls_and_prefetched_batches():
     plan = Engine(linear, in_flight=3, prefetch=2).plan()
     assert plan.loop[-1] == "at most 3 compiled calls are queued, and 2 batches are put on the device ahead"
 
 
-def test_mistakes_are_those_of_a_run():
+def test_plan_raises_the_errors_of_a_run():
     with pytest.raises(ValueError, match="takes a random key"):
         Engine(noisy).plan(fresh(), DATA, epochs=1)
     with pytest.raises(ValueError, match="yielded no batches"):
@@ -314,14 +314,14 @@ def test_mistakes_are_those_of_a_run():
         Engine(linear).plan(epochs=-1)
 
 
-def test_a_notebook_shows_tables():
+def test_notebook_shows_tables():
     shown = Engine(linear, [Host("on_step_end", "on_save", name="a|b", when=5)]).plan()._repr_markdown_()
     assert "| event | when | next | callback |\n| --- | --- | --- | --- |\n" in shown
     assert "| on_step_end | every 5 steps | step 5 | a\\|b (Host) |" in shown
     assert "**Steps in a call: not decided**\n\n- " in shown
 
 
-def test_a_graph_has_the_events_that_are_answered_and_the_way_between_them():
+def test_graph_shows_the_handled_events_and_their_order():
     callbacks = [Counts(), Host("on_step_end", "on_run_end", "on_exception", name='"<x>"', when=5)]
     lines = Engine(linear, callbacks).plan().mermaid().splitlines()
     assert lines == [

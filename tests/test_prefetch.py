@@ -1,4 +1,4 @@
-"""Batches on the device ahead of time: bounded, in order, and nothing of it stays."""
+"""Prefetching: batches are put on the device in order, a bounded number ahead, and no thread is left behind."""
 
 import threading
 
@@ -9,24 +9,22 @@ import pytest
 from models import refilled
 from onstep import Batches, Engine
 from onstep.data.prefetch import Prefetch
-
-
-def add(state, batch):
-    return state + batch, {"batch": batch}
+from onstep.testing import RaiseIn, SizedData, StopAt
+from onstep.testing import counting_step as add
 
 
 def threads():
     return [thread for thread in threading.enumerate() if thread.name == "onstep-prefetch"]
 
 
-def test_batches_come_in_order_and_lie_on_the_device():
+def test_batches_come_in_order_and_on_the_device():
     given = list(Prefetch(iter([np.arange(3), np.arange(4)]), 2))
     assert all(isinstance(batch, jax.Array) for batch in given)
     assert [len(batch) for batch in given] == [3, 4]
     assert not threads()
 
 
-def test_no_more_than_asked_for_are_drawn_ahead():
+def test_no_more_batches_than_the_depth_are_drawn_ahead():
     drawn, enough = [], threading.Event()
 
     def source():
@@ -38,12 +36,12 @@ def test_no_more_than_asked_for_are_drawn_ahead():
 
     batches = Prefetch(source(), 3)
     assert int(next(batches)) == 0
-    assert enough.wait(10)  # three beyond the one that was used
+    assert enough.wait(10)  # three more than the one that was used
     batches.close()
     assert drawn == [0, 1, 2, 3]
 
 
-def test_what_was_drawn_before_a_close_is_not_lost():
+def test_batches_drawn_before_a_close_are_not_lost():
     batches = Prefetch(iter(range(10)), 3)
     first = [int(next(batches)) for _ in range(2)]
     batches.close()
@@ -51,7 +49,7 @@ def test_what_was_drawn_before_a_close_is_not_lost():
     assert first + [int(batch) for batch in batches] == list(range(10))
 
 
-def test_an_error_of_the_source_comes_when_its_batch_is_due():
+def test_error_of_the_source_is_raised_when_its_batch_is_needed():
     def source():
         yield 1
         yield 2
@@ -69,7 +67,7 @@ def test_an_error_of_the_source_comes_when_its_batch_is_due():
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])
 @pytest.mark.parametrize("data", ["list", "callable", "Batches", "epoch_steps"])
-def test_a_run_is_the_same_with_and_without(data, steps_per_call):
+def test_run_is_the_same_with_and_without_prefetch(data, steps_per_call):
     rows = np.arange(14, dtype=np.int32)
     source = {"list": list(rows), "callable": lambda epoch: iter(rows + epoch), "Batches": Batches(rows, 2)}
     how = {"epoch_steps": 5} if data == "epoch_steps" else {}
@@ -88,10 +86,12 @@ def test_a_run_is_the_same_with_and_without(data, steps_per_call):
     assert not threads()
 
 
-def test_a_run_that_stops_goes_on_at_the_next_batch():
+def test_stopped_run_resumes_at_the_next_batch():
+    def step(state, batch):
+        return state + batch.sum(), {}
+
     def run(prefetch):
-        engine = Engine(lambda state, batch: (state + batch.sum(), {}), prefetch=prefetch)
-        engine.on("step_end", when=4)(lambda loop: loop.step == 4 and loop.stop("pause", final=False))
+        engine = Engine(step, [StopAt(4, final=False)], prefetch=prefetch)
         batches = Batches(np.arange(10, dtype=np.int32), 1)
         first = engine.run(jnp.int32(0), batches, epochs=1)
         second = engine.run(first, batches, epochs=1)
@@ -101,7 +101,7 @@ def test_a_run_that_stops_goes_on_at_the_next_batch():
     assert run(3)[2] == 45
 
 
-def test_an_iterator_of_ones_own_loses_no_batch_between_two_runs():
+def test_user_iterator_loses_no_batch_between_two_runs():
     engine = Engine(add, prefetch=3)
     numbers = iter(range(1, 11))
     first = engine.run(jnp.int32(0), numbers, steps=4)
@@ -109,38 +109,26 @@ def test_an_iterator_of_ones_own_loses_no_batch_between_two_runs():
     assert (int(first.state), int(second.state)) == (10, 55)
 
 
-def test_the_thread_ends_with_a_run_that_raises():
-    engine = Engine(add, prefetch=2)
-
-    @engine.on("step_end", when=3)
-    def fail(loop):
-        raise RuntimeError("enough")
-
+def test_thread_ends_when_the_run_raises():
+    engine = Engine(add, [RaiseIn("step_end", RuntimeError("enough"), step=3)], prefetch=2)
     with pytest.raises(RuntimeError, match="enough"):
         engine.run(jnp.int32(0), range(100), epochs=1)
     assert not threads()
 
 
-def test_a_source_longer_than_its_len_leaves_no_thread():
-    class Longer:
-        def __len__(self):
-            return 3
-
-        def __iter__(self):
-            return iter(range(10))
-
-    result = Engine(add, prefetch=2).run(jnp.int32(0), Longer(), epochs=2)
+def test_source_longer_than_its_len_leaves_no_thread():
+    result = Engine(add, prefetch=2).run(jnp.int32(0), SizedData(range(10), 3), epochs=2)
     assert int(result.state) == 6
     assert not threads()
 
 
 @pytest.mark.parametrize("prefetch", [-1, 1.5, True])
-def test_a_depth_that_is_no_whole_number_is_refused(prefetch):
+def test_depth_that_is_not_a_whole_number_is_refused(prefetch):
     with pytest.raises((ValueError, TypeError), match="prefetch"):
         Engine(add, prefetch=prefetch)
 
 
-def test_a_source_may_fill_its_arrays_again():
+def test_source_may_reuse_its_arrays():
     engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), prefetch=2, log_every=1)
     result = engine.run(jnp.int32(0), lambda epoch: refilled(), epochs=1)
     assert result.history["train/mean"] == list(range(40))

@@ -1,4 +1,4 @@
-"""Several processes that train together, on the loopback address."""
+"""Several processes that train together, connected by the loopback address."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from onstep import processes
 
 PAIR = Path(__file__).parent / "pair.py"
 LIMIT = 200
-"""Seconds for one pair on a machine that is busy; alone it takes about ten."""
+"""Seconds for one pair of processes on a busy machine; on an idle one they take about ten."""
 
 
 def start(scenario, directory, count=2, **environment):
-    """Exit statuses, standard errors, and seconds from the first end to the last."""
+    """Return the exit statuses, the standard errors, and the seconds between the first and the last end."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
@@ -44,15 +44,15 @@ def start(scenario, directory, count=2, **environment):
     return [running.wait() for running in started], texts, max(ended.values()) - min(ended.values())
 
 
-def told(scenario, directory, count=2, **environment):
-    """What each process told, all having ended well."""
+def reports(scenario, directory, count=2, **environment):
+    """Return what each process reported, after all of them succeeded."""
     statuses, errors, _ = start(scenario, directory, count, **environment)
     assert statuses == [0] * count, "\n".join(errors)
     return [json.loads((directory / f"{scenario}-{process}.json").read_text()) for process in range(count)]
 
 
 def last_error(text):
-    """The last line of the last traceback, without what JAX and we say after it."""
+    """Return the last line of the last traceback, without the messages of JAX and of onstep after it."""
     lines = text[text.rindex("Traceback") :].splitlines()
     return next(line for line in lines[1:] if line and not line.startswith(" "))
 
@@ -61,7 +61,7 @@ def checkpoints(directory):
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-def test_alone_every_question_has_its_answer_at_once():
+def test_single_process_agrees_with_itself_at_once():
     assert processes.writes()
     assert processes.agree({"a": 1}) == [{"a": 1}]
     assert processes.first(lambda a, b: a + b, 1, 2) == 3
@@ -69,20 +69,20 @@ def test_alone_every_question_has_its_answer_at_once():
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_train_as_one_device_does(tmp_path):
-    (alone,) = told("losses", tmp_path, 1)
-    pair = told("losses", tmp_path)
+def test_two_processes_of_four_devices_train_like_one_device(tmp_path):
+    (alone,) = reports("losses", tmp_path, 1)
+    pair = reports("losses", tmp_path)
     for process in pair:
         for name, (loss, order) in process["ends"].items():
             np.testing.assert_allclose(loss, alone["ends"]["batches"][0], rtol=1e-5, err_msg=name)
-            assert order == alone["ends"]["batches"][1], name  # the same examples at the same places of each step
+            assert order == alone["ends"]["batches"][1], name  # the same examples at the same positions of each step
         assert process["error"] == pytest.approx(alone["error"], rel=1e-5)
         assert process["seen"] == alone["seen"]
 
 
 @pytest.mark.slow
-def test_what_a_clock_a_stop_or_a_file_decides_is_the_same_for_all(tmp_path):
-    first, second = told("agree", tmp_path)
+def test_decisions_by_clock_stop_and_file_are_the_same_in_every_process(tmp_path):
+    first, second = reports("agree", tmp_path)
     bytes_of = [process.pop("bytes") for process in (first, second)]
     assert first == second
     assert all(whole == again for whole, again in bytes_of)
@@ -103,18 +103,18 @@ def test_what_a_clock_a_stop_or_a_file_decides_is_the_same_for_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_on_another_number_of_processes_and_back(tmp_path):
-    (alone,) = told("losses", tmp_path, 1)
-    begun, _ = told("begin", tmp_path)
+def test_checkpoint_resumes_on_another_number_of_processes_and_back(tmp_path):
+    (alone,) = reports("losses", tmp_path, 1)
+    begun, _ = reports("begin", tmp_path)
     for name in ("one", "single"):
         shutil.copytree(tmp_path / "moves", tmp_path / name / "moves")
-    (single,) = told("go_on_alone", tmp_path / "single", 1)
+    (single,) = reports("resume_alone", tmp_path / "single", 1)
     assert single["devices"] == 1
     np.testing.assert_allclose(begun["losses"] + single["losses"], alone["ends"]["batches"][0][:40], rtol=1e-5)
-    (one,) = told("go_on", tmp_path / "one", 1)
+    (one,) = reports("resume", tmp_path / "one", 1)
     shutil.rmtree(tmp_path / "one" / "moves" / "40")
-    back, _ = told("go_on", tmp_path / "one")
-    pair, _ = told("go_on", tmp_path)
+    back, _ = reports("resume", tmp_path / "one")
+    pair, _ = reports("resume", tmp_path)
     whole = alone["ends"]["batches"][0]
     np.testing.assert_allclose(begun["losses"] + one["losses"], whole[:40], rtol=1e-5)
     np.testing.assert_allclose(begun["losses"] + pair["losses"], whole[:40], rtol=1e-5)
@@ -123,13 +123,13 @@ def test_a_checkpoint_goes_on_on_another_number_of_processes_and_back(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_process_gets_its_own_loaders_position_back(tmp_path):
-    told("loader_moves", tmp_path, STEPS="5")
-    cut = [*told("loader_moves", tmp_path, STEPS="7")[0]["order"]]
-    (alone,) = told("loader_moves", tmp_path, 1, STEPS="9")
+def test_each_process_restores_the_position_of_its_own_loader(tmp_path):
+    reports("loader_moves", tmp_path, STEPS="5")
+    cut = [*reports("loader_moves", tmp_path, STEPS="7")[0]["order"]]
+    (alone,) = reports("loader_moves", tmp_path, 1, STEPS="9")
     assert "position in the data is of 2 processes, here are 1" in alone["message"]
     (tmp_path / "whole").mkdir()
-    assert cut == told("loader_moves", tmp_path / "whole", STEPS="7")[0]["order"][5:]
+    assert cut == reports("loader_moves", tmp_path / "whole", STEPS="7")[0]["order"][5:]
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_each_process_gets_its_own_loaders_position_back(tmp_path):
         ("runs_out", 1, "ProcessError: Process 1 ran out of data at step 7", [2, 4, 6]),
     ],
 )
-def test_one_that_fails_ends_all_and_the_others_say_which(scenario, failing, error, saved, tmp_path):
+def test_failing_process_ends_all_and_the_others_name_it(scenario, failing, error, saved, tmp_path):
     statuses, errors, seconds = start(scenario, tmp_path)
     assert 0 not in statuses
     assert error in last_error(errors[failing])
@@ -152,7 +152,7 @@ def test_one_that_fails_ends_all_and_the_others_say_which(scenario, failing, err
 
 
 @pytest.mark.slow
-def test_one_that_is_killed_ends_all_and_the_next_start_goes_on(tmp_path):
+def test_killed_process_ends_all_and_the_next_start_resumes(tmp_path):
     statuses, errors, seconds = start("is_killed", tmp_path)
     assert statuses[1] == -9
     assert statuses[0] not in (0, None)
@@ -161,12 +161,12 @@ def test_one_that_is_killed_ends_all_and_the_next_start_goes_on(tmp_path):
     )
     assert seconds < 60
     assert checkpoints(tmp_path / "run") == [2]
-    told("go_on_killed", tmp_path)
+    reports("resume_after_kill", tmp_path)
     assert checkpoints(tmp_path / "run")[-1] == 8
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_ends_all_at_the_same_step_to_be_resumed(tmp_path):
+def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     statuses, errors, _ = start("is_terminated", tmp_path)
     assert statuses == [0, 143], errors
     assert json.loads((tmp_path / "is_terminated-0.json").read_text()) == {

@@ -35,14 +35,14 @@ def sources():
 
 
 @built
-def test_the_wheel_holds_the_package_and_nothing_else():
+def test_wheel_holds_only_the_package():
     code = {name: wheel().read(name) for name in wheel().namelist() if ".dist-info/" not in name}
     assert code == sources()
     assert "onstep/py.typed" in code
 
 
 @built
-def test_the_wheel_says_what_it_is():
+def test_wheel_metadata_matches_the_project():
     said = email.message_from_string(information("METADATA"))
     assert (said["Name"], said["Version"], said["Summary"]) == ("onstep", onstep.__version__, PROJECT["description"])
     assert (said["License-Expression"], said["Requires-Python"]) == (PROJECT["license"], PROJECT["requires-python"])
@@ -55,7 +55,7 @@ def test_the_wheel_says_what_it_is():
 
 
 @built
-def test_the_sdist_has_what_it_takes_to_build_and_test():
+def test_sdist_has_the_files_to_build_and_test():
     with tarfile.open(next(DIST.glob("onstep-*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", ".ci/run"} <= names
@@ -64,18 +64,18 @@ def test_the_sdist_has_what_it_takes_to_build_and_test():
     assert not [name for name in names if re.search(r"(^|/)(__pycache__|runs|\.venv[^/]*|build|site)(/|$)", name)]
 
 
-def test_the_citation_is_of_this_version():
+def test_citation_has_the_current_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["version"], citation["license"]) == (onstep.__version__, PROJECT["license"])
 
 
-def test_a_commit_is_checked_by_the_same_ruff_as_ci():
+def test_pre_commit_uses_the_ruff_version_of_ci():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     pinned = next(need for need in PROJECT["optional-dependencies"]["dev"] if need.startswith("ruff"))
     assert hooks[0]["rev"] == pinned.replace("ruff==", "v")
 
 
-def test_every_need_has_a_lowest_version_and_no_highest():
+def test_requirements_have_a_lower_bound_and_no_upper_bound():
     extras = PROJECT["optional-dependencies"]
     for need in [*PROJECT["dependencies"], *extras["config"], *extras["examples"]]:
         assert re.fullmatch(r"onstep\[\w+\]|[\w.-]+(\[\w+\])?>=\d+(\.\d+)*", need), need

@@ -1,46 +1,17 @@
-"""Stops: what still runs after one, what is counted, and what can be resumed."""
+"""Stops: which handlers still run, what is counted, and what can be resumed."""
 
 import itertools
 
 import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, at, every
-
-
-def add(state, batch):
-    return state + batch, {"loss": batch}
-
-
-class StopAt(Callback):
-    def __init__(self, step, *, final=True, reason="enough"):
-        self.step, self.final, self.reason = step, final, reason
-
-    def on_step_end(self, loop):
-        if loop.step == self.step:
-            loop.stop(self.reason, final=self.final)
-
-
-class Transcript(Callback):
-    def __init__(self, lines, name=None, when=1):
-        self.lines, self.name, self.when = lines, name, when
-
-    def on_epoch_begin(self, loop):
-        self.lines.append((self.name, "epoch_begin", loop.step))
-
-    def on_step_end(self, loop):
-        self.lines.append((self.name, "step_end", loop.step))
-
-    def on_log(self, loop, record):
-        self.lines.append((self.name, record.values, record.step))
-
-    def on_epoch_end(self, loop):
-        self.lines.append((self.name, "epoch_end", loop.step))
-
-    def on_save(self, loop):
-        self.lines.append((self.name, "save", loop.step))
+from onstep.testing import RaiseIn, StopAt, Transcript
+from onstep.testing import counting_step as add
 
 
 class Ends(Callback):
+    """Collect the error, or None, with which each run ended."""
+
     def __init__(self):
         self.errors = []
 
@@ -48,8 +19,14 @@ class Ends(Callback):
         self.errors.append(loop.error)
 
 
-def steps_of(event, lines):
-    return [step for _, what, step in lines if what == event]
+def transcript(name=None, *, lines=None, when=1):
+    """Write down the events whose order and number these tests compare."""
+    quiet = ("load", "run_begin", "step_begin", "snapshot", "exception", "run_end")
+    return Transcript(name, lines=lines, quiet=quiet, when=when)
+
+
+def lines_at(step, lines):
+    return [line.replace(f" {step}/0", "") for line in lines if f" {step}/0" in line]
 
 
 @pytest.mark.parametrize("final", [True, False], ids=["final", "resumable"])
@@ -64,9 +41,9 @@ def steps_of(event, lines):
         ("epoch_end", 4, 1),
     ],
 )
-def test_a_stop_from_any_event_ends_the_run_at_that_step(event, step, epoch, final):
-    lines, ends = [], Ends()
-    engine = Engine(add, [ends, Transcript(lines, when=100)], log_every=3)
+def test_stop_from_any_event_ends_the_run_at_that_step(event, step, epoch, final):
+    events, ends = transcript(when=100), Ends()
+    engine = Engine(add, [ends, events], log_every=3)
 
     @engine.on(event)
     def stop(loop, *record):
@@ -75,40 +52,40 @@ def test_a_stop_from_any_event_ends_the_run_at_that_step(event, step, epoch, fin
 
     result = engine.run(jnp.int32(0), [1, 1, 1, 1], epochs=3)
     assert (int(result.state), result.step, result.epoch, result.stopped) == (step, step, epoch, "enough")
-    assert steps_of("save", lines) == ([step] if step else [])
-    assert steps_of("epoch_end", lines) == ([4] if epoch else [])
+    assert events.steps("save") == ([step] if step else [])
+    assert events.steps("epoch_end") == ([4] if epoch else [])
     assert ends.errors == [None]
 
 
 @pytest.mark.parametrize(("final", "windows"), [(True, [3, 5]), (False, [3])], ids=["final", "resumable"])
-def test_the_open_window_is_delivered_after_a_final_stop_alone(final, windows):
+def test_partial_log_window_is_recorded_only_after_a_final_stop(final, windows):
     engine = Engine(add, [StopAt(5, final=final)], log_every=3)
     result = engine.run(jnp.int32(0), [1, 2, 3, 4, 5, 6], epochs=1)
     assert result.history.steps("train/loss") == windows
 
 
-def test_the_open_window_of_a_resumable_stop_goes_on_with_the_rest():
+def test_partial_log_window_of_a_resumable_stop_continues_when_resumed():
     engine = Engine(add, [StopAt(5, final=False)], log_every=3)
     part = engine.run(jnp.int32(0), [1, 2, 3, 4, 5, 6], epochs=1)
     rest = engine.run(part, [1, 2, 3, 4, 5, 6], epochs=1)
     assert dict(rest.history) == {"train/loss": [5], "epoch/loss": [3.5]}
 
 
-def test_all_that_is_due_at_the_step_of_a_stop_still_runs():
+def test_handlers_due_at_the_step_of_a_stop_still_run():
     lines = []
-    callbacks = [Transcript(lines, "before"), StopAt(2), Transcript(lines, "after")]
+    callbacks = [transcript("before", lines=lines), StopAt(2), transcript("after", lines=lines)]
     Engine(add, callbacks).run(jnp.int32(0), [1, 1, 1], epochs=1)
-    assert [line[:2] for line in lines if line[2] == 2] == [
-        ("before", "step_end"),
-        ("after", "step_end"),
-        ("before", "save"),
-        ("after", "save"),
-        ("before", {"train/loss": 1}),
-        ("after", {"train/loss": 1}),
+    assert lines_at(2, lines) == [
+        "before step_end",
+        "after step_end",
+        "before save",
+        "after save",
+        "before log train/loss=1",
+        "after log train/loss=1",
     ]
 
 
-def test_all_that_is_due_before_a_step_runs_though_the_first_stops_it():
+def test_all_step_begin_handlers_run_although_the_first_stops_the_run():
     asked = []
     engine = Engine(add)
 
@@ -124,39 +101,35 @@ def test_all_that_is_due_before_a_step_runs_though_the_first_stops_it():
     assert asked == [0]
 
 
-def test_a_stop_saves_for_everyone_once_whatever_their_cadence():
+def test_stop_saves_once_for_every_callback_whatever_its_cadence():
     lines = []
-    callbacks = [Transcript(lines, "often"), Transcript(lines, "rare", when=every(epochs=9)), StopAt(2)]
+    callbacks = [transcript("often", lines=lines), transcript("rare", lines=lines, when=every(epochs=9)), StopAt(2)]
     Engine(add, callbacks).run(jnp.int32(0), [1, 1, 1], epochs=1)
-    assert [line for line in lines if line[1] == "save"] == [
-        ("often", "save", 1),
-        ("often", "save", 2),
-        ("rare", "save", 2),
-    ]
+    assert [line for line in lines if " save " in line] == ["often save 1/0", "often save 2/0", "rare save 2/0"]
 
 
-def test_a_stop_within_an_epoch_neither_ends_nor_counts_it():
-    lines = []
-    result = Engine(add, [Transcript(lines), StopAt(5)]).run(jnp.int32(0), [1] * 12, epochs=1)
+def test_stop_within_an_epoch_does_not_complete_the_epoch():
+    events = transcript()
+    result = Engine(add, [events, StopAt(5)]).run(jnp.int32(0), [1] * 12, epochs=1)
     assert (result.step, result.epoch) == (5, 0)
-    assert steps_of("step_end", lines) == [1, 2, 3, 4, 5]
-    assert steps_of("epoch_end", lines) == []
+    assert events.steps("step_end") == [1, 2, 3, 4, 5]
+    assert events.steps("epoch_end") == []
     assert "epoch/loss" not in result.history
 
 
-def test_a_stop_at_the_last_step_of_an_epoch_lets_it_end():
-    lines = []
-    result = Engine(add, [Transcript(lines), StopAt(3)]).run(jnp.int32(0), [1, 1, 1], epochs=9)
+def test_stop_at_the_last_step_of_an_epoch_completes_the_epoch():
+    events = transcript()
+    result = Engine(add, [events, StopAt(3)]).run(jnp.int32(0), [1, 1, 1], epochs=9)
     assert (result.step, result.epoch) == (3, 1)
-    assert steps_of("epoch_end", lines) == [3]
+    assert events.steps("epoch_end") == [3]
     assert result.history["epoch/loss"] == [1]
 
 
-def test_a_stop_ends_a_run_over_endless_data():
+def test_stop_ends_a_run_over_endless_data():
     assert Engine(add, [StopAt(5)]).run(jnp.int32(0), itertools.repeat(1), steps=100).step == 5
 
 
-def test_the_first_reason_stands():
+def test_first_of_two_stops_decides():
     callbacks = [StopAt(1, reason="first", final=False), StopAt(1, reason="second")]
     engine = Engine(add, callbacks)
     result = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
@@ -164,29 +137,29 @@ def test_the_first_reason_stands():
     assert engine.run(result, [1, 1, 1], epochs=1).step == 3
 
 
-def test_a_stop_is_forgotten_by_the_next_run():
+def test_stop_does_not_carry_over_to_the_next_run():
     engine = Engine(add, [StopAt(2)])
     first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
     second = engine.run(jnp.int32(0), [1], epochs=1)
-    assert (first.stopped, second.stopped, second.step) == ("enough", None, 1)
+    assert (first.stopped, second.stopped, second.step) == ("StopAt(2)", None, 1)
 
 
-def test_a_finally_stopped_result_runs_no_step_and_says_so(capsys):
-    engine = Engine(add, [StopAt(2)])
+def test_resuming_a_finally_stopped_result_runs_no_step_and_says_so(capsys):
+    engine = Engine(add, [StopAt(2, reason="enough")])
     first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
     again = engine.run(first, [1, 1, 1], epochs=5)
     assert (again.step, int(again.state), again.stopped) == (2, 2, "enough")
     assert "stopped for good at step 2 (enough)" in capsys.readouterr().err
 
 
-def test_a_final_stop_in_on_save_is_too_late_and_says_so():
+def test_final_stop_in_on_save_is_refused():
     engine = Engine(add)
     engine.on("save")(lambda loop: loop.stop("enough"))
     with pytest.raises(RuntimeError, match="A final loop.stop is too late in on_save. Ask for it in on_step_end"):
         engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
 
 
-def test_a_resumable_stop_in_on_save_ends_the_run_there():
+def test_resumable_stop_in_on_save_ends_the_run_at_that_step():
     engine = Engine(add)
 
     @engine.on("save", when=2)
@@ -197,7 +170,7 @@ def test_a_resumable_stop_in_on_save_ends_the_run_there():
     assert (result.step, result.stopped) == (2, "later")
 
 
-def test_what_the_body_of_the_for_does_is_in_what_is_saved():
+def test_changes_in_the_loop_body_are_saved():
     saved = []
 
     class Save(Callback):
@@ -213,21 +186,21 @@ def test_what_the_body_of_the_for_does_is_in_what_is_saved():
     assert saved == [(1, 1, 1.0, None), (2, 12, 2.0, "enough")]
 
 
-def test_a_resumable_result_finishes_the_epoch_that_was_cut(capsys):
-    lines, data = [], list(range(10))
-    engine = Engine(add, [Transcript(lines), StopAt(13, final=False)])
+def test_resuming_finishes_the_interrupted_epoch(capsys):
+    events, data = transcript(), list(range(10))
+    engine = Engine(add, [events, StopAt(13, final=False)])
     first = engine.run(jnp.int32(0), data, epochs=5)
     rest = engine.run(first, data, epochs=5)
     assert (rest.step, rest.epoch, int(rest.state), rest.stopped) == (50, 5, 5 * sum(data), None)
-    assert steps_of("epoch_end", lines) == [10, 20, 30, 40, 50]
+    assert events.steps("epoch_end") == [10, 20, 30, 40, 50]
     assert "going on after step 13" in capsys.readouterr().err
 
 
-def test_the_events_of_an_interrupted_run_join_to_those_of_a_whole_one():
-    whole, parts, stops = [], [], []
+def test_events_of_an_interrupted_run_add_up_to_those_of_an_uninterrupted_run():
+    whole, parts, stops = transcript(when=7), transcript(when=7), []
     data = list(range(10))
-    Engine(add, [Transcript(whole, when=7)], log_every=4).run(jnp.int32(0), data, epochs=3)
-    engine = Engine(add, [Transcript(parts, when=7)], log_every=4)
+    Engine(add, [whole], log_every=4).run(jnp.int32(0), data, epochs=3)
+    engine = Engine(add, [parts], log_every=4)
 
     @engine.on("step_end", when=at(6, 12, 18, 24))
     def interrupt(loop):
@@ -238,70 +211,54 @@ def test_the_events_of_an_interrupted_run_join_to_those_of_a_whole_one():
         stops.append(result.step)
         result = engine.run(result, data, epochs=3)
     assert stops == [6, 12, 18, 24]
-    extra = [line for line in parts if line[1] == "save" and line[2] in stops]
-    assert [line for line in parts if line not in extra] == whole
+    extra = [f"save {step}/{step // 10}" for step in stops]
+    assert [line for line in parts.lines if line not in extra] == whole.lines
 
 
-def test_a_step_that_a_stop_prevented_runs_first_when_resumed():
-    batches = []
-    engine = Engine(add)
-
-    @engine.on("step_begin")
-    def interrupt(loop):
-        batches.append(int(loop.batch))
-        if batches == [1, 2, 3]:
-            loop.stop("before step 3", final=False)
-
-    part = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=1)
-    assert (part.step, int(part.state)) == (2, 3)
-    assert int(engine.run(part, [1, 2, 3, 4], epochs=1).state) == 10
-    assert batches == [1, 2, 3, 3, 4]
-
-
-def test_a_resumable_stop_at_the_target_still_delivers_the_last_window():
-    engine = Engine(add, [StopAt(4, final=False)], log_every=3)
+def test_resumable_stop_at_the_target_still_records_the_last_window():
+    engine = Engine(add, [StopAt(4, final=False, reason="enough")], log_every=3)
     result = engine.run(jnp.int32(0), [1, 2, 3, 4], epochs=1)
     assert (result.step, result.stopped) == (4, "enough")
     assert result.history["train/loss"] == [2, 4]
 
 
-# The same with a for of one's own.
+# The same while iterating over `engine.steps`.
 
 
-def test_a_for_of_ones_own_has_a_turn_at_each_due_point():
+def test_iterating_yields_at_each_due_step():
     engine = Engine(add)
-    with engine.steps(jnp.int32(0), [1, 1, 1, 1], epochs=2, when=3) as steps:
-        turns = [(loop.step, int(loop.state)) for loop in steps]
-    assert turns == [(3, 3), (6, 6)]
+    with engine.steps(jnp.int32(0), [1, 1, 1, 1], epochs=2, when=every(3) | every(epochs=1)) as steps:
+        seen = [(loop.step, int(loop.state)) for loop in steps]
+    assert seen == [(3, 3), (4, 4), (6, 6), (8, 8)]
     assert (steps.result.step, steps.result.epoch, steps.result.stopped) == (8, 2, None)
 
 
-def test_turns_come_at_the_ends_of_epochs_if_asked():
+def test_iterating_can_yield_at_the_ends_of_epochs():
     engine = Engine(add)
     with engine.steps(jnp.int32(0), iter([1, 1, 1]), epochs=1, when=every(epochs=1)) as steps:
         assert [(loop.step, loop.epoch) for loop in steps] == [(3, 1)]
 
 
-def test_leaving_the_for_early_is_a_resumable_stop():
-    lines, ends = [], Ends()
-    engine = Engine(add, [Transcript(lines, when=100), ends])
+def test_breaking_out_of_the_iteration_is_a_resumable_stop():
+    events, ends = transcript(when=100), Ends()
+    engine = Engine(add, [events, ends])
     with engine.steps(jnp.int32(0), [1, 2, 3, 4], epochs=1) as steps:
         for loop in steps:
             if loop.step == 2:
                 break
     assert (steps.result.step, steps.result.stopped) == (2, "the for was left early")
-    assert (steps_of("save", lines), ends.errors) == ([2], [None])
+    assert (events.steps("save"), ends.errors) == ([2], [None])
     assert int(engine.run(steps.result, [1, 2, 3, 4], epochs=1).state) == 10
 
 
-def test_a_second_for_goes_on_where_the_first_was_left():
+def test_second_iteration_continues_where_the_first_was_left():
     with Engine(add).steps(jnp.int32(0), [1, 1, 1, 1], epochs=1) as steps:
         first = next(loop.step for loop in steps)
         rest = [loop.step for loop in steps]
     assert (first, rest, steps.result.stopped) == (1, [2, 3, 4], None)
 
 
-def test_a_stop_asked_for_in_the_for_is_final_as_elsewhere():
+def test_stop_in_the_loop_body_is_final():
     engine = Engine(add)
     with engine.steps(jnp.int32(0), [1, 2, 3, 4], epochs=1) as steps:
         for loop in steps:
@@ -311,7 +268,7 @@ def test_a_stop_asked_for_in_the_for_is_final_as_elsewhere():
     assert engine.run(steps.result, [1, 2, 3, 4], epochs=1).step == 3
 
 
-def test_an_error_in_the_for_ends_the_run_and_comes_out_unchanged():
+def test_error_in_the_loop_body_ends_the_run_and_is_raised_unchanged():
     heard, ends, error = [], Ends(), KeyError("mine")
     engine = Engine(add, [ends])
     engine.on("exception")(lambda loop, error: heard.append((loop.step, error)))
@@ -329,13 +286,9 @@ def test_an_error_in_the_for_ends_the_run_and_comes_out_unchanged():
     assert (heard, ends.errors, steps.result) == ([(2, error)], [error], None)
 
 
-def test_an_error_of_a_callback_comes_out_of_the_for_once():
+def test_error_in_a_callback_is_raised_once_while_iterating():
     heard = []
-    engine = Engine(add)
-
-    @engine.on("step_end")
-    def fail(loop):
-        raise OSError("disk gone")
+    engine = Engine(add, [RaiseIn("step_end", OSError("disk gone"))])
 
     @engine.on("exception")
     def hear(loop, error):
@@ -346,7 +299,7 @@ def test_an_error_of_a_callback_comes_out_of_the_for_once():
     assert heard == ["disk gone"]
 
 
-def test_a_for_that_never_comes_runs_no_step_and_draws_no_batch():
+def test_steps_that_are_never_iterated_run_no_step_and_draw_no_batch():
     drawn, ends = [], Ends()
     engine = Engine(add, [ends])
     with engine.steps(jnp.int32(7), (drawn.append(n) for n in range(9)), epochs=1) as steps:
@@ -356,7 +309,7 @@ def test_a_for_that_never_comes_runs_no_step_and_draws_no_batch():
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["without it", "after it"])
-def test_engine_steps_outside_its_with_is_refused(after):
+def test_iterating_outside_the_with_block_is_refused(after):
     steps = Engine(add).steps(jnp.int32(0), [1], epochs=1)
     if after:
         with steps:
