@@ -194,7 +194,7 @@ class Timing(Callback):
             print(*lines, sep="\n", file=self.file or sys.stderr, flush=True)
 
     def _measured(self, loop: Loop) -> tuple[int, float]:
-        """The examples of a step, and the seconds that it takes at the peak speed of its devices (0 if unknown)."""
+        """Return the examples of a step, and its seconds at the peak speed of its devices; 0 for what is unknown."""
         if self._step is None:
             devices = {d for leaf in jax.tree.leaves((loop.state, loop.carries)) for d in leaf.sharding.device_set}
             self._step = measure(loop.traced, loop.batch, sum(PEAK.get(device.device_kind, 0) for device in devices))

@@ -17,11 +17,7 @@ import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, evaluate, processes
 from onstep.callbacks import Evaluate, Progress, progress
-from onstep.testing import FakeClock
-
-
-def add(state, batch):
-    return state + batch, {"loss": batch}
+from onstep.testing import FakeClock, counting_step
 
 
 def loss(state, batch):
@@ -48,7 +44,7 @@ def clock(monkeypatch):
 
 def timed_engine(clock, seconds, *callbacks, **options):
     """An engine whose steps take some seconds."""
-    return Engine(add, [StepTime(clock, seconds), *callbacks], clock=clock, **options)
+    return Engine(counting_step, [StepTime(clock, seconds), *callbacks], clock=clock, **options)
 
 
 class SlowData:
@@ -154,7 +150,7 @@ def test_rate_time_left_and_time_spent_survive_a_resume(clock):
 
 def test_steps_of_a_run_without_progress_do_not_count_for_the_rate(clock):
     file = io.StringIO()
-    first = Engine(add).run(jnp.int32(0), [1] * 100, epochs=1)
+    first = Engine(counting_step).run(jnp.int32(0), [1] * 100, epochs=1)
     timed_engine(clock, 2, Progress(interval=3, file=file)).run(first, [1] * 100, steps=106)
     assert "epoch 2  step 104/106  2.00 s/step  0:04 left" in file.getvalue()
     assert "epoch 2  step 106/106  2.00 s/step  in 0:12" in file.getvalue()
@@ -192,7 +188,7 @@ def test_a_value_that_is_not_finite_is_shown(clock):
 
 
 def test_lines_go_to_stderr_by_default(capsys):
-    Engine(add, [Progress()]).run(jnp.int32(0), [1, 1], epochs=1)
+    Engine(counting_step, [Progress()]).run(jnp.int32(0), [1, 1], epochs=1)
     captured = capsys.readouterr()
     assert captured.err.startswith("epoch 1/1  step 2/2")
     assert captured.out == ""
@@ -294,9 +290,9 @@ def test_only_the_first_process_prints(clock, monkeypatch):
 @pytest.mark.parametrize("terminal", [False, True], ids=["lines", "bar"])
 def test_nothing_is_printed_when_no_step_ran(terminal):
     file = Terminal() if terminal else io.StringIO()
-    engine = Engine(add, [Progress(file=file)])
+    engine = Engine(counting_step, [Progress(file=file)])
     assert file.getvalue() == ""
-    first = Engine(add).run(jnp.int32(0), [1, 1], epochs=1)
+    first = Engine(counting_step).run(jnp.int32(0), [1, 1], epochs=1)
     engine.run(first, [1, 1], epochs=1)
     assert file.getvalue() == ""
 
@@ -451,7 +447,7 @@ def test_there_is_no_bar_without_a_known_target(clock, screen):
 def test_messages_before_the_first_step_do_not_mix_with_the_bar(clock, screen, monkeypatch):
     user = screen()
     monkeypatch.setattr("sys.stderr", user.file)
-    first = Engine(add).run(jnp.int32(0), [1] * 4, steps=6)
+    first = Engine(counting_step).run(jnp.int32(0), [1] * 4, steps=6)
     timed_engine(clock, 1, Progress(interval=1)).run(first, [1] * 4, epochs=3)
     assert user.rows() == [
         "onstep: going on after step 6, epoch 1 of 3",
@@ -477,7 +473,7 @@ def test_a_run_whose_first_step_fails_shows_no_bar(clock, screen):
 def test_a_terminal_that_cannot_move_its_cursor_shows_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     file = Terminal()
-    Engine(add, [Progress(file=file)]).run(jnp.int32(0), [1, 2], epochs=3)
+    Engine(counting_step, [Progress(file=file)]).run(jnp.int32(0), [1, 2], epochs=3)
     assert file.getvalue().startswith("epoch 3/3  step 6/6")
 
 
@@ -485,13 +481,13 @@ def test_a_bar_is_plain_ascii_if_the_encoding_has_no_block_characters(monkeypatc
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
     file = Terminal()
-    Engine(add, [Progress(file=file)]).run(jnp.int32(0), [1, 2], epochs=3)
+    Engine(counting_step, [Progress(file=file)]).run(jnp.int32(0), [1, 2], epochs=3)
     assert file.getvalue().split("\x1b[J")[-1].startswith("epoch 3/3 |##########| step 6/6")
 
 
 def test_nothing_is_shown_and_no_clock_is_read_between_two_updates(clock):
     file, engines = io.StringIO(), FakeClock()
-    engine = Engine(add, [Progress(interval=1000, file=file)], log_every=10**6, clock=engines)
+    engine = Engine(counting_step, [Progress(interval=1000, file=file)], log_every=10**6, clock=engines)
     engine.run(jnp.int32(0), [1] * 900, epochs=1)
     assert clock.reads < 10
     assert len(file.getvalue().splitlines()) == 1
@@ -499,7 +495,7 @@ def test_nothing_is_shown_and_no_clock_is_read_between_two_updates(clock):
 
 def test_it_leaves_no_thread_behind():
     before = set(threading.enumerate())
-    Engine(add, [Progress(file=Terminal())]).run(jnp.int32(0), [1, 2], epochs=3)
+    Engine(counting_step, [Progress(file=Terminal())]).run(jnp.int32(0), [1, 2], epochs=3)
     assert set(threading.enumerate()) == before
 
 
