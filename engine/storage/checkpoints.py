@@ -126,8 +126,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         items: dict[str, Any] = {}
-        for name, like in likes.items():
-            target = None if like is None else to_orbax(self._as_saved(step, name, like))
+        for name, like in self._as_saved(step, likes).items():
+            target = None if like is None else to_orbax(like)
             if target is None or (jax.tree.leaves(target) and not partial):
                 items[name] = ocp.args.StandardRestore(target)
             elif jax.tree.leaves(target):
@@ -140,16 +140,20 @@ class Checkpoints:
             for name, like in likes.items()
         }
 
-    def _as_saved(self, step: int, name: str, like: Any) -> Any:
-        """`like`, without the optional fields of named tuples that were not saved."""
+    def _as_saved(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
+        """`likes` without the optional fields of named tuples that were not saved."""
         import orbax.checkpoint as ocp
 
-        if not has_optional_fields(like) or name not in names_in(self.path(step)):
-            return like
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler()}
+        if not has_optional_fields(likes):
+            return likes
+        saved = {name for name in names_in(self.path(step)) if os.path.isdir(self.path(step, name))}
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in saved}
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-            saved = checkpointer.metadata(self.path(step)).item_metadata[name].tree
-        return without_missing_fields(like, saved["tree"])
+            metadata = checkpointer.metadata(self.path(step)).item_metadata
+        return {
+            name: without_missing_fields(like, metadata[name].tree["tree"]) if name in saved else like
+            for name, like in likes.items()
+        }
 
     def host(self, step: int) -> bytes:
         """Return the bytes that were saved beside the trees: this process's own, if as many processes saved."""
