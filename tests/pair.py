@@ -210,9 +210,8 @@ def loader_moves():
 
     steps = int(os.environ.get("STEPS", "5"))
     saves = Checkpoint(DIRECTORY / "loader", when=5)
-    message = message_of(
-        lambda: report(order=run(cut(), saves, source=Loader(own_part(data())), steps=steps).history["train/order"])
-    )
+    source = Loader(own_part(data()))
+    message = message_of(lambda: report(order=run(cut(), saves, source=source, steps=steps).history["train/order"]))
     if message != "nothing":
         report(message=message)
 

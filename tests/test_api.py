@@ -1,6 +1,6 @@
-"""What is public, and by which names its arguments are given: `api.txt` lists it and is changed on purpose.
+"""The public API: `api.txt` lists every public name with its arguments, and changes only on purpose.
 
-`python tests/test_api.py > tests/api.txt` writes the list anew; `docs/api_stability.md` says what a change means.
+`python tests/test_api.py > tests/api.txt` regenerates the list; `docs/api_stability.md` says what a change means.
 """
 
 import difflib
@@ -27,13 +27,13 @@ NAMES = {
     "onstep.sharding": ["by_path", "create", "fsdp", "make_mesh", "replicated"],
     "onstep.state": ["TrainState"],
 }
-"""Modules that are imported by name, and what is public of each."""
+"""Modules that are imported by name, with the public names of each."""
 GIVEN = (onstep.Loop, onstep.Result, onstep.Steps, Plan)
-"""Classes that the engine alone makes."""
+"""Classes that only the engine creates."""
 
 
 def public():
-    """Every public object by its public name."""
+    """Yield every public object with its public name."""
     for module in LISTS:
         for name in importlib.import_module(module).__all__:
             yield f"{module}.{name}", getattr(importlib.import_module(module), name)
@@ -43,7 +43,7 @@ def public():
 
 
 def arguments(function):
-    """`(step, callbacks, *, log_every)`: names and kinds; defaults and types may change."""
+    """Return a signature such as `(step, callbacks, *, log_every)`: names and kinds; defaults and types may change."""
     shown = [
         p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else ...)
         for p in inspect.signature(function).parameters.values()
@@ -53,7 +53,7 @@ def arguments(function):
 
 
 def members(kind):
-    """A class's own public names: attributes that its docstring lists, methods, properties."""
+    """Yield the public names that a class defines: attributes listed in its docstring, methods, properties."""
     listed = re.search(r"Attributes:\n(.*?)(\n\n|\Z)", inspect.getdoc(kind) or "", flags=re.DOTALL)
     for name in re.findall(r"^ {4}(\w+):", listed[1], flags=re.MULTILINE) if listed else ():
         yield name, None

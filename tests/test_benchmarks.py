@@ -1,4 +1,4 @@
-"""The measurements, run in their shortest form: that they run and print what they promise."""
+"""The benchmarks in their shortest form: they run and print the expected tables."""
 
 import json
 import subprocess

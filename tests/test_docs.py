@@ -1,4 +1,4 @@
-"""Every Python block of the documents runs, in order, as a reader would type it, and prints what is shown below it."""
+"""Every Python block of the documentation runs in order and prints the output shown below it."""
 
 import re
 import signal
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 EVERY_PAGE = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PAGES = [page for page in EVERY_PAGE if "```python" in page.read_text()]
-MARK = "=== the end of a block"
+MARK = "=== end of block"
 
 
 def names(page):
@@ -21,13 +21,13 @@ def names(page):
 
 
 def blocks(page):
-    """The Python blocks of a page, each with the text block right below it, or None."""
+    """Return the Python blocks of a page, each with the text block directly below it, or None."""
     below = r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?"
     return [(code, shown or None) for code, shown in re.findall(below, page.read_text(), flags=re.DOTALL)]
 
 
 def masked(text):
-    """The lines with their numbers masked and their columns closed up, without those of a slow machine alone."""
+    """Return the lines with masked numbers and collapsed columns, without lines that appear only on a slow machine."""
     lines = [line for line in text.strip().splitlines() if not re.search(r"onstep: compiled|\d:\d\d left", line)]
     return [re.sub(r"\s+|-+", " ", re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "#", line)) for line in lines]
 
@@ -87,10 +87,10 @@ def test_links_between_documents_exist():
 
 def test_reference_lists_every_public_name():
     shown = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), flags=re.MULTILINE))
-    shown.add("onstep.evaluate")  # as onstep.evaluate.evaluate: a module has its name
+    shown.add("onstep.evaluate")  # shown as onstep.evaluate.evaluate, because the module has the same name
     public = re.findall(r"^[\w.]+", (ROOT / "tests/api.txt").read_text(), flags=re.MULTILINE)
     assert len(public) > 100
-    for name in public:  # a class and the module of configurations show their members
+    for name in public:  # a class and the config module show their members
         assert name in shown or any(name.startswith(f"{holder}.") for holder in shown), name
 
 

@@ -1,15 +1,14 @@
-"""The examples, run as a user runs them."""
+"""The first example, run as a user runs it."""
 
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from models import EXAMPLES_FOLDER, files
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 EACH = pytest.mark.parametrize(
     ("script", "flags", "accuracy"),
     [pytest.param("digits.py", ["--fast"], 0.95, id="digits")],
@@ -17,12 +16,8 @@ EACH = pytest.mark.parametrize(
 
 
 def run(script, flags, directory):
-    command = [sys.executable, str(EXAMPLES / script), *flags, "--directory", str(directory)]
+    command = [sys.executable, str(EXAMPLES_FOLDER / script), *flags, "--directory", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-def files(directory):
-    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
 @EACH

@@ -1,4 +1,4 @@
-"""The example of many devices and processes, started as a user starts it."""
+"""The example for many devices and processes, started as a user starts it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCHEDULERS = {  # what they tell each process in its environment
+SCHEDULERS = {  # the environment variables that they set for each process
     "slurm": lambda n: {
         "SLURM_JOB_ID": "1",
         "SLURM_STEP_NODELIST": "127.0.0.1",
@@ -30,7 +30,7 @@ SCHEDULERS = {  # what they tell each process in its environment
 }
 SCRIPT = Path(__file__).parent.parent / "examples" / "distributed.py"
 LIMIT = 400
-"""Seconds for one start on a machine that is busy; alone it takes less than thirty."""
+"""Seconds for one start on a busy machine; on an idle one it takes less than thirty."""
 
 
 def start(directory, *flags, **environment):
@@ -40,7 +40,7 @@ def start(directory, *flags, **environment):
 
 
 def end(started):
-    """Exit status, standard output and standard error."""
+    """Return exit status, standard output and standard error."""
     try:
         out, err = started.communicate(timeout=LIMIT)
     finally:
@@ -53,12 +53,12 @@ def run(directory, *flags):
 
 
 def saved(directory):
-    """The newest step saved, 0 without any."""
+    """Return the newest saved step, or 0 without any."""
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
     return max([0, *(int(name) for name in names if name.isdigit())])
 
 
-def once_saved(started, directory):
+def wait_for_save(started, directory):
     began = time.monotonic()
     while not saved(directory) and started.poll() is None and time.monotonic() - began < LIMIT:
         time.sleep(0.05)
@@ -73,7 +73,7 @@ def test_two_processes_reach_the_accuracy_and_a_start_with_one_does_nothing(tmp_
     status, out, err = run(tmp_path / "run")
     assert status == 0, err
     assert not re.search("Warning|Error|Traceback", err), err
-    (accuracy,) = re.findall(r"^held-out accuracy  (\d\.\d+)$", out, re.MULTILINE)  # of both processes one says it
+    (accuracy,) = re.findall(r"^held-out accuracy  (\d\.\d+)$", out, re.MULTILINE)  # printed once
     assert float(accuracy) >= 0.93
     whole, cut = (float(size) for size in re.findall(r"(\d+\.\d+) MB of state", out))
     assert cut < whole / 7
@@ -86,7 +86,7 @@ def test_two_processes_reach_the_accuracy_and_a_start_with_one_does_nothing(tmp_
 
 def test_signal_to_the_launcher_saves_and_another_number_of_processes_resumes(tmp_path):
     started = start(tmp_path / "run")
-    once_saved(started, tmp_path / "run")
+    wait_for_save(started, tmp_path / "run")
     started.send_signal(signal.SIGTERM)
     status, out, err = end(started)
     assert status == 128 + signal.SIGTERM, err
@@ -100,16 +100,16 @@ def test_signal_to_the_launcher_saves_and_another_number_of_processes_resumes(tm
 @pytest.mark.parametrize("whom", ["one of the processes", "the launcher"])
 def test_kill_ends_all_processes_and_the_next_start_resumes(whom, tmp_path):
     started = start(tmp_path / "run")
-    once_saved(started, tmp_path / "run")
-    all_of_them = children(started)
-    assert len(all_of_them) == 2
-    os.kill(started.pid if whom == "the launcher" else all_of_them[1], signal.SIGKILL)
+    wait_for_save(started, tmp_path / "run")
+    processes = children(started)
+    assert len(processes) == 2
+    os.kill(started.pid if whom == "the launcher" else processes[1], signal.SIGKILL)
     status, _, err = end(started)
     assert status not in (0, None), err
     began = time.monotonic()
-    while any(map(alive, all_of_them)) and time.monotonic() - began < 10:
+    while any(map(alive, processes)) and time.monotonic() - began < 10:
         time.sleep(0.05)
-    assert not any(map(alive, all_of_them))
+    assert not any(map(alive, processes))
     status, out, err = run(tmp_path / "run", "--processes", "1")
     assert status == 0, err
     assert "going on after step" in err
@@ -138,8 +138,8 @@ def test_processes_started_by_a_scheduler_find_each_other(scheduler, tmp_path):
     common = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_PORT": port}
     flags = ["--cluster", "--batch-size", "1400"]
     both = [start(tmp_path / "run", *flags, **common, **SCHEDULERS[scheduler](n)) for n in range(2)]
-    (first, said, err), (second, silent, _) = map(end, both)
+    (first, out, err), (second, other, _) = map(end, both)
     assert (first, second) == (1, 1), err
-    assert "devices    4, cpu, of 2 process(es)" in said
-    assert "short of 0.93" in said
-    assert "held-out" not in silent
+    assert "devices    4, cpu, of 2 process(es)" in out
+    assert "short of 0.93" in out
+    assert "held-out" not in other

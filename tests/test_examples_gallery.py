@@ -1,4 +1,4 @@
-"""The gallery shows every example, and the table of features names tests and examples that exist."""
+"""The gallery shows every example, and the table of features names only existing tests and examples."""
 
 import re
 from pathlib import Path
@@ -35,8 +35,8 @@ def test_features_name_only_existing_tests_and_examples():
     rows = [row for row in rows if not row.startswith("| **")]
     assert len(rows) > 50
     for row in rows:
-        name, proofs, source = row.split(" | ")[0], row.split("|")[-2], ""
-        assert re.search(r"::|\]\(", proofs), name
-        for file, test in re.findall(r"`(\w+\.py)?::(\w+)`", proofs):
+        name, evidence, source = row.split(" | ")[0], row.split("|")[-2], ""
+        assert re.search(r"::|\]\(", evidence), name
+        for file, test in re.findall(r"`(\w+\.py)?::(\w+)`", evidence):
             source = (ROOT / "tests" / file).read_text() if file else source
             assert re.search(rf"^def {test}\(", source, re.MULTILINE), f"{name}: {test}"

@@ -1,10 +1,8 @@
-"""The examples with several networks: run as a user runs them, and what is exact in them."""
+"""The examples with several networks: run as a user runs them, and checked in parts against exact values."""
 
-import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,47 +10,36 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
-from models import same_bytes
+from models import EXAMPLES_FOLDER, files
+from models import load_example as example
 from onstep import Batches, Engine
 from onstep.callbacks import EMA, Checkpoint
 from onstep.callbacks.target import Target
+from onstep.testing import same_bytes
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 IMAGES = np.random.default_rng(0).integers(0, 17, (256, 64)).astype(np.float32)
 KEY = jax.random.key(3)
 
 
-def example(name):
-    """The example as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def script(name, *flags):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, flags)]
+    command = [sys.executable, str(EXAMPLES_FOLDER / name), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-def files(directory):
-    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
-
-
 def ends_as(one, other):
-    """Whether two runs ended in the same bytes: state, carries, host states, counters, position in the data."""
+    """Return whether two runs ended in the same bytes: state, carries, host states, counters, position in the data."""
     ends = [(jax.tree.leaves(run.snapshot.tree), run.snapshot.host) for run in (one, other)]
     return same_bytes(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
 
 def starts(engine):
-    """A list that gets the step at which each run of the engine begins."""
+    """Return a list that gets the step at which each run of the engine begins."""
     steps = []
     engine.on("run_begin")(lambda loop: steps.append(loop.step))
     return steps
 
 
-# As a user runs them
+# The examples as scripts
 
 
 @pytest.mark.slow
@@ -104,19 +91,19 @@ def gan_engine(gan, *callbacks):
 
 
 def test_gan_interrupted_between_two_updates_ends_in_the_same_bytes(tmp_path):
-    gan = example("gan")
+    gan = example("gan.py")
     state, data = gan.new_state(KEY, 64), Batches(IMAGES / 16, gan.BATCH)
     whole = gan_engine(gan).run(state, data, steps=17, rng=KEY)
     engine = gan_engine(gan, Checkpoint(tmp_path))
     began = starts(engine)
-    first = engine.run(state, data, steps=7, rng=KEY)  # the generator's turn was at 6, the penalty's is at 8
+    first = engine.run(state, data, steps=7, rng=KEY)  # the generator was last updated at 6, the penalty is due at 8
     assert (int(first.state.disc.step), int(first.state.gen.step)) == (7, 3)
     assert ends_as(engine.run(state, data, steps=17, rng=KEY), whole)
     assert began == [0, 7]
 
 
 def test_networks_of_the_gan_keep_their_own_update_counts():
-    gan = example("gan")
+    gan = example("gan.py")
     engine, data = gan_engine(gan), Batches(IMAGES / 16, gan.BATCH)
     result = engine.run(gan.new_state(KEY, 16), data, steps=14, rng=KEY)
     assert result.history.steps("train/disc_loss") == list(range(1, 15))
@@ -126,17 +113,17 @@ def test_networks_of_the_gan_keep_their_own_update_counts():
     assert rates_are_zero(result.state) == [False, False]
     last = engine.run(result, data, steps=16, rng=KEY)
     assert (last.step, counts(last.state)) == (16, [(8, 8, 8), (18, 18, 18)])
-    assert rates_are_zero(last.state) == [True, True]  # each schedule ends with its network's last update
+    assert rates_are_zero(last.state) == [True, True]  # each schedule ends with the last update of its network
 
 
 def counts(state):
-    """The updates of generator and discriminator, as counted by the network, Adam and the schedule."""
+    """Return the updates of generator and discriminator, as counted by the network, Adam and the schedule."""
     nets = [(net, *net.opt_state) for net in (state.gen, state.disc)]
     return [(int(net.step), int(adam.count), int(schedule.count)) for net, adam, schedule in nets]
 
 
 def rates_are_zero(state):
-    """Whether another update would change nothing, of generator and discriminator."""
+    """Return whether another update would change nothing, for generator and discriminator."""
     nets = [(net, net.apply_gradients(grads=net.params)) for net in (state.gen, state.disc)]
     return [same_bytes(net.params, after.params) for net, after in nets]
 
@@ -146,7 +133,7 @@ def test_frechet_distance_agrees_with_scipy():
     covariances = [np.cov(x, rowvar=False) for x in (one, other)]
     root = np.trace(scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real)
     expected = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(sum(covariances)) - 2 * root
-    assert example("gan").frechet(jnp.asarray(one), jnp.asarray(other)) == pytest.approx(expected, rel=1e-4)
+    assert example("gan.py").frechet(jnp.asarray(one), jnp.asarray(other)) == pytest.approx(expected, rel=1e-4)
 
 
 # The VAE
@@ -175,7 +162,7 @@ def vae_main(vae, tmp_path, monkeypatch, text):
 
 
 def test_best_vae_is_kept_and_loaded_although_training_diverges_later(tmp_path, monkeypatch, capsys):
-    vae, drawn = example("vae"), []
+    vae, drawn = example("vae.py"), []
     monkeypatch.setattr(vae, "draw", lambda *given: drawn.append(given))
     text = VAE_CONFIG.format(rate=20.0, steps=40, directory=tmp_path / "run")
     assert vae_main(vae, tmp_path, monkeypatch, text) == 1
@@ -191,7 +178,7 @@ def test_best_vae_is_kept_and_loaded_although_training_diverges_later(tmp_path, 
 def test_likelihood_of_the_vae_agrees_with_scipy():
     logits = np.random.default_rng(1).normal(size=(5, 64)) * 3
     expected = -scipy.stats.binom.logpmf(IMAGES[:5], 16, 1 / (1 + np.exp(-logits))).sum(-1).mean()
-    assert example("vae").binomial(jnp.asarray(logits), IMAGES[:5]) == pytest.approx(expected, rel=1e-5)
+    assert example("vae.py").binomial(jnp.asarray(logits), IMAGES[:5]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +192,12 @@ def test_likelihood_of_the_vae_agrees_with_scipy():
         ("name: adam", "name: adam, momentum: 0.9", "optimizer\n  Value error, adam has no momentum"),
         ("\nsteps: 40", "\nsteps: 30", "scheduler.warmup_steps needs to be <= steps, 30, got 40"),
     ],
-    ids=["unknown", "wrong type", "out of range", "twice", "of no use here", "of another optimizer", "contradictory"],
+    ids=["unknown", "wrong type", "out of range", "twice", "unused field", "of another optimizer", "contradictory"],
 )
 def test_wrong_vae_configuration_is_refused_naming_the_field(field, wrong, message, tmp_path, monkeypatch, capsys):
     text = VAE_CONFIG.format(rate=20.0, steps=40, directory=tmp_path / "run").replace(field, wrong)
     with pytest.raises(SystemExit, match="2"):
-        vae_main(example("vae"), tmp_path, monkeypatch, text)
+        vae_main(example("vae.py"), tmp_path, monkeypatch, text)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -218,9 +205,9 @@ def test_wrong_vae_configuration_is_refused_naming_the_field(field, wrong, messa
 # The target network
 
 
-@pytest.mark.parametrize("cut", [32, 37, 50], ids=["as it acts", "between two acts", "between two epochs"])
+@pytest.mark.parametrize("cut", [32, 37, 50], ids=["at an act", "between two acts", "between two epochs"])
 def test_resumed_q_learning_ends_in_the_same_bytes_including_its_buffer(cut, tmp_path):
-    rooms = example("target_network")
+    rooms = example("target_network.py")
     state = rooms.new_state(KEY, 100)
 
     def run(steps, *callbacks):
@@ -233,12 +220,12 @@ def test_resumed_q_learning_ends_in_the_same_bytes_including_its_buffer(cut, tmp
     (whole, actor, _), (resumed, again, began) = run(75), run(75, Checkpoint(tmp_path))
     assert began == [cut]
     assert ends_as(resumed, whole)
-    assert again.moves == actor.moves == 5  # of which one or two came after the cut
+    assert again.moves == actor.moves == 5  # one or two of them came after resuming
     assert same_bytes(again.seen, actor.seen)
 
 
 def test_actor_acts_at_the_start_and_every_16_steps():
-    rooms = example("target_network")
+    rooms = example("target_network.py")
     actor, moves = rooms.Actor(0), []
     engine = Engine(rooms.train_step, [actor])
     engine.on("step_end")(lambda loop: moves.append(actor.moves))
@@ -247,7 +234,7 @@ def test_actor_acts_at_the_start_and_every_16_steps():
 
 
 def test_environment_moves_with_the_assumed_probabilities():
-    rooms = example("target_network")
+    rooms = example("target_network.py")
     cells = np.full(200_000, 5)
     seen = rooms.move(rooms.new_state(KEY, 1).params, cells, 1.0, KEY)
     often = np.zeros((4, len(rooms.CELLS)))
@@ -256,7 +243,7 @@ def test_environment_moves_with_the_assumed_probabilities():
 
 
 def test_value_of_the_best_policy_matches_value_iteration():
-    rooms = example("target_network")
+    rooms = example("target_network.py")
     best = rooms.optimum()
     assert rooms.worth(best.argmax(1)) == pytest.approx(best.max(1), abs=1e-5)
 
@@ -265,7 +252,7 @@ def test_value_of_the_best_policy_matches_value_iteration():
 
 
 def test_unlabelled_images_with_weight_zero_change_nothing():
-    teacher = example("mean_teacher")
+    teacher = example("mean_teacher.py")
     labelled = teacher.few(IMAGES / 16, np.arange(256) % 10, seed=0)
     sources = [teacher.epochs_of(labelled, images / 16, seed=0) for images in (IMAGES, IMAGES[::-1])]
     engine = Engine(teacher.train_step, [Target(rate=0.1)])
@@ -275,6 +262,6 @@ def test_unlabelled_images_with_weight_zero_change_nothing():
 
 
 def test_mean_teacher_has_four_labels_of_each_digit():
-    few = example("mean_teacher").few(IMAGES, np.arange(256) % 10, seed=1)
+    few = example("mean_teacher.py").few(IMAGES, np.arange(256) % 10, seed=1)
     assert np.bincount(few["label"]).tolist() == [4] * 10
     assert len(np.unique(few["image"], axis=0)) == 40

@@ -1,6 +1,5 @@
-"""The examples about the step, the loop and reuse: run as a user runs them, and in parts."""
+"""The examples about steps, loops and reuse: run as a user runs them, and tested in parts."""
 
-import importlib.util
 import inspect
 import math
 import os
@@ -12,18 +11,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import onstep
 import optax
 import pytest
 import setuptools
+from models import EXAMPLES_FOLDER, files
+from models import load_example as load
 from onstep import Batches, Engine
+from onstep.testing import same_bytes
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-SHARED = EXAMPLES / "two_projects" / "shared_callbacks"
+SHARED = EXAMPLES_FOLDER / "two_projects" / "shared_callbacks"
 RESUMABLE = [
     pytest.param("template.py", ["--model", "linen"], id="template-linen"),
     pytest.param("template.py", ["--model", "nnx"], id="template-nnx"),
@@ -38,8 +38,8 @@ RESUMABLE = [
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Where the shared package can be imported from: installed, where that works offline, else its folder."""
-    if int(setuptools.__version__.split(".")[0]) < 71:  # before, it needs the package `wheel`
+    """Return the folder to import the shared package from: installed if that works offline, else its source."""
+    if int(setuptools.__version__.split(".")[0]) < 71:  # older versions need the package `wheel`
         return SHARED
     source, target = tmp_path_factory.mktemp("source") / "shared", tmp_path_factory.mktemp("target")
     shutil.copytree(SHARED, source)
@@ -49,28 +49,16 @@ def shared(tmp_path_factory):
 
 
 def run(script, *flags, path=""):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, flags)]
+    command = [sys.executable, str(EXAMPLES_FOLDER / script), *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": str(path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert not re.search("Warning|Error|Traceback", done.stderr), done.stderr
     return done
 
 
-def load(script):
-    """An example as a module."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, EXAMPLES / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(module, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
     return module.main()
-
-
-def files(directory):
-    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("script", "flags"), RESUMABLE)
@@ -109,13 +97,13 @@ def test_example_below_its_target_exits_with_status_1(script, flags, tmp_path, m
 
 
 def weights(key):
-    """Of one network, as (inputs, outputs)."""
+    """Return the weights of one network, with shapes (inputs, outputs)."""
     keys, sizes = jax.random.split(key, 4), [(64, 128), (128,), (128, 10), (10,)]
     return [0.1 * jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
 
 
 def with_weights(model, state, new):
-    """The state with these weights, in each library's own layout."""
+    """Return the state with these weights, in the layout of each library."""
     if model == "linen":
         layers = [{"kernel": new[0], "bias": new[1]}, {"kernel": new[2], "bias": new[3]}]
         return state.replace(params=dict(zip(state.params, layers, strict=True)))
@@ -167,7 +155,7 @@ def test_without_conflict_removes_the_conflicting_part_of_a_gradient():
     np.testing.assert_allclose(kept["b"], [-3 + 15 * 4 / 25], rtol=1e-6)
     assert bool(conflict)
     same, conflict = advanced.without_conflict(others, others)
-    assert models.same_bytes(same, others)
+    assert same_bytes(same, others)
     assert not conflict
 
 
@@ -180,8 +168,8 @@ def test_advanced_step_has_the_advertised_parts():
     _, other, _ = step(state.replace(step=jnp.int32(1)), batch)
     assert set(metrics) == {"loss", "accuracy", "conflict"}
     assert jax.tree.structure(aux["grads"]) == jax.tree.structure(state.params)
-    assert not models.same_bytes(after.batch_stats, state.batch_stats)
-    assert float(metrics["loss"]) != float(other["loss"])  # dropout has another key
+    assert not same_bytes(after.batch_stats, state.batch_stats)
+    assert float(metrics["loss"]) != float(other["loss"])  # dropout gets another key
     clip, noise, _ = after.opt_state
     assert isinstance(clip, optax.ClipByGlobalNormState)
     assert int(noise.count) == 1
@@ -195,7 +183,7 @@ def test_resumed_advanced_step_ends_in_the_same_bytes():
     engine = Engine(advanced.train_step, [ema, onstep.callbacks.GradNorm()])
     whole = engine.run(state, data, steps=6)
     cut = engine.run(engine.run(state, data, steps=4), data, steps=6)
-    assert models.same_bytes(whole.snapshot.tree, cut.snapshot.tree)
+    assert same_bytes(whole.snapshot.tree, cut.snapshot.tree)
     assert whole.latest["train/grad_norm"] == cut.latest["train/grad_norm"] > 0
 
 
@@ -280,12 +268,12 @@ def test_train_loop_saves_every_few_epochs_and_resumes(tmp_path):
 def test_custom_loop_reverts_changes_that_did_not_help_and_continues(tmp_path):
     done = run("custom_loop.py", "--fast", "--directory", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    turns = re.findall(r"^step +\d+ +(\d+) periods  (.*) dB$", done.stdout, re.MULTILINE)
+    tried = re.findall(r"^step +\d+ +(\d+) periods  (.*) dB$", done.stdout, re.MULTILINE)
     left, best = re.search(
         r"^the for was left early, back at (\d+) periods  (.*) dB$", done.stdout, re.MULTILINE
     ).groups()
-    assert int(turns[-1][0]) == 2 * int(left)
-    assert best == [quality for periods, quality in turns if periods == left][-1]
+    assert int(tried[-1][0]) == 2 * int(left)
+    assert best == [quality for periods, quality in tried if periods == left][-1]
     assert re.search(r"^unseen pixels  (.*) dB$", done.stdout, re.MULTILINE)
     assert (tmp_path / "turns.png").stat().st_size > 10_000
 

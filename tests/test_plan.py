@@ -1,4 +1,4 @@
-"""What an engine will do, on a page: who answers what, what is compiled, how many steps a call runs."""
+"""The plan of an engine: which callbacks handle which events, what is compiled, and how many steps a call runs."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def fresh():
 
 
 class Host(Callback):
-    """Answers what it is told to, and must not be called."""
+    """Handle the given events, and fail if a handler is called."""
 
     def __init__(self, *events, name=None, when=1):
         self.name, self.when = name, when
@@ -43,11 +43,11 @@ class Host(Callback):
             setattr(self, event, self._called)
 
     def _called(self, *args):
-        raise AssertionError("a plan calls nobody")
+        raise AssertionError("a plan calls no handler")
 
 
 class Counts(Callback):
-    """A pure half that keeps a number."""
+    """A compiled half that counts."""
 
     update_when = every(steps=10)
 

@@ -1,4 +1,4 @@
-"""What a release consists of: the files that say what it is, and the wheel and sdist that `make dist` builds."""
+"""The contents of a release: its metadata, and the wheel and sdist that `make dist` builds."""
 
 import email
 import os
@@ -23,12 +23,12 @@ def wheel():
 
 
 def information(name):
-    """The text of a file about the wheel."""
+    """Return the text of a metadata file of the wheel."""
     return wheel().read(f"onstep-{onstep.__version__}.dist-info/{name}").decode()
 
 
 def sources():
-    """What the wheel must hold: bytes by name."""
+    """Return the files that the wheel must hold: bytes by name."""
     files = [*(ROOT / "engine").glob("*"), *(ROOT / "callbacks").glob("*")]
     inside = {"engine": "onstep", "callbacks": "onstep/callbacks"}
     return {f"{inside[path.parent.name]}/{path.name}": path.read_bytes() for path in files if path.is_file()}
