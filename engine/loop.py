@@ -339,7 +339,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its target, or was stopped finally."""
+        """Whether the run has reached its target, or was stopped permanently."""
         return self._reached or (self.stopped is not None and self._final)
 
     @property
@@ -505,7 +505,7 @@ class Loop:
 
     def _resume_message(self) -> str:
         if self.stopped is not None:
-            return f"the run was stopped finally at step {self.step} ({self.stopped}): nothing to do"
+            return f"the run was stopped permanently at step {self.step} ({self.stopped}): nothing to do"
         epoch = f"epoch {self.epoch}" + ("" if self.epochs is None else f" of {self.epochs}")
         step = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
         if self.over:

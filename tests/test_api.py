@@ -15,15 +15,15 @@ from onstep.callback import EVENTS
 from onstep.plan import Plan
 
 ROOT = Path(__file__).parent.parent
-LISTS = ["onstep", "onstep.callbacks"]
+LISTS = ["onstep", "onstep.callbacks", "onstep.storage", "onstep.testing", "onstep.tools"]
 NAMES = {
     "onstep.callbacks.checkpoint": ["load", "save"],
     "onstep.callbacks.json_lines": ["read_json_lines"],
     "onstep.config": ["Config", "OptimizerConfig", "SchedulerConfig", "TrainingConfig", "plot"],
-    "onstep.plots": ["plot"],
+    "onstep.plots": ["group_by_chart", "line_styles", "plot", "spans_decades"],
     "onstep.plan": ["Plan"],
     "onstep.processes": ["ProcessError", "agree", "first", "writes"],
-    "onstep.redact": ["redacted"],
+    "onstep.redact": ["redacted", "without_secrets"],
     "onstep.sharding": ["by_path", "create", "fsdp", "make_mesh", "replicated"],
     "onstep.state": ["TrainState"],
 }

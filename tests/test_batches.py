@@ -108,13 +108,13 @@ def test_batch_size_larger_than_the_data_is_refused():
 
 
 def test_arrays_with_different_leading_axes_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"one leading axis, got .*'x': \(3,\), 'y': \(4,\)"):
+    with pytest.raises(ValueError, match=r"the same leading axis, got .*'x': \(3,\), 'y': \(4,\)"):
         Batches({"x": np.arange(3), "y": np.arange(4)}, 2)
 
 
 @pytest.mark.parametrize("arrays", [{}, {"x": np.float32(1)}], ids=["no array", "a scalar"])
 def test_arrays_without_a_leading_axis_are_refused(arrays):
-    with pytest.raises(ValueError, match="Batches needs arrays of one leading axis"):
+    with pytest.raises(ValueError, match="Batches needs arrays with the same leading axis"):
         Batches(arrays, 2)
 
 
@@ -173,10 +173,10 @@ def test_resumed_run_gathers_no_used_examples(capsys):
     [
         (lambda: Batches(np.arange(10), 2), "epochs have 4 batches, this run's 5"),
         (lambda: Batches(np.arange(8), 4), "epochs have 4 batches, this run's 2"),
-        (lambda: Batches(np.arange(9), 2), "the saved run read: examples 8 became 9"),
-        (lambda: Batches(np.arange(8), 2, seed=1), "the saved run read: seed 0 became 1"),
-        (lambda: Batches(np.arange(8), 2, shuffle=False), "the saved run read: shuffle True became False"),
-        (lambda: Batches(np.arange(8), 2, drop_last=False), "the saved run read: drop_last True became False"),
+        (lambda: Batches(np.arange(9), 2), "that of the saved run: examples 8 became 9"),
+        (lambda: Batches(np.arange(8), 2, seed=1), "that of the saved run: seed 0 became 1"),
+        (lambda: Batches(np.arange(8), 2, shuffle=False), "that of the saved run: shuffle True became False"),
+        (lambda: Batches(np.arange(8), 2, drop_last=False), "that of the saved run: drop_last True became False"),
     ],
     ids=["examples", "batch_size", "one example", "seed", "shuffle", "drop_last"],
 )

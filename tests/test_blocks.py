@@ -776,7 +776,7 @@ def test_compilation_is_logged_once_with_the_block_length(caplog):
         for _ in range(2):
             engine.run(jnp.int32(0), range(9), epochs=2)
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("compiled the step, up to 6 to a call, in ")
+    assert caplog.messages[0].startswith("compiled the step, up to 6 steps a call, in ")
 
 
 @pytest.mark.parametrize("given", [0, -1, 2.5, True, "fast", None], ids=str)

@@ -63,7 +63,7 @@ def test_finished_run_runs_no_step_says_so_and_changes_no_file(tmp_path, capsys)
     before = files_in(tmp_path)
     result = run(tmp_path)
     assert (result.step, len(result.history)) == (36, 0)
-    assert "already at step 36, epoch 3 of 3: nothing to do" in capsys.readouterr().err
+    assert "already at step 36 (epoch 3 of 3): nothing to do" in capsys.readouterr().err
     assert files_in(tmp_path) == before
 
 

@@ -267,7 +267,7 @@ def test_batch_that_was_drawn_but_not_used_comes_first_when_resumed(kind):
 def test_resuming_with_fewer_batches_than_were_used_is_an_error():
     engine = Engine(add, [StopAt(3, final=False)])
     part = engine.run(jnp.int32(0), lambda epoch: iter([1, 2, 3, 4]), epochs=1)
-    with pytest.raises(ValueError, match="had used 3 batches of this pass, but the data now has 2"):
+    with pytest.raises(ValueError, match="had used 3 batches of this pass, but the data now has only 2"):
         engine.run(part, lambda epoch: iter([1, 2]), epochs=2)
 
 
@@ -303,7 +303,7 @@ def test_generator_read_beyond_the_result_is_refused():
     engine = Engine(add)
     early = engine.run(jnp.int32(0), data, steps=2)
     engine.run(early, data, steps=5)
-    with pytest.raises(ValueError, match=r"count was read beyond where the run shall go on\. Pass a new one"):
+    with pytest.raises(ValueError, match=r"count was read beyond the step from which the run resumes\. Pass a new one"):
         engine.run(early, data, steps=5)
 
 
@@ -395,7 +395,7 @@ def test_empty_data_with_epoch_steps_are_an_error():
 
 def test_len_that_is_too_long_is_an_error_when_the_data_end():
     events = saves_and_epochs(when=2)
-    with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Mend its len"):
+    with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Fix its __len__"):
         Engine(add, [events]).run(jnp.int32(0), SizedData([1, 2, 3], 5), epochs=1)
     assert (events.steps("save"), events.steps("epoch_end")) == ([2], [])
 
@@ -405,7 +405,7 @@ def test_len_that_is_too_long_is_an_error_with_a_handler_at_every_step():
         def __iter__(self):
             return EndsOnce(self.batches)
 
-    with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Mend its len"):
+    with pytest.raises(ValueError, match=r"has len 5, but pass 1 ended after 3 batches\. Fix its __len__"):
         Engine(add, [saves_and_epochs()]).run(jnp.int32(0), Source([1, 2, 3], 5), epochs=1)
 
 

@@ -63,7 +63,7 @@ def test_first_run_is_interrupted_and_resumes_as_the_page_shows(tmp_path):
     assert first.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in "".join(printed)
     second = subprocess.run(command, cwd=tmp_path, timeout=300, check=True, **pipes).stdout
-    assert "onstep: going on after step" in second
+    assert "onstep: resuming from step" in second
     both = [line for line in "".join([*printed, second]).splitlines() if line.startswith(("step", "done"))]
     assert masked("\n".join(both)) == masked(shown)
 

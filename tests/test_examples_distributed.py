@@ -93,7 +93,7 @@ def test_signal_to_the_launcher_saves_and_another_number_of_processes_resumes(tm
     assert "held-out" not in out
     status, out, err = run(tmp_path / "run", "--processes", "1", "--devices", "2", "--layout", "replicated")
     assert status == 0, err
-    assert re.search(r"going on after step \d+, epoch \d of 6", err), err
+    assert re.search(r"resuming from step \d+, epoch \d of 6", err), err
     assert "held-out accuracy" in out
 
 
@@ -112,7 +112,7 @@ def test_kill_ends_all_processes_and_the_next_start_resumes(whom, tmp_path):
     assert not any(map(alive, processes))
     status, out, err = run(tmp_path / "run", "--processes", "1")
     assert status == 0, err
-    assert "going on after step" in err
+    assert "resuming from step" in err
     assert "held-out accuracy" in out
 
 

@@ -270,7 +270,7 @@ def test_custom_loop_reverts_changes_that_did_not_help_and_continues(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     tried = re.findall(r"^step +\d+ +(\d+) periods  (.*) dB$", done.stdout, re.MULTILINE)
     left, best = re.search(
-        r"^the for was left early, back at (\d+) periods  (.*) dB$", done.stdout, re.MULTILINE
+        r"^the for loop was left early, back at (\d+) periods  (.*) dB$", done.stdout, re.MULTILINE
     ).groups()
     assert int(tried[-1][0]) == 2 * int(left)
     assert best == [quality for periods, quality in tried if periods == left][-1]

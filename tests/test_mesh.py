@@ -313,8 +313,8 @@ def test_state_on_other_devices_is_refused():
     ("mesh", "error", "match"),
     [
         (lambda: 8, TypeError, "jax.sharding.Mesh or a NamedSharding, got int"),
-        (lambda: make_mesh(a=4, b=2), ValueError, "an axis 'data' along which batches are cut"),
-        (lambda: jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)), ValueError, "axes of the type Auto"),
+        (lambda: make_mesh(a=4, b=2), ValueError, "an axis 'data' over which batches are divided"),
+        (lambda: jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)), ValueError, "axes of type Auto"),
     ],
     ids=["a number", "unknown axes", "explicit axes"],
 )
@@ -373,7 +373,7 @@ def test_rules_by_path_apply_to_the_optimizer_state():
 
 def test_rule_that_matches_no_leaf_or_does_not_divide_is_refused():
     mesh = make_mesh(data=4, model=2)
-    with pytest.raises(ValueError, match=r"no leaf fits \['kernel'\]"):
+    with pytest.raises(ValueError, match=r"no leaf matches \['kernel'\]"):
         create(make, by_path(mesh, {"kernel": PartitionSpec("model")}), jax.random.key(0))
     with pytest.raises(ValueError, match="by_path: w has an axis of 7, which does not divide among 2 devices"):
         by_path(mesh, {"w": PartitionSpec("model")})({"w": jax.ShapeDtypeStruct((7,), jnp.float32)})

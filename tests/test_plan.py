@@ -87,25 +87,25 @@ def test_summary_of_a_plan_as_text(tmp_path):
     assert (
         str(engine.plan(fresh(), DATA, epochs=5))
         == """\
-Events, in order, and the callbacks that answer
-  on_load        before anything else                         Checkpoint
-  on_run_begin   when the run begins                          val (Evaluate), Checkpoint, Progress
-  on_step_begin  at step 4                      step 4        peek
-  on_step_end    every 2 epochs                 step 24       val (Evaluate)
-                 every 5 s                      by the clock  Progress
-  on_log         at each record                               Checkpoint, Progress
-  on_epoch_end   when an epoch is complete                    Checkpoint
-  on_save        every 9 steps, and at the end  step 9        Checkpoint
-  on_run_end     when the run ends, in reverse                Progress, Checkpoint
+Events, in order, and the callbacks that handle them
+  on_load        before anything else                               Checkpoint
+  on_run_begin   when the run begins                                val (Evaluate), Checkpoint, Progress
+  on_step_begin  at step 4                            step 4        peek
+  on_step_end    every 2 epochs                       step 24       val (Evaluate)
+                 every 5 s                            by the clock  Progress
+  on_log         at each record                                     Checkpoint, Progress
+  on_epoch_end   when an epoch is complete                          Checkpoint
+  on_save        every 9 steps, and at the end        step 9        Checkpoint
+  on_run_end     when the run ends, in reverse order                Progress, Checkpoint
 
 Compiled into the step, in order
   1  linear(state, batch)  every step      state: 16 bytes in 1 array
   2  EMA                   every step      carry: 16 bytes in 1 array
   3  Counts                every 10 steps  carry: 4 bytes in 1 array
 
-Steps in a call: at most 9
-  at most 128 by the step: more gain nothing
-  the first call has at most 8, then as many as take about 0.1 s
+Steps per call: at most 9
+  at most 128 by the step: more would gain nothing
+  the first call has at most 8, later ones as many as take about 0.1 s
   Checkpoint.on_save ends a call every 9 steps
   an epoch ends a call every 12 steps
   log_every=50 ends a call every 50 steps
@@ -115,7 +115,7 @@ The loop
   it stops by the clock for Progress.on_step_end every 5 s
   it records train/ means every 50 steps (log_every) and epoch/ means every epoch
   it ends at step 60
-  at most 2 compiled calls are queued"""
+  at most 2 compiled calls are in flight"""
     )
 
 
@@ -129,7 +129,7 @@ def test_plan_without_arguments_says_what_it_does_not_know():
 
 
 def test_engine_without_callbacks_has_a_summary():
-    assert str(Engine(linear).plan()).startswith("Events, in order, and the callbacks that answer\n  none\n\nCompiled")
+    assert str(Engine(linear).plan()).startswith("Events, in order, and the callbacks that handle them\n  none\n\nCompiled")
 
 
 def test_plan_runs_calls_donates_and_writes_nothing(tmp_path, capsys):
@@ -176,21 +176,21 @@ def test_run_after_a_plan_equals_a_run_without_one():
 def test_plan_does_not_read_data_that_can_be_read_only_once():
     data = iter(DATA)
     plan = Engine(linear).plan(fresh(), data, steps=5)
-    assert plan.why == ["a Pass can be read only once, so plan drew no batch to decide from"]
+    assert plan.why == ["the data (EpochIterator) can be read only once, so plan drew no batch to decide from"]
     assert len(list(data)) == 12
 
 
 @pytest.mark.parametrize(
     ("step", "options", "steps", "why"),
     [
-        (conv, {}, 1, "one by one: a convolution is slower in a loop on CPUs"),
-        (printing, {}, 1, "one by one: what a step does besides, such as a print, stays step by step"),
-        (linear, {}, 12, "at most 128 by the step: more gain nothing"),
+        (conv, {}, 1, "one step a call: a convolution is slower in a loop on CPUs"),
+        (printing, {}, 1, "one step a call: the step has side effects, such as a print"),
+        (linear, {}, 12, "at most 128 by the step: more would gain nothing"),
         (
             linear,
             {"mesh": jax.sharding.Mesh(jax.devices()[:1], ("data",))},
             1,
-            "one by one: several steps in a call are not measured on many devices",
+            "one step a call: blocks are not measured on many devices",
         ),
         (linear, {"steps_per_call": 1}, 1, "steps_per_call=1"),
         (linear, {"steps_per_call": 8}, 8, "steps_per_call=8"),
@@ -209,7 +209,7 @@ def test_large_batches_and_long_steps_make_short_calls():
 
     batch = {"x": np.ones((1000, 1000), np.float32)}
     plan = Engine(products).plan(fresh(), [batch] * 50, epochs=1)
-    assert (plan.steps_per_call, plan.why[0]) == (2, "at most 2 by the step: more would be too long a call to wait for")
+    assert (plan.steps_per_call, plan.why[0]) == (2, "at most 2 by the step: a longer call would delay stops and signals")
     plan = Engine(linear).plan(fresh(), [{"x": np.ones((10**6, 4), np.float32)}] * 50, epochs=1)
     assert plan.why[0] == "at most 2 by the step: more batches would take too much memory at once"
 
@@ -266,7 +266,7 @@ def test_plan_predicts_where_the_run_ends(arguments, end):
 
 
 def test_end_of_the_run_is_unknown_without_the_epoch_length():
-    assert "it ends with epoch 3, whose step is not known before" in Engine(linear).plan(epochs=3).loop
+    assert "it ends with epoch 3, whose step is not known in advance" in Engine(linear).plan(epochs=3).loop
 
 
 def test_plan_says_what_is_due_only_after_the_end():
@@ -293,14 +293,14 @@ def test_plan_of_a_resumed_run_starts_at_the_saved_step():
 def test_plan_of_a_resumed_run_keeps_the_execution_mode():
     first = Engine(linear, steps_per_call=1).run(fresh(), DATA, steps=5)
     plan = Engine(linear).plan(first, DATA, epochs=4)
-    assert (plan.steps_per_call, plan.why) == (1, ["one by one, as in the run that goes on"])
+    assert (plan.steps_per_call, plan.why) == (1, ["one step a call: the saved run ran one step a call"])
     first = Engine(conv, steps_per_call=4).run(fresh(), DATA, steps=5)
     assert Engine(conv).plan(first, DATA, epochs=4).steps_per_call == 2
 
 
 def test_plan_names_queued_calls_and_prefetched_batches():
     plan = Engine(linear, in_flight=3, prefetch=2).plan()
-    assert plan.loop[-1] == "at most 3 compiled calls are queued, and 2 batches are put on the device ahead"
+    assert plan.loop[-1] == "at most 3 compiled calls are in flight, and 2 batches are put on the device ahead"
 
 
 def test_plan_raises_the_errors_of_a_run():
@@ -318,7 +318,7 @@ def test_notebook_shows_tables():
     shown = Engine(linear, [Host("on_step_end", "on_save", name="a|b", when=5)]).plan()._repr_markdown_()
     assert "| event | when | next | callback |\n| --- | --- | --- | --- |\n" in shown
     assert "| on_step_end | every 5 steps | step 5 | a\\|b (Host) |" in shown
-    assert "**Steps in a call: not decided**\n\n- " in shown
+    assert "**Steps per call: not decided yet**\n\n- " in shown
 
 
 def test_graph_shows_the_handled_events_and_their_order():

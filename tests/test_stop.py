@@ -149,13 +149,13 @@ def test_resuming_a_finally_stopped_result_runs_no_step_and_says_so(capsys):
     first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
     again = engine.run(first, [1, 1, 1], epochs=5)
     assert (again.step, int(again.state), again.stopped) == (2, 2, "enough")
-    assert "stopped for good at step 2 (enough)" in capsys.readouterr().err
+    assert "stopped permanently at step 2 (enough)" in capsys.readouterr().err
 
 
 def test_final_stop_in_on_save_is_refused():
     engine = Engine(add)
     engine.on("save")(lambda loop: loop.stop("enough"))
-    with pytest.raises(RuntimeError, match="A final loop.stop is too late in on_save. Ask for it in on_step_end"):
+    with pytest.raises(RuntimeError, match="A final loop.stop is too late in on_save. Call it in on_step_end"):
         engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
 
 
@@ -193,7 +193,7 @@ def test_resuming_finishes_the_interrupted_epoch(capsys):
     rest = engine.run(first, data, epochs=5)
     assert (rest.step, rest.epoch, int(rest.state), rest.stopped) == (50, 5, 5 * sum(data), None)
     assert events.steps("epoch_end") == [10, 20, 30, 40, 50]
-    assert "going on after step 13" in capsys.readouterr().err
+    assert "resuming from step 13" in capsys.readouterr().err
 
 
 def test_events_of_an_interrupted_run_add_up_to_those_of_an_uninterrupted_run():
@@ -246,7 +246,7 @@ def test_breaking_out_of_the_iteration_is_a_resumable_stop():
         for loop in steps:
             if loop.step == 2:
                 break
-    assert (steps.result.step, steps.result.stopped) == (2, "the for was left early")
+    assert (steps.result.step, steps.result.stopped) == (2, "the for loop was left early")
     assert (events.steps("save"), ends.errors) == ([2], [None])
     assert int(engine.run(steps.result, [1, 2, 3, 4], epochs=1).state) == 10
 
@@ -305,7 +305,7 @@ def test_steps_that_are_never_iterated_run_no_step_and_draw_no_batch():
     with engine.steps(jnp.int32(7), (drawn.append(n) for n in range(9)), epochs=1) as steps:
         pass
     assert (steps.result.step, int(steps.result.state), drawn, ends.errors) == (0, 7, [], [None])
-    assert steps.result.stopped == "the for was left early"
+    assert steps.result.stopped == "the for loop was left early"
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["without it", "after it"])

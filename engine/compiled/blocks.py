@@ -33,7 +33,7 @@ def choose_block_size(jaxpr: Any, batch: Batch) -> tuple[int, str]:
     if jax.default_backend() != "cpu":
         return 0, "blocks are not measured on accelerators"
     if jaxpr.effects:
-        return 0, "a step with side effects, such as a print, runs one step a call"
+        return 0, "the step has side effects, such as a print"
     if config.jax_debug_nans or config.jax_debug_infs:
         return 0, "jax_debug_nans and jax_debug_infs look at single steps"
     if any(equation.primitive.name == "conv_general_dilated" for equation, _ in equations(jaxpr)):
