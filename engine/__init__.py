@@ -11,7 +11,7 @@ from .result import Result
 from .snapshot import Snapshot
 from .steps import Steps
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Batches",

@@ -254,7 +254,9 @@ def _block_size(
     if shapes is None or stream is None:
         return None, ['"auto" decides from the step and a batch: give plan the state and the data']
     if stream.one_shot:
-        return None, [f"the data ({type(stream.data).__name__}) can be read only once, so plan drew no batch to decide from"]
+        return None, [
+            f"the data ({type(stream.data).__name__}) can be read only once, so plan drew no batch to decide from"
+        ]
     check_rng(rng, needed=compiled.takes_rng)
     stream.begin_epoch(0)
     batch, rng = stream.peek(), rng if compiled.needs_step else None

@@ -28,6 +28,21 @@ from .records import Record
 from .result import Result
 from .snapshot import Snapshot
 
+__all__ = [
+    "FakeClock",
+    "FakeLoader",
+    "FakeLoaderIterator",
+    "LogValues",
+    "RaiseIn",
+    "Restore",
+    "SizedData",
+    "StopAt",
+    "TickingBatches",
+    "Transcript",
+    "counting_step",
+    "same_bytes",
+]
+
 
 def counting_step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     """Add the batch to the state, and return the batch as the loss.

@@ -359,37 +359,16 @@ def test_result_resumes_in_the_directory_of_its_run(tmp_path):
 
 
 class Average(NamedTuple):
-    """A carry with an optional part."""
+    """A carry whose fields are not in alphabetical order."""
 
     zeta: Any
-    alpha: Any = None
+    alpha: Any
 
 
-@pytest.mark.parametrize(
-    "like",
-    [
-        Average({"w": jnp.zeros(2)}, jnp.int32(0)),
-        Average({"w": jnp.zeros(2)}),
-        Average({"w": Average(jnp.zeros(2))}),
-    ],
-    ids=["all fields", "an optional field", "nested"],
-)
-def test_named_tuple_is_loaded_from_a_dict_with_the_same_names(like, tmp_path):
-    def as_dict(node):  # without fields that are None
-        fields = {name: field for name, field in node._asdict().items() if field is not None}
-        return {name: jax.tree.map(plain, field, is_leaf=is_average) for name, field in fields.items()}
-
-    def plain(node):
-        return as_dict(node) if is_average(node) else node + 1
-
-    def is_average(node):
-        return isinstance(node, Average)
-
-    save(tmp_path, {"a": (as_dict(like), Average(jnp.ones(3)))})
-    like, expected = (
-        {"a": (first, Average(last))}
-        for first, last in ((like, jnp.zeros(3)), (jax.tree.map(lambda leaf: leaf + 1, like), jnp.ones(3)))
-    )
+def test_named_tuple_is_loaded_from_a_dict_with_the_same_names(tmp_path):
+    like = {"a": Average({"w": jnp.zeros(2)}, jnp.int32(0)), "b": [Average(jnp.zeros(3), jnp.float32(0))]}
+    expected = jax.tree.map(lambda leaf: leaf + 1, like)
+    save(tmp_path, {"a": expected["a"]._asdict(), "b": [expected["b"][0]._asdict()]})
     assert same_bytes(load(tmp_path, like), expected)
     assert same_bytes(Checkpoints(tmp_path).load(0, {"state": like}, partial=True), {"state": expected})
 
@@ -397,7 +376,7 @@ def test_named_tuple_is_loaded_from_a_dict_with_the_same_names(like, tmp_path):
 def test_named_tuple_with_another_part_is_refused(tmp_path):
     save(tmp_path, {"a": {"zeta": jnp.ones(2), "beta": jnp.int32(3)}})
     with pytest.raises(ValueError, match=r"state/a/beta: int32\[\] is gone"):
-        load(tmp_path, {"a": Average(jnp.ones(2))})
+        load(tmp_path, {"a": Average(jnp.ones(2), jnp.int32(1))})
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def test_plan_without_arguments_says_what_it_does_not_know():
 
 
 def test_engine_without_callbacks_has_a_summary():
-    assert str(Engine(linear).plan()).startswith("Events, in order, and the callbacks that handle them\n  none\n\nCompiled")
+    assert str(Engine(linear).plan()).startswith(
+        "Events, in order, and the callbacks that handle them\n  none\n\nCompiled"
+    )
 
 
 def test_plan_runs_calls_donates_and_writes_nothing(tmp_path, capsys):
@@ -209,7 +211,10 @@ def test_large_batches_and_long_steps_make_short_calls():
 
     batch = {"x": np.ones((1000, 1000), np.float32)}
     plan = Engine(products).plan(fresh(), [batch] * 50, epochs=1)
-    assert (plan.steps_per_call, plan.why[0]) == (2, "at most 2 by the step: a longer call would delay stops and signals")
+    assert (plan.steps_per_call, plan.why[0]) == (
+        2,
+        "at most 2 by the step: a longer call would delay stops and signals",
+    )
     plan = Engine(linear).plan(fresh(), [{"x": np.ones((10**6, 4), np.float32)}] * 50, epochs=1)
     assert plan.why[0] == "at most 2 by the step: more batches would take too much memory at once"
 

@@ -12,7 +12,7 @@ import jax
 from ..records import improves
 from .files import names_in
 from .manifest import MANIFEST, find_damage, read_manifest
-from .orbax_trees import from_orbax, has_optional_fields, to_orbax, without_missing_fields
+from .orbax_trees import from_orbax, to_orbax
 
 HOST = "host.npz"
 
@@ -126,7 +126,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         items: dict[str, Any] = {}
-        for name, like in self._as_saved(step, likes).items():
+        for name, like in likes.items():
             target = None if like is None else to_orbax(like)
             if target is None or (jax.tree.leaves(target) and not partial):
                 items[name] = ocp.args.StandardRestore(target)
@@ -137,21 +137,6 @@ class Checkpoints:
             found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
         return {
             name: found[name]["tree"] if like is None else from_orbax(found[name] if name in items else {}, like)
-            for name, like in likes.items()
-        }
-
-    def _as_saved(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
-        """`likes` without the optional fields of named tuples that were not saved."""
-        import orbax.checkpoint as ocp
-
-        if not has_optional_fields(likes):
-            return likes
-        saved = {name for name in names_in(self.path(step)) if os.path.isdir(self.path(step, name))}
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in saved}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-            metadata = checkpointer.metadata(self.path(step)).item_metadata
-        return {
-            name: without_missing_fields(like, metadata[name].tree["tree"]) if name in saved else like
             for name, like in likes.items()
         }
 

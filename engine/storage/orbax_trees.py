@@ -28,45 +28,6 @@ def from_orbax(found: dict[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def has_optional_fields(tree: Any) -> bool:
-    """Return whether a named tuple in the tree has a field that is None."""
-    nodes = jax.tree.leaves(tree, is_leaf=_is_named_tuple)
-    return any(field is None or has_optional_fields(field) for node in nodes if _is_named_tuple(node) for field in node)
-
-
-def without_missing_fields(tree: Any, saved: Any) -> Any:
-    """Return a tree in which a named tuple whose optional fields were not saved is a dict without them.
-
-    Orbax restores a dict into a named tuple, but not where a field is None and the dict has no such key. Version 0.1
-    saved such dicts for carries that are named tuples now.
-
-    Args:
-        tree: to restore into.
-        saved: the tree of Orbax's metadata for it.
-    """
-    known = {_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(saved, is_leaf=lambda node: node is None)}
-    return _without_missing_fields(tree, (), known)
-
-
-def _without_missing_fields(tree: Any, above: tuple[str, ...], known: set[tuple[str, ...]]) -> Any:
-    def convert(path: tuple[Any, ...], node: Any) -> Any:
-        if not _is_named_tuple(node):
-            return node
-        here = above + _names(path)
-        fields = {
-            name: _without_missing_fields(field, (*here, name), known)
-            for name, field in zip(node._fields, node, strict=True)
-        }
-        kept = {name: field for name, field in fields.items() if field is not None or (*here, name) in known}
-        return type(node)(**fields) if kept.keys() == fields.keys() else kept
-
-    return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=_is_named_tuple)
-
-
-def _is_named_tuple(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields")
-
-
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """A path as strings, which are the same for a key of a dict and for a field."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
