@@ -329,7 +329,12 @@ class FakeLoader:
 
 
 class FakeLoaderIterator(Iterator[Any]):
-    """The iterator of a `FakeLoader`."""
+    """The iterator of a `FakeLoader`. Subclass it for a loader that misbehaves.
+
+    >>> iterator = iter(FakeLoader(["a", "b"]))
+    >>> next(iterator), iterator.get_state()
+    ('a', {'next': 1})
+    """
 
     def __init__(self, loader: FakeLoader):
         self.loader: FakeLoader = loader

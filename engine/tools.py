@@ -113,6 +113,15 @@ def warn_missing_metric(who: str, metric: str, loop: Loop) -> None:
         who: the callback, for the message.
         metric: the name in the records, such as `"val/loss"`.
         loop: the run.
+
+    >>> from onstep import Engine
+    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}))
+    >>> engine.on("epoch_end")(lambda loop: warn_missing_metric("EarlyStopping", "val/los", loop))
+    <function <lambda> at ...>
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     _ = engine.run(0, [1, 2], epochs=1)
+    >>> print(caught[0].message)
+    EarlyStopping watches 'val/los', but the records hold ['epoch/loss']. Add Evaluate(...) or watch one of these.
     """
     first, _, rest = metric.partition("/")
     silent = first in loop.callbacks and not any(name.startswith(f"{first}/") for name in loop.latest)
@@ -124,8 +133,20 @@ def warn_missing_metric(who: str, metric: str, loop: Loop) -> None:
 def require_metric(who: str, metric: str, loop: Loop) -> None:
     """Check that a metric appeared in a run that reached its target; call it in `on_run_end`.
 
+    Args:
+        who: the callback, for the message.
+        metric: the name in the records, such as `"val/loss"`.
+        loop: the run.
+
     Raises:
         ValueError: it never appeared; the message lists what did.
+
+    >>> from onstep import Engine
+    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}))
+    >>> engine.on("run_end")(lambda loop: require_metric("EarlyStopping", "train/loss", loop))
+    <function <lambda> at ...>
+    >>> engine.run(0, [1, 2], epochs=1).step
+    2
     """
     reached = loop.step > loop.first_step and loop.finished and loop.stopped is None and loop.error is None
     if reached and metric not in loop.latest:

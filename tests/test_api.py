@@ -90,6 +90,12 @@ def test_public_names_have_docstrings():
             assert inspect.getdoc(it), f"{name}.{member}"
 
 
+def test_public_objects_have_an_example_that_runs():
+    for name, found in public():
+        is_error = inspect.isclass(found) and issubclass(found, Exception)
+        assert is_error or ">>>" in inspect.getdoc(found), name
+
+
 def test_public_modules_are_documented():
     page = (ROOT / "docs" / "api_stability.md").read_text()
     for module in [*LISTS, *NAMES]:

@@ -26,8 +26,8 @@ NO_INIT = [name for name in CALLBACKS if name != "__init__"]
 
 LAYERS = """
     __init__
-    testing tools
-    config
+    config testing
+    tools
     plots
     event_files record_files
     engine
