@@ -111,6 +111,7 @@ class Loop:
         self.steps: int | None = steps
         self.epochs: int | None = epochs
         self.rng: Any = placement.key(rng)
+        self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
         self.mesh: NamedSharding | None = placement.batches
@@ -221,7 +222,7 @@ class Loop:
         plain = not (block_size or compiled.conditional)
         call, advance, wait = compiled.call, compiled.advance, throttle.wait
         batches = stream.blocks(steps, block_size, most) if block_size else stream.take(steps)
-        if spans := self._spans:
+        if (spans := self._spans).timed:
             batches, wait = spans.iterate(DATA, batches), spans.wrap(WAIT, wait)
             call, advance = spans.wrap(CALL, call), spans.wrap(CALL, advance)
         try:
@@ -385,9 +386,9 @@ class Loop:
 
     def observe(self, observer: Observer) -> None:
         """Tell an observer what the run does from now on, until it ends: compiled calls, waits, handlers, progress."""
-        timed = bool(self._spans)
+        timed = self._spans.timed
         self._spans.add(observer)
-        if self._spans and not timed:  # the first observer that overrides begin or end
+        if self._spans.timed and not timed:  # the first observer that overrides begin or end
             self._events.observe(self._spans)
             self._stream.observe(self._spans)
             self._windows.observe(self._spans)
@@ -487,20 +488,16 @@ class Loop:
         new = {} if strict else self._compiled.init(tree["state"])
         return tree["state"], new | tree["carries"]
 
-    @property
-    def _call_rng(self) -> Any:
-        """The random key, if anything compiled counts steps to fold them into it."""
-        return self.rng if self._compiled.needs_step else None
-
     def _current_step(self) -> int:
         """Return the number of the step in progress if the data has no length, else 0."""
         return self.step - self.epoch_step + self._stream.used if self._stream.length is None else 0
 
     def _agree_on_stop(self) -> None:
         """Act on the stop that any process requested. All processes come here at the same steps."""
-        requested = self._group.agree_on_stop(self.step, self._requested)
-        if requested is not None and self.stopped is None:
-            self.stopped, self._final = requested
+        if self._group.count > 1:
+            self._requested = self._group.agree_on_stop(self.step, self._requested)
+        if self._requested is not None and self.stopped is None:
+            self.stopped, self._final = self._requested
         self._requested = None
 
     def _resume_message(self) -> str:

@@ -163,8 +163,6 @@ class ProcessGroup:
         Raises:
             ProcessError: another process failed, or is at another step.
         """
-        if self.count == 1:
-            return requested
         states = agree({"step": step, "stop": requested, "clock": self._clock()}, f"at step {step}")
         self._now = states[0]["clock"]
         for process, other in enumerate(states):

@@ -66,12 +66,13 @@ COMPILE, DATA, CALL, WAIT = Span("compile"), Span("data"), Span("call"), Span("w
 class Spans:
     """The observers of one run.
 
-    It is true while an observer overrides `begin` or `end`. Only then does the loop wrap its handlers and calls,
-    so a run without such an observer runs exactly the code that it would run without spans.
+    Attributes:
+        timed: whether an observer overrides `begin` or `end`. Only then does the loop wrap its handlers and calls,
+            so a run without such an observer runs exactly the code that it would run without spans.
 
     >>> spans = Spans()
     >>> spans.add(Observer())
-    >>> bool(spans)
+    >>> spans.timed
     False
     """
 
@@ -79,19 +80,19 @@ class Spans:
         self._observers: tuple[Observer, ...] = ()
         self._timers: tuple[Observer, ...] = ()  # those that override `begin` or `end`
         self._undo = contextlib.ExitStack()
-
-    def __bool__(self) -> bool:
-        return bool(self._timers)
+        self.timed: bool = False
 
     def add(self, observer: Observer) -> None:
         """Add an observer."""
         self._observers += (observer,)
         if any(_overrides(observer, name) for name in ("begin", "end")):
             self._timers += (observer,)
+            self.timed = True
 
     def close(self) -> None:
         """Forget the observers, and restore the methods that `instrument` replaced."""
         self._observers = self._timers = ()
+        self.timed = False
         self._undo.close()
 
     def progress(self, name: str, done: int, total: int | None) -> None:

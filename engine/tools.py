@@ -119,6 +119,7 @@ def warn_missing_metric(who: str, metric: str, loop: Loop) -> None:
     >>> engine.on("epoch_end")(lambda loop: warn_missing_metric("EarlyStopping", "val/los", loop))
     <function <lambda> at ...>
     >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
     ...     _ = engine.run(0, [1, 2], epochs=1)
     >>> print(caught[0].message)
     EarlyStopping watches 'val/los', but the records hold ['epoch/loss']. Add Evaluate(...) or watch one of these.

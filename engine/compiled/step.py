@@ -83,6 +83,7 @@ class CompiledStep:
         self._calls: dict[Any, Any] = {}
         self._saved: dict[str, Any] = {"mode": None, "batch": None}
         self._example: Any = None  # the shapes of the run's first batch
+        self._example_signature: dict[str, str] = {}
         if not self.auto:
             self.block_size = 0 if steps_per_call == 1 or not jit else int(steps_per_call)
             self._select_call(None)
@@ -125,9 +126,11 @@ class CompiledStep:
         """
         began, traced, saved = time.perf_counter(), self.function.times, self._saved
         whole = self._placement.put(batch)
-        _check_batches(saved["batch"], signature(whole))
-        self.function.expected = saved["batch"] or signature(whole)
-        self._example = jax.eval_shape(lambda x: x, whole)
+        here = signature(whole)
+        _check_batches(saved["batch"], here)
+        self.function.expected = saved["batch"] or here
+        if self._example is None or self._example_signature != here:
+            self._example, self._example_signature = jax.eval_shape(lambda x: x, whole), here
         layout = self._placement.layout(bundle)
         if self.block_size is None:
             self.block_size = self.choose_block_size(bundle, self._example, batch, rng, saved["mode"])[0]
