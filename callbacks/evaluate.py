@@ -7,9 +7,8 @@ import zlib
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
-import jax
 from onstep import Cadence, Callback, Loop, evaluate, every
-from onstep.tools import check_int, takes_rng
+from onstep.tools import check_int, fold_in, takes_rng
 
 
 class Averaged(Protocol):
@@ -70,7 +69,7 @@ class Evaluate(Callback):
 
     def on_step_end(self, loop: Loop) -> None:
         state = self.using.apply(loop) if self.using is not None else loop.state
-        key = None if loop.rng is None else jax.random.fold_in(loop.rng, zlib.crc32(str(self.name).encode()))
+        key = None if loop.rng is None else fold_in(loop.rng, zlib.crc32(str(self.name).encode()))
         watch = functools.partial(loop.progress, str(self.name))
         watch(0, self._batches())
         means = evaluate(self.step, state, self.data, rng=key, steps=self.steps, mesh=loop.mesh, watch=watch)

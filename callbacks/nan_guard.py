@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Context, Loop, Result
-from onstep.tools import check_int, did_you_mean, leaves_of_type
+from onstep.tools import check_int, did_you_mean, leaves_of_type, to_host
 
 KINDS = ("finite", "inf", "NaN")
 FINE = np.iinfo(np.int32).max
@@ -151,7 +151,7 @@ class NaNGuard(Callback):
         return int(self._read(source).skipped)
 
     def _read(self, source: Loop | Result) -> GuardCarry:
-        return GuardCarry.unpack(np.asarray(source.carry(self)))
+        return GuardCarry.unpack(to_host(source.carry(self)))
 
     def _first(self, ctx: Context, exempt: jax.Array) -> jax.Array:
         """Return the code of the first leaf that is not finite, its number times 4 plus its kind; else `FINE`."""
@@ -167,7 +167,7 @@ class NaNGuard(Callback):
 
     def _check_state(self, loop: Loop) -> None:
         state, exempt = _state_floats(loop.state), self._read(loop).kinds > 0
-        kinds = np.asarray(_kinds([*state.values()]))
+        kinds = to_host(_kinds([*state.values()]))
         for i in np.flatnonzero((kinds > 0) & ~exempt & self._watched(state)):
             advice = "" if self._checks_state else " NaNGuard(state=True) finds the exact step."
             raise FloatingPointError(

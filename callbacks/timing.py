@@ -197,22 +197,13 @@ class Timing(Callback):
         """Return the examples of a step, and its seconds at the peak speed of its devices; 0 for what is unknown."""
         if self._step is None:
             devices = {d for leaf in jax.tree.leaves((loop.state, loop.carries)) for d in leaf.sharding.device_set}
-            self._step = measure(loop.traced, loop.batch, sum(PEAK.get(device.device_kind, 0) for device in devices))
+            peak, traced = sum(PEAK.get(device.device_kind, 0) for device in devices), loop.traced
+            if traced is None:  # nothing is compiled
+                self._step = count_examples(loop.batch), 0.0
+            else:
+                (_, batch, *_), _ = traced.args_info
+                self._step = count_examples(batch), count_flops(traced.jaxpr) / peak if peak else 0.0
         return self._step
-
-
-def measure(traced: Any, batch: Any, peak: float) -> tuple[int, float]:
-    """Return the examples of a step, and the seconds that it takes at a peak speed; 0 for what is unknown.
-
-    Args:
-        traced: the traced step (`loop.traced`), or None.
-        batch: a batch to count examples in where there is no traced step.
-        peak: FLOP/s of all devices together, 0 if unknown.
-    """
-    if traced is None:
-        return count_examples(batch), 0.0
-    arguments, _ = traced.args_info
-    return count_examples(arguments[1]), count_flops(traced.jaxpr) / peak if peak else 0.0
 
 
 def count_examples(batch: Any) -> int:

@@ -15,7 +15,7 @@ from .data.batches import EpochIterator
 from .data.source import Data, length, open_pass
 from .means import Mean, fetch
 from .metrics import Metrics, as_metrics
-from .placement import make_placement
+from .placement import fold_in, make_placement
 from .processes import check_same
 from .trees import Batch, State, copy_numpy
 
@@ -77,7 +77,7 @@ def evaluate(
     for number, batch in enumerate(islice(batches, steps)):
         batch = batch if isinstance(batches, EpochIterator) else copy_numpy(batch)
         batch = placement.put(batch, ragged=True)
-        key = [] if rng is None else [jax.random.fold_in(rng, number)]
+        key = [] if rng is None else [fold_in(rng, number)]
         results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
         weights.append(_examples(batch))
         jax.block_until_ready(results[-IN_FLIGHT - 1 : -IN_FLIGHT])

@@ -21,7 +21,8 @@ def merges(value: Any) -> bool:
 
 def to_float(value: Any, name: str) -> float:
     """Return a scalar as a number on the host, waiting for the device if needed."""
-    array = np.asarray(value)
+    # On a CPU `np.asarray` is a view that takes 0.4 µs, and is not guarded; `device_get` takes 9.
+    array = np.asarray(value if jax.default_backend() == "cpu" else jax.device_get(value))
     if array.ndim:
         raise ValueError(f"A record needs scalars, got shape {array.shape} for {name!r}.")
     return float(array)
@@ -65,9 +66,15 @@ def fetch(steps: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
     Waits for the device. A clu metric stays a metric, with its leaves on the host.
     """
-    if jax.default_backend() != "cpu":  # on a CPU a read is a view; elsewhere let the transfers overlap
-        for leaf in jax.tree.leaves([step.columns if isinstance(step, BlockMetrics) else step for step in steps]):
-            leaf.copy_to_host_async()
+    if jax.default_backend() == "cpu":  # a read is a view, and is not guarded
+        return _fetch(steps)
+    for leaf in jax.tree.leaves([step.columns if isinstance(step, BlockMetrics) else step for step in steps]):
+        leaf.copy_to_host_async()  # so that the transfers overlap
+    with jax.transfer_guard_device_to_host("allow"):  # these reads are deliberate
+        return _fetch(steps)
+
+
+def _fetch(steps: list[dict[str, Any]]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
     for step in steps:
         if isinstance(step, BlockMetrics):
@@ -127,7 +134,7 @@ class Mean:
 
     def get_state(self) -> dict[str, Any]:
         """Return the sum as JSON values and arrays."""
-        leaves = None if self.merged is None else [np.asarray(x) for x in jax.tree.leaves(self.merged)]
+        leaves = None if self.merged is None else jax.device_get(jax.tree.leaves(self.merged))
         return {"count": self.count, "terms": _expansion(self.terms), "leaves": leaves}
 
     @classmethod

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .trees import Batch, State, as_array, named_leaves, strip_weak_types
+from .trees import Batch, State, named_leaves, strip_weak_types
 
 DATA_AXES = ("data", "fsdp")
 """Axes of a mesh over which batches are divided, if it has more than one axis."""
@@ -62,8 +62,11 @@ class SingleDevice:
 
     def scalar(self, value: int, state: State) -> jax.Array:
         """Return a counter, an int32 scalar beside the state."""
-        count, device = jnp.asarray(value, jnp.int32), device_of(state)
-        return count if device is None else jax.device_put(count, device)
+        return jax.device_put(np.int32(value), device_of(state))
+
+    def constant_sharding(self, bundle: Any) -> Any:
+        """Return where the small constants of a call are: on the device of the run."""
+        return device_of(bundle)
 
     def put(self, batch: Batch, *, ragged: bool = False) -> Batch:
         """Return a batch as a compiled call takes it: unchanged, as JAX transfers it fastest itself."""
@@ -188,7 +191,11 @@ class DataSharding:
 
     def scalar(self, value: int, state: State) -> jax.Array:
         """Return a counter, an int32 scalar on every device."""
-        return jax.device_put(jnp.asarray(value, jnp.int32), self.replicated)
+        return jax.device_put(np.int32(value), self.replicated)
+
+    def constant_sharding(self, bundle: Any) -> Any:
+        """Return where the small constants of a call are: on every device."""
+        return self.replicated
 
     def put(self, batch: Batch, *, stacked: bool = False, ragged: bool = False) -> Batch:
         """Return a batch divided over the devices; arrays that are on many devices stay as they are.
@@ -361,7 +368,9 @@ def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], ja
     for leaf, sharding in zip(flat, shardings, strict=True):
         owned = not copy and isinstance(leaf, jax.Array) and id(leaf) not in seen
         seen.add(id(leaf))
-        out.append(settle(strip_weak_types(leaf if owned else jnp.copy(as_array(leaf))), sharding))
+        # An explicit transfer, as `jax.transfer_guard` may forbid the others.
+        array = leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        out.append(settle(strip_weak_types(array if owned else jnp.copy(array)), sharding))
     return jax.tree.unflatten(structure, out)
 
 
@@ -370,7 +379,7 @@ def device_of(tree: Any) -> jax.sharding.Sharding | None:
     committed = {x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and x.committed}
     if any(len(sharding.device_set) > 1 for sharding in committed):
         return None
-    return next(iter(committed), jnp.zeros(()).sharding)
+    return next(iter(committed), None) or jax.device_put(np.int32(0)).sharding
 
 
 def replicate(array: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -380,8 +389,22 @@ def replicate(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = replicate(jax.random.key_data(array), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-    host = np.asarray(array)
+    host = jax.device_get(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def fold_in(key: jax.Array, number: int) -> jax.Array:
+    """Return a random key folded with a number, like `jax.random.fold_in`, with an explicit transfer of the number.
+
+    Use it between steps, so that a run works under `jax.transfer_guard("disallow")`.
+
+    >>> key = jax.random.key(0)
+    >>> with jax.transfer_guard("disallow"):
+    ...     key = fold_in(key, 3)
+    >>> bool(key == jax.random.fold_in(jax.random.key(0), 3))
+    True
+    """
+    return jax.random.fold_in(key, jax.device_put(np.uint32(number), key.sharding))
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -395,7 +418,7 @@ def to_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         there: Any = array.sharding
         array = _reshard(array, NamedSharding(there.mesh, PartitionSpec()))
-    return np.asarray(array)
+    return np.asarray(jax.device_get(array))
 
 
 def replicated_bytes(tree: Any) -> dict[str, bytes]:
@@ -405,7 +428,7 @@ def replicated_bytes(tree: Any) -> dict[str, bytes]:
         return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
     whole = {name: plain(leaf) for name, leaf in named_leaves(tree).items() if leaf.is_fully_replicated}
-    return {name: np.asarray(leaf.addressable_data(0)).tobytes() for name, leaf in whole.items()}
+    return {name: jax.device_get(leaf.addressable_data(0)).tobytes() for name, leaf in whole.items()}
 
 
 def _reshard(array: jax.Array, sharding: Any) -> jax.Array:

@@ -88,5 +88,5 @@ def describe_key(key: Any) -> dict[str, Any] | None:
     if key is None:
         return None
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    data = np.asarray(jax.random.key_data(key) if typed else key)
+    data = jax.device_get(jax.random.key_data(key) if typed else key)
     return {"impl": str(jax.random.key_impl(key)) if typed else "raw", "data": data.tolist()}

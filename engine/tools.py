@@ -18,7 +18,7 @@ from .compiled.cost import count_flops
 from .event_files import close_event_writer, event_writer
 from .loop import Loop
 from .messages import log_user
-from .placement import to_host
+from .placement import fold_in, to_host
 from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
 from .spans import Observer, Span
@@ -39,6 +39,7 @@ __all__ = [
     "difference",
     "event_writer",
     "exit_status",
+    "fold_in",
     "get_field",
     "get_fields",
     "has_training_metrics",

@@ -32,6 +32,10 @@ Bundle = tuple[State, dict[str, Carry], Any]
 completed, an int32 scalar, or None if nothing compiled asks for it."""
 
 
+MOST_CONSTANTS = 1024
+"""Flags and counts that are kept on the device."""
+
+
 class CompiledStep:
     """The user's step and the compiled halves of callbacks as one compiled call.
 
@@ -82,6 +86,8 @@ class CompiledStep:
         self._placement = placement
         self._calls: dict[Any, Any] = {}
         self._saved: dict[str, Any] = {"mode": None, "batch": None}
+        self._device: Any = None  # the sharding of the constants
+        self._constants: dict[Any, jax.Array] = {}
         self._example: Any = None  # the shapes of the run's first batch
         self._example_signature: dict[str, str] = {}
         if not self.auto:
@@ -131,6 +137,8 @@ class CompiledStep:
         self.function.expected = saved["batch"] or here
         if self._example is None or self._example_signature != here:
             self._example, self._example_signature = jax.eval_shape(lambda x: x, whole), here
+        if self._device != (device := self._placement.constant_sharding(bundle)):
+            self._device, self._constants = device, {}
         layout = self._placement.layout(bundle)
         if self.block_size is None:
             self.block_size = self.choose_block_size(bundle, self._example, batch, rng, saved["mode"])[0]
@@ -139,7 +147,7 @@ class CompiledStep:
             self._select_call(layout)
         if hasattr(self.call, "trace"):
             batch = BatchStacker(batch, self.block_size).batches() if self.block_size else batch
-            self.call.trace(bundle, batch, rng, self._due([self._never], 1)).lower().compile()
+            self.call.trace(bundle, batch, rng, self._due((self._never,), 1)).lower().compile()
             if self.function.times > traced:
                 several = f", up to {self.block_size} steps a call," if self.block_size else ""
                 log_duration(f"compiled the step{several}", time.perf_counter() - began)
@@ -184,7 +192,7 @@ class CompiledStep:
             epoch: the epoch that the last of them completes, 0 if it completes none.
         """
         epochs, triggers = [0] * (count - 1) + [epoch], self.conditional.values()
-        due = [tuple(t.fires(n, e) for t in triggers) for n, e in enumerate(epochs, step + 1)] if triggers else []
+        due = tuple(tuple(t.fires(n, e) for t in triggers) for n, e in enumerate(epochs, step + 1)) if triggers else ()
         bundle, metrics = self.call(bundle, batch, rng, self._due(due, count))
         flags = zip(self.conditional, zip(*due, strict=True), strict=True)
         present = {name: now for half, now in flags for name in self.function.logged[half]}
@@ -197,16 +205,29 @@ class CompiledStep:
         """The flags of a step at which no conditional half is due."""
         return (False,) * len(self.conditional)
 
-    def _due(self, flags: list[tuple[bool, ...]], count: int) -> Any:
+    def _due(self, flags: tuple[tuple[bool, ...], ...], count: int) -> Any:
         """Return which conditional halves are due at which steps, as a call takes it.
 
         For one step: an array (halves,), or None without conditional halves. For a block: an array
         (block size, halves) or None, and the number of steps.
         """
         if not self.block_size:
-            return np.array(flags[0]) if self.conditional else None
-        rest = [self._never] * (self.block_size - len(flags))
-        return np.array(flags + rest) if self.conditional else None, np.int32(count)
+            return self._constant(flags[0]) if self.conditional else None
+        rest = (self._never,) * (self.block_size - len(flags))
+        return self._constant(flags + rest) if self.conditional else None, self._constant(count)
+
+    def _constant(self, value: Any) -> jax.Array:
+        """Return flags or a count as an array on the device.
+
+        The same ones recur, so each is transferred only once: an explicit transfer costs about 40 µs, and an implicit
+        one would fail under `jax.transfer_guard("disallow")`.
+        """
+        if value not in self._constants:
+            if len(self._constants) == MOST_CONSTANTS:
+                self._constants.clear()
+            array = np.int32(value) if isinstance(value, int) else np.array(value)
+            self._constants[value] = jax.device_put(array, self._device)
+        return self._constants[value]
 
     def _select_call(self, layout: Any) -> None:
         key = (self.block_size, *jax.tree.leaves(layout))

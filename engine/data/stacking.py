@@ -30,6 +30,7 @@ class BatchStacker:
         flat, self._structure = jax.tree.flatten(first)
         self.count: int = 0
         self._kinds, self._block_size = [_kind(leaf) for leaf in flat], block_size
+        self._transferred = [isinstance(leaf, jax.Array) for leaf in flat]
         self._columns = [aligned_empty(block_size, *kind[1:3]) if kind[0] is np.ndarray else [] for kind in self._kinds]
         self.add(first)
 
@@ -54,6 +55,9 @@ class BatchStacker:
         }
         stacked = _stack(lists) if lists else {}
         columns = [stacked.get(i, column) for i, column in enumerate(self._columns)]
+        # Arrays that were on the device go back explicitly, as `jax.transfer_guard` may forbid implicit transfers.
+        pairs = zip(columns, self._transferred, strict=True)
+        columns = [jax.device_put(x) if back and isinstance(x, np.ndarray) else x for x, back in pairs]
         return jax.tree.unflatten(self._structure, columns)
 
 
@@ -72,7 +76,8 @@ def aligned_empty(rows: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def last_batch(batches: Batch, count: int) -> Batch:
     """Return the last of `count` stacked batches."""
-    return jax.tree.map(lambda leaf: leaf[count - 1], batches)
+    index = jax.device_put(np.int32(count - 1))  # explicit, as `jax.transfer_guard` may forbid implicit transfers
+    return jax.tree.map(lambda leaf: _row(leaf, index) if isinstance(leaf, jax.Array) else leaf[count - 1], batches)
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
@@ -84,6 +89,11 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, (np.ndarray, np.generic)):
         return np.ndarray, leaf.shape, leaf.dtype, False
     return (type(leaf),)  # a Python number, whose type is weak
+
+
+@jax.jit
+def _row(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
 
 
 @jax.jit
