@@ -166,7 +166,7 @@ def putting(cut):
 
     return {
         "jax.device_put": case(lambda batch: jax.device_put(batch, cut.parts)),
-        "onstep: DataSharding.put": case(sharding.put),
+        "onstep: DataSharding.place_batch": case(sharding.place_batch),
     }
 
 

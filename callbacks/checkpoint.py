@@ -104,7 +104,7 @@ class Checkpoint(Callback):
     def on_save(self, loop: Loop) -> None:
         snapshot = loop.snapshot()
         if not self._saved:
-            processes.first(self._archive, loop.first_step)
+            processes.first(self._archive, loop.start_step)
             self._saved = True
         competes = self._recorded is not None and self._recorded[0] == snapshot.step
         metrics = {self.best: self._recorded[1]} if self.best and self._recorded and competes else {}
@@ -148,9 +148,9 @@ class Checkpoint(Callback):
         self._writer.resume_from(step)
         return step
 
-    def _archive(self, first_step: int) -> None:
+    def _archive(self, start_step: int) -> None:
         steps = self._writer.checkpoints.steps()
-        self._writer.archive([step for step in steps if step > first_step or self.overwrite])
+        self._writer.archive([step for step in steps if step > start_step or self.overwrite])
 
     def _newest_intact(self, checkpoints: Checkpoints, steps: list[int]) -> int:
         for step in reversed(steps):

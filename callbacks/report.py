@@ -93,7 +93,7 @@ class Report(Callback):
         self._write(loop)
 
     def on_run_end(self, loop: Loop) -> None:
-        if loop.step > loop.first_step:
+        if loop.step > loop.start_step:
             self._write(loop)
 
     def get_state(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Report(Callback):
             "step": f"{loop.step:,}" + (f" of {loop.total:,}" if loop.total else ""),
             "epoch": f"{loop.epoch:,}" + (f" of {loop.epochs:,}" if loop.epochs else ""),
             "wall time": _duration(self._elapsed()),
-            "sessions": f"{self._sessions}, the last from step {loop.first_step:,}" if self._sessions > 1 else "",
+            "sessions": f"{self._sessions}, the last from step {loop.start_step:,}" if self._sessions > 1 else "",
             "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         }
         yield page.heading(title, text, kind, facts)

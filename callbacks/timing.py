@@ -190,7 +190,7 @@ class Timing(Callback):
         jax.monitoring.unregister_event_duration_listener(self._compiled)
         self.seconds = self._watch.read()
         if self.table and CALL in self.seconds and processes.writes():
-            lines = table_lines(self.seconds, loop.step - loop.first_step, self._measured(loop)[0])
+            lines = table_lines(self.seconds, loop.step - loop.start_step, self._measured(loop)[0])
             print(*lines, sep="\n", file=self.file or sys.stderr, flush=True)
 
     def _measured(self, loop: Loop) -> tuple[int, float]:

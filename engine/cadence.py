@@ -143,7 +143,7 @@ class Trigger:
         step: steps completed so far.
 
     Attributes:
-        next: the next step that is due by its number.
+        next_step: the next step that is due by its number.
         deadline: the time in seconds of the clock at which it is due by time alone.
     """
 
@@ -156,14 +156,14 @@ class Trigger:
 
     def start(self, step: int) -> None:
         """Start with `step` steps completed."""
-        self.next: float = self.cadence.next(step)
+        self.next_step: float = self.cadence.next(step)
         self.deadline: float = self._clock() + self._interval if self.cadence.seconds else math.inf
 
     def fires(self, step: int, epoch: int = 0) -> bool:
         """Return whether it is due at `step`, which completes `epoch` (0 if it completes none), and advance."""
-        due = step >= self.next
+        due = step >= self.next_step
         if due:
-            self.next = self.cadence.next(step)
+            self.next_step = self.cadence.next(step)
         if self._only_steps:
             return due
         late = self.deadline < math.inf and self._clock() >= self.deadline

@@ -58,37 +58,71 @@ class Callback:
     _initial: bytes | None = None  # the host half as an engine saw it first
 
     def on_load(self, loop: Loop) -> None:
-        """Before anything else: a saved run may replace the fresh one, by `loop.restore(...)`."""
+        """Called first: restore a saved run here, and only here, with `loop.restore(...)`.
+
+        `loop.state` is the state given to `run`, and `loop.step` is 0.
+        """
 
     def on_run_begin(self, loop: Loop) -> None:
-        """The run begins, fresh or restored. From here on, `on_run_end` is guaranteed."""
+        """The run begins. From here on, `on_run_end` is guaranteed.
+
+        `loop.state` and `loop.step` are those from which it begins, fresh or restored; `loop.metrics` is empty.
+        """
 
     def on_epoch_begin(self, loop: Loop) -> None:
-        """An epoch begins, and no batch of it is drawn yet. Not called for an epoch that a resume continues."""
+        """An epoch begins, and none of its batches has been drawn. Not called when a resumed run continues an epoch.
+
+        `loop.epoch` epochs and `loop.step` steps are complete, and `loop.state` and `loop.metrics` are of that step.
+        """
 
     def on_step_begin(self, loop: Loop) -> None:
-        """Step `loop.step + 1` is next, with `loop.batch`. If a stop is requested here, it does not run."""
+        """Step `loop.step + 1` is next, with `loop.batch`, which you may replace.
+
+        `loop.state` is what the step will receive, and `loop.metrics` are those of the step before. If a stop is
+        requested here, the step does not run.
+        """
 
     def on_step_end(self, loop: Loop) -> None:
-        """Step `loop.step` is done: `loop.state`, `loop.metrics` and the carries include it."""
+        """Step `loop.step` is done.
+
+        `loop.state`, `loop.metrics` (on the device) and the carries include it, and `loop.batch` is its batch.
+        """
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        """Numbers are ready: the means of a training window or an epoch, or the values given to `loop.log`."""
+        """Numbers are ready: the means of a training window or an epoch, or the values given to `loop.log`.
+
+        `record.values` are numbers on the host, and `loop.latest` has them. `loop.state` and `loop.metrics` are
+        those of step `loop.step`.
+        """
 
     def on_epoch_end(self, loop: Loop) -> None:
-        """Epoch `loop.epoch` is complete, and its means are in `loop.latest`."""
+        """Epoch `loop.epoch` is complete, and its means are in `loop.latest`.
+
+        `loop.state`, `loop.step` and `loop.metrics` are those of its last step.
+        """
 
     def on_save(self, loop: Loop) -> None:
-        """Everything that is due at this step has run. Save here, and nowhere else; called at most once a step."""
+        """Everything that is due at step `loop.step` has run. Save only here; called at most once per step.
+
+        `loop.state`, `loop.metrics` and the carries include the step and what handlers assigned.
+        """
 
     def on_snapshot(self, loop: Loop) -> None:
-        """A snapshot of the run is about to be made; an error raised here prevents it."""
+        """A snapshot is about to be made of `loop.state`, the carries and the counters. An error here prevents it."""
 
     def on_exception(self, loop: Loop, error: BaseException) -> None:
-        """The run is ending because of `error`, which the caller of `run` gets afterwards."""
+        """The run is ending because of `error`, which the caller of `run` gets afterwards.
+
+        `loop.step` is the last complete step. If a compiled call failed while it ran, the arrays of `loop.state` were
+        donated to it and can no longer be read.
+        """
 
     def on_run_end(self, loop: Loop) -> None:
-        """The run is over, however it ended (see `loop.error`). Always called, in reverse order."""
+        """The run is over, whether it ended well, by a stop or by an error (`loop.error`). Called in reverse order.
+
+        Guaranteed for every callback whose `on_load` or `on_run_begin` was reached. `loop.state`, `loop.step` and
+        `loop.metrics` are those of the last step; after an error, see `on_exception`.
+        """
 
     def init(self, state: State) -> Carry:
         """Return the first carry, from the state before the first step."""

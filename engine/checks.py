@@ -34,6 +34,26 @@ def check_int(who: str, name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def check_mode(who: str, mode: str) -> str:
+    """Return `mode` if it is `"min"` or `"max"`.
+
+    Args:
+        who: the callback, for the error.
+        mode: how values compare: whether smaller or larger is better.
+
+    Raises:
+        ValueError: it is neither.
+
+    >>> check_mode("EarlyStopping", "least")
+    Traceback (most recent call last):
+    ...
+    ValueError: EarlyStopping needs mode 'min' or 'max', got 'least'.
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f"{who} needs mode 'min' or 'max', got {mode!r}.")
+    return mode
+
+
 def did_you_mean(name: str, among: Iterable[str]) -> str:
     """Return `" Did you mean ...?"` with the most similar name, or `""` if none is similar.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .tools import check_int, did_you_mean
+from .checks import check_int, did_you_mean
 
 try:
     import yaml

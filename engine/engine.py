@@ -32,7 +32,8 @@ class Engine:
         step: `(state, batch) -> (state, metrics)`. `state` is any pytree of arrays, `metrics` a dict of scalars. A
             third required argument is a random key, different at every step. A third result, a dict, is `aux` for
             the compiled halves of callbacks.
-        callbacks: in the order in which they take effect.
+        callbacks: in the order in which they take effect: first the compiled halves, inside the step, then the host
+            halves at each event. Only `on_run_end` goes through them in reverse.
         log_every: steps between two records of the mean training metrics.
         steps_per_call: the most steps that one compiled call runs; it runs fewer if a callback is due earlier.
             "auto" decides from the step and the backend; see docs/performance.md.
@@ -73,9 +74,13 @@ class Engine:
     ):
         for name, value, least in (("log_every", log_every, 1), ("in_flight", in_flight, 1), ("prefetch", prefetch, 0)):
             check_int("Engine", name, value, least)
+        if isinstance(steps_per_call, str) and steps_per_call != "auto":
+            raise ValueError(f'Engine needs steps_per_call to be a whole number or "auto", got {steps_per_call!r}.')
         if steps_per_call != "auto":
             check_int("Engine", "steps_per_call", steps_per_call, 1)
         self._callbacks = name_callbacks(callbacks)
+        for name, callback in self._callbacks.items():
+            as_cadence(callback.when, f"{name}.when")
         reset(self._callbacks)
         self._given = {"step": step, "log_every": log_every, "steps_per_call": steps_per_call, "in_flight": in_flight}
         self._given |= {"prefetch": prefetch, "mesh": mesh, "jit": jit, "clock": clock}

@@ -76,7 +76,7 @@ def evaluate(
     batches = open_pass(data, 0, placement, ragged=True)
     for number, batch in enumerate(islice(batches, steps)):
         batch = batch if isinstance(batches, EpochIterator) else copy_numpy(batch)
-        batch = placement.put(batch, ragged=True)
+        batch = placement.place_batch(batch, ragged=True)
         key = [] if rng is None else [fold_in(rng, number)]
         results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
         weights.append(_examples(batch))

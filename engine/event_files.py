@@ -60,7 +60,7 @@ def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds
         # points. It begins with the time because readers take files in the order of their names.
         writers[path] = SummaryWriter(
             path,
-            purge_step=None if path in writers else loop.first_step + 1,
+            purge_step=None if path in writers else loop.start_step + 1,
             flush_secs=flush_seconds,
             filename_suffix=f".{time.time_ns()}.{uuid.uuid4().hex[:8]}",
         )

@@ -98,10 +98,10 @@ class Events:
         """Return the next step after `step` at which a handler may be due, in an epoch that ends at `end`."""
         until = math.inf
         for trigger in self._after:
-            if trigger.next < until:
-                until = trigger.next
+            if trigger.next_step < until:
+                until = trigger.next_step
         for trigger in self._before:
-            before = (min(trigger.next, end) if trigger.cadence.epochs else trigger.next) - 1
+            before = (min(trigger.next_step, end) if trigger.cadence.epochs else trigger.next_step) - 1
             if step < before < until:
                 until = before
         return until
@@ -111,7 +111,7 @@ class Events:
         return min([trigger.deadline for trigger in self._timed]) if self._timed else math.inf
 
     @contextlib.contextmanager
-    def around(self, loop: Loop) -> Iterator[None]:
+    def ensure_end(self, loop: Loop) -> Iterator[None]:
         """Guarantee the end of a run: `on_exception` if it fails, and `on_run_end` for every callback that began."""
         try:
             yield

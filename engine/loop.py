@@ -63,7 +63,7 @@ class Loop:
         error: the exception that is ending the run, or None.
         steps: the target in steps, or None.
         epochs: the target in epochs, or None.
-        first_step: the step at which this call of `run` began: 0, or that of the checkpoint it resumed from.
+        start_step: the step at which this call of `run` began: 0, or that of the checkpoint it resumed from.
         rng: the random key of the run, or None.
         callbacks: the callbacks of the run by name, in order.
         checkpoints: where checkpoints of this run are saved; a callback that saves them adds its
@@ -102,7 +102,7 @@ class Loop:
         earlier = state if isinstance(state, Result) else None
         state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
 
-        self.step = self.epoch = self.epoch_step = self.first_step = 0
+        self.step = self.epoch = self.epoch_step = self.start_step = 0
         self.metrics: Metrics = {}
         self.latest: dict[str, float] = {}
         self.history: History = History()
@@ -133,16 +133,19 @@ class Loop:
         self._restored = self._saving = self._prepared = False
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
         self._completed = 0  # the epoch that the last step completed, 0 if none
-        self._end: Snapshot | None = None
+        self._final_snapshot: Snapshot | None = None
         if earlier:
             self.restore(earlier.snapshot)
             self._stream = earlier._stream.resume_as(self._stream)
 
     # The loop. Its order is what docs/loop.md promises: do not reorder it.
+    #
+    # The host waits for the device in four places only: in the throttle, when too many calls are in flight; when the
+    # means of a window are taken; in `log`, if a value is on the device; and in `snapshot`. A handler may wait as well.
 
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
-        with closing(self._stream), closing(self._group), closing(self._spans), self._events.around(self):
+        with closing(self._stream), closing(self._group), closing(self._spans), self._events.ensure_end(self):
             self._load()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
             while not self.over:
@@ -165,7 +168,7 @@ class Loop:
         self._group.begin(self._current_step)
         self._check_processes()
         self._events.load(self)
-        self._loading, self.first_step = False, self.step
+        self._loading, self.start_step = False, self.step
         epoch = self.epoch + (self.epoch_step > 0)
         check_reachable(step=self.step, epoch=epoch, steps=self.steps, epochs=self.epochs)
         self._check_epoch_length()
@@ -213,30 +216,31 @@ class Loop:
         step, bundle, metrics, batch, count = self.step, self._bundle, self.metrics, *self._batch
         compiled, throttle, clock, pending = self._compiled, self._throttle, self._group.clock, self._windows.pending
         stream, rng, block_size = self._stream, self._call_rng, self._compiled.block_size
-        length, log = stream.length, (step // self._log_every + 1) * self._log_every
-        end = math.inf if length is None else step + length - self.epoch_step
-        until = min(self._events.next(step, end), trigger.next, log, end, self.steps or sys.maxsize)
+        length, next_log = stream.length, (step // self._log_every + 1) * self._log_every
+        epoch_end = math.inf if length is None else step + length - self.epoch_step
+        next_handler = self._events.next(step, epoch_end)
+        next_due = min(next_handler, trigger.next_step, next_log, epoch_end, self.steps or sys.maxsize)
         deadline = min(self._events.deadline(), trigger.deadline)
-        timed, steps = deadline < math.inf, int(until) - step
-        full, most = throttle.start(pending), throttle.most_steps(step)
-        plain = not (block_size or compiled.conditional)
+        has_deadline, steps = deadline < math.inf, int(next_due) - step
+        wait_at, most_steps = throttle.start(pending), throttle.most_steps(step)
+        simple = not (block_size or compiled.conditional)  # one step a call, and every compiled half is due
         call, advance, wait = compiled.call, compiled.advance, throttle.wait
-        batches = stream.blocks(steps, block_size, most) if block_size else stream.take(steps)
+        batches = stream.blocks(steps, block_size, most_steps) if block_size else stream.take(steps)
         if (spans := self._spans).timed:
             batches, wait = spans.iterate(DATA, batches), spans.wrap(WAIT, wait)
             call, advance = spans.wrap(CALL, call), spans.wrap(CALL, advance)
         try:
             for batch, count in batches:
-                if plain:
+                if simple:
                     bundle, metrics = call(bundle, batch, rng, None)
                 else:
-                    completes = self.epoch + 1 if step + count == end else 0
+                    completes = self.epoch + 1 if step + count == epoch_end else 0
                     bundle, metrics = advance(bundle, batch, rng, step, count, completes)
                 step += count
                 pending.append(metrics)
-                if len(pending) >= full:
-                    full = wait(pending)
-                if self.stopped is not None or (timed and clock() >= deadline):  # a signal may request a stop
+                if len(pending) >= wait_at:
+                    wait_at = wait(pending)
+                if self.stopped is not None or (has_deadline and clock() >= deadline):  # a signal may request a stop
                     break
         finally:
             self.epoch_step += step - self.step
@@ -253,9 +257,9 @@ class Loop:
         for handler in self._events.due("on_step_end", self.step, self._completed):
             handler.call(self)
         if self.step % self._log_every == 0:
-            self.log(self._windows.close("train"))
+            self.log(self._windows.take_means("train"))
         if epoch_done:
-            self.log(self._windows.close("epoch"))
+            self.log(self._windows.take_means("epoch"))
             self._events.fire("on_epoch_end", self)
 
     def _save(self, handlers: list[Handler]) -> None:
@@ -267,19 +271,19 @@ class Loop:
 
     def _finish(self) -> None:
         """Save with every handler that has not saved this step, and record the last partial window."""
-        ran = self.step > self.first_step
+        ran = self.step > self.start_step
         if ran:
             self._save([h for h in self._events.handlers["on_save"] if h.called_at != self.step])
-        self._end = self.snapshot()
+        self._final_snapshot = self.snapshot()
         if ran and self.finished:
-            self.log(self._windows.close("train"))
+            self.log(self._windows.take_means("train"))
 
     def result(self) -> Result:
         """Return how the run ended."""
-        if self._end is None:
+        if self._final_snapshot is None:
             raise RuntimeError("A run has a result only after its end.")
         now = (self.state, self.step, self.epoch, self.stopped, self.history, self.latest)
-        return Result(*now, self._end, self.callbacks, self._stream)
+        return Result(*now, self._final_snapshot, self.callbacks, self._stream)
 
     # What callbacks use.
 

@@ -62,7 +62,7 @@ class Windows:
             for means in self._means.values():
                 means.setdefault(name, Mean()).add(values)
 
-    def close(self, window: str) -> dict[str, float]:
+    def take_means(self, window: str) -> dict[str, float]:
         """Return the means of a window by full name (`train/loss`), and start the window again."""
         self.read()
         means, self._means[window] = self._means[window], {}

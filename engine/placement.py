@@ -68,7 +68,7 @@ class SingleDevice:
         """Return where the small constants of a call are: on the device of the run."""
         return device_of(bundle)
 
-    def put(self, batch: Batch, *, ragged: bool = False) -> Batch:
+    def place_batch(self, batch: Batch, *, ragged: bool = False) -> Batch:
         """Return a batch as a compiled call takes it: unchanged, as JAX transfers it fastest itself."""
         return batch
 
@@ -197,7 +197,7 @@ class DataSharding:
         """Return where the small constants of a call are: on every device."""
         return self.replicated
 
-    def put(self, batch: Batch, *, stacked: bool = False, ragged: bool = False) -> Batch:
+    def place_batch(self, batch: Batch, *, stacked: bool = False, ragged: bool = False) -> Batch:
         """Return a batch divided over the devices; arrays that are on many devices stay as they are.
 
         Args:
@@ -232,7 +232,7 @@ class DataSharding:
 
     def prefetcher(self, bundle: Any) -> Callable[[Batch], Batch]:
         """Return a function that divides a batch over the devices ahead of its use."""
-        return self.put
+        return self.place_batch
 
     def layout(self, bundle: Any) -> Any:
         """Return the shardings of a bundle, which a compiled call keeps."""
@@ -339,7 +339,7 @@ class ShardedCall:
         if direct and not any(sharding.uneven(leaf.shape, self._stacked) for leaf in flat):
             kinds = (structure, *(leaf.ndim for leaf in flat))
         else:
-            batch = sharding.put(batch, stacked=self._stacked)
+            batch = sharding.place_batch(batch, stacked=self._stacked)
         if kinds not in self._calls:
             where = None
             if kinds is not None:

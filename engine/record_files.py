@@ -179,7 +179,7 @@ def lines_to_keep(loop: Loop, path: str, step: Callable[[str], int]) -> list[str
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not os.path.exists(path):
         return []
-    if not loop.first_step:
+    if not loop.start_step:
         stem, ending = os.path.splitext(path)
         unused = next(free for n in itertools.count(1) if not os.path.lexists(free := f"{stem}.{n}{ending}"))
         os.rename(path, unused)
@@ -193,7 +193,7 @@ def lines_to_keep(loop: Loop, path: str, step: Callable[[str], int]) -> list[str
             raise ValueError(
                 f"{path}, line {number}, is not a record: {line.strip()!r:.80}. Use another path."
             ) from error
-    return [line for line in lines if step(line) <= loop.first_step]
+    return [line for line in lines if step(line) <= loop.start_step]
 
 
 def _complete_lines(path: str) -> list[str]:

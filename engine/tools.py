@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .checks import check_int, check_signature, did_you_mean, takes_rng
+from .checks import check_int, check_mode, check_signature, did_you_mean, takes_rng
 from .compiled.cost import count_flops
 from .event_files import close_event_writer, event_writer
 from .loop import Loop
@@ -58,26 +58,6 @@ __all__ = [
     "warn_missing_metric",
     "widen",
 ]
-
-
-def check_mode(who: str, mode: str) -> str:
-    """Return `mode` if it is `"min"` or `"max"`.
-
-    Args:
-        who: the callback, for the error.
-        mode: how values compare: whether smaller or larger is better.
-
-    Raises:
-        ValueError: it is neither.
-
-    >>> check_mode("EarlyStopping", "least")
-    Traceback (most recent call last):
-    ...
-    ValueError: EarlyStopping needs mode 'min' or 'max', got 'least'.
-    """
-    if mode not in ("min", "max"):
-        raise ValueError(f"{who} needs mode 'min' or 'max', got {mode!r}.")
-    return mode
 
 
 def check_package(who: str, package: str) -> None:
@@ -150,14 +130,16 @@ def require_metric(who: str, metric: str, loop: Loop) -> None:
     >>> engine.run(0, [1, 2], epochs=1).step
     2
     """
-    reached = loop.step > loop.first_step and loop.finished and loop.stopped is None and loop.error is None
+    reached = loop.step > loop.start_step and loop.finished and loop.stopped is None and loop.error is None
     if reached and metric not in loop.latest:
         raise ValueError(_missing(who, metric, loop))
 
 
 def _missing(who: str, metric: str, loop: Loop) -> str:
-    records = f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}."
-    return f"{records} Add Evaluate(...) or watch one of these."
+    first = metric.partition("/")[0]
+    siblings = [name for name in loop.latest if name.startswith(f"{first}/")]  # recorded by the same callback
+    similar = did_you_mean(metric, siblings) or " Add Evaluate(...) or watch one of these."
+    return f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}.{similar}"
 
 
 def widen(leaf: jax.Array) -> jax.Array:

@@ -59,7 +59,7 @@ def compare_signatures(old: dict[str, str], new: dict[str, str], *, most: int = 
     return "; ".join(rows[:most] + ([f"and {len(rows) - most} more"] if len(rows) > most else []))
 
 
-def ignore_fewer_rows(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
+def ignore_sizes(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
     """Return the signature of a batch, in which leaves that differ from `old` only in size read as in `old`.
 
     That is: the same dtype and rank, and no more rows. Such a batch may be the last one of an epoch, or hold

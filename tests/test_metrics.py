@@ -131,10 +131,10 @@ def test_partial_clu_window_continues_when_resumed(tmp_path):
 def test_closing_a_window_empties_the_pending_metrics():
     meter = Windows()
     meter.pending += [{"a": 1.0}, {"a": 3.0, "b": 5.0}]
-    assert meter.close("train") == {"train/a": 2.0, "train/b": 5.0}
+    assert meter.take_means("train") == {"train/a": 2.0, "train/b": 5.0}
     assert meter.pending == []
-    assert meter.close("epoch") == {"epoch/a": 2.0, "epoch/b": 5.0}
-    assert meter.close("epoch") == {}
+    assert meter.take_means("epoch") == {"epoch/a": 2.0, "epoch/b": 5.0}
+    assert meter.take_means("epoch") == {}
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

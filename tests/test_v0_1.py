@@ -44,7 +44,7 @@ class Look(Callback):
         self.made = made
 
     def on_run_begin(self, loop):
-        self.step, self.first_step, self.latest = loop.step, loop.first_step, dict(loop.latest)
+        self.step, self.start_step, self.latest = loop.step, loop.start_step, dict(loop.latest)
         self.position = loop.epoch, loop.epoch_step
         self.leaves = self.made.leaves({"state": loop.state, "carries": loop.carries})
         self.callbacks = {type(callback): callback for callback in loop.callbacks.values()}
@@ -77,7 +77,7 @@ def test_run_of_version_0_1_resumes_with_every_leaf_and_host_state(made, expecte
     look = Look(made)
     saved = unpack(Checkpoints(directory / "run").host(7))
     made.run(directory, look)
-    assert (look.step, look.first_step, look.position) == (7, 7, (1, 2))
+    assert (look.step, look.start_step, look.position) == (7, 7, (1, 2))
     assert as_json(look.latest) == as_json(saved["latest"])
     as_expected(made, expected, "interrupted", look.leaves)
     host = saved["callbacks"]

@@ -21,7 +21,7 @@ from ..means import BlockMetrics
 from ..messages import log_duration
 from ..metrics import Metrics, as_metrics
 from ..placement import Placement
-from ..trees import Batch, State, compare_signatures, difference, ignore_fewer_rows, signature, strip_weak_types
+from ..trees import Batch, State, compare_signatures, difference, ignore_sizes, signature, strip_weak_types
 from . import blocks
 
 Step = Callable[..., Any]
@@ -78,9 +78,9 @@ class CompiledStep:
         self.needs_step: bool = self.takes_rng or bool(transforms)
         self.auto: bool = jit and steps_per_call == "auto"
         self.block_size: int | None = None
-        self.call: Any
+        self.call: Any = None
         self.function: StepFunction = StepFunction(step, transforms, list(self.conditional), self.takes_rng)
-        self._one = jax.jit(self.function, donate_argnums=0, inline=True)
+        self._single_step = jax.jit(self.function, donate_argnums=0, inline=True)
         self._init = jax.jit(self.function.init) if jit else self.function.init
         self.jit: bool = jit
         self._placement = placement
@@ -131,7 +131,7 @@ class CompiledStep:
             ValueError: the saved run's batches had other leaves, dtypes or ranks, or fewer rows.
         """
         began, traced, saved = time.perf_counter(), self.function.times, self._saved
-        whole = self._placement.put(batch)
+        whole = self._placement.place_batch(batch)
         here = signature(whole)
         _check_batches(saved["batch"], here)
         self.function.expected = saved["batch"] or here
@@ -167,7 +167,7 @@ class CompiledStep:
             return 0, "blocks are not measured on many devices"
         if mode == "plain":
             return 0, "the saved run ran one step a call"
-        jaxpr = self._one.trace(bundle, shapes, rng, np.array(self._never) if self.conditional else None).jaxpr
+        jaxpr = self._single_step.trace(bundle, shapes, rng, np.array(self._never) if self.conditional else None).jaxpr
         size, why = blocks.choose_block_size(jaxpr, batch)
         return (max(size, 2) if mode == "block" else size), why
 
@@ -175,7 +175,7 @@ class CompiledStep:
         """Return one step as it was traced for the run's first batch, or None before that or if nothing is compiled."""
         if self._example is None or not self.jit:
             return None
-        return self._one.trace(bundle, self._example, rng, np.array(self._never) if self.conditional else None)
+        return self._single_step.trace(bundle, self._example, rng, np.array(self._never) if self.conditional else None)
 
     def advance(
         self, bundle: Bundle, batch: Batch, rng: Any, step: int, count: int, epoch: int
@@ -233,9 +233,9 @@ class CompiledStep:
         key = (self.block_size, *jax.tree.leaves(layout))
         if key not in self._calls:
             function: Any = self.function
-            call: Any = self._one if self.jit else functools.partial(_run_uncompiled, function)
+            call: Any = self._single_step if self.jit else functools.partial(_run_uncompiled, function)
             if self.block_size:
-                function = functools.partial(blocks.run_block, self._one, self.block_size)
+                function = functools.partial(blocks.run_block, self._single_step, self.block_size)
                 call = jax.jit(function, donate_argnums=0)
             if layout is not None:
                 call = self._placement.pin(call, function, layout, stacked=bool(self.block_size), jit=self.jit)
@@ -359,5 +359,5 @@ def _check_batches(saved: dict[str, str] | None, here: dict[str, str]) -> None:
     Fewer rows here may be the last ones of an epoch, and other axes may vary, as those of sequences do. Such batches
     are compiled for, with a warning.
     """
-    if saved is not None and (changed := compare_signatures(saved, ignore_fewer_rows(here, saved))):
+    if saved is not None and (changed := compare_signatures(saved, ignore_sizes(here, saved))):
         raise ValueError(f"The batches differ from those of the saved run (saved, then here): {changed}.")

@@ -168,7 +168,7 @@ class BatchStream:
         Raises:
             ValueError: the position is in data with another number of batches in an epoch.
         """
-        saved, here = (length or "an unknown number of" for length in (position["length"], self.length))
+        saved, here = (n or "an unknown number of" for n in (position["length"], self.length))
         if saved != here:
             raise ValueError(
                 f"The saved run's epochs have {saved} batches, this run's {here}. Give the same data and epoch_steps."
