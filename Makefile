@@ -1,31 +1,31 @@
-# Each target does its own set-up; a second time it is quick. Needs python3 (3.11 or newer) and nothing else.
+# Every target sets up what it needs, and reuses it the next time. Only python3 (3.11 or newer) is required.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-# As many tests at a time as there are processors; those that start, kill or time processes run one by one.
-BESIDE = -n logical --maxprocesses 8 --dist worksteal
-QUICK = -m pytest -q -m "not slow" $(BESIDE) $(ANEW)
+# One test per processor at a time. The slow tests that start, kill or time processes run one after another.
+PARALLEL = -n logical --maxprocesses 8 --dist worksteal
+QUICK = -m pytest -q -m "not slow" $(PARALLEL) $(PYTEST_FLAGS)
 SCRIPTS = $(addprefix tests/test_,docs.py examples.py examples_generative.py examples_loops.py)
-# What other packages have a say in.
-LEANING = checkpoint config events histograms images learning_rate metrics state summary swa tensorboard
+# Tests of code that depends on other packages.
+DEPENDENT = checkpoint config events histograms images learning_rate metrics state summary swa tensorboard
 
 .PHONY: demo test test-slow test-all lint types coverage dist wheel lowest newest docs bench clean
 
-demo: $(VENV)/ready  ## the main job: train on real data with every callback attached
+demo: $(VENV)/ready  ## the main example: train on real data with all callbacks of a typical run
 	$(RUN) examples/digits.py
 
-test: $(VENV)/ready  ## what a contributor runs, in a few minutes
+test: $(VENV)/ready  ## the tests to run while you work; a few minutes
 	$(RUN) $(QUICK)
 
-coverage: $(VENV)/ready  ## the same, and how much of the code it runs; pyproject.toml has the least
+coverage: $(VENV)/ready  ## the same with coverage; pyproject.toml sets the minimum
 	$(RUN) $(QUICK) --cov --cov-report=
 	$(RUN) -m coverage report --skip-covered
 
-test-slow: $(VENV)/ready  ## the examples and the documents, run as a user would
-	$(RUN) -m pytest -q -m slow $(BESIDE) $(ANEW) $(SCRIPTS)
-	$(RUN) -m pytest -q -m slow $(ANEW) $(addprefix --ignore=,$(SCRIPTS))
+test-slow: $(VENV)/ready  ## the examples and the documentation, run as a user would
+	$(RUN) -m pytest -q -m slow $(PARALLEL) $(PYTEST_FLAGS) $(SCRIPTS)
+	$(RUN) -m pytest -q -m slow $(PYTEST_FLAGS) $(addprefix --ignore=,$(SCRIPTS))
 
-test-all: lint types coverage test-slow dist lowest newest  ## everything that must hold before a change lands
+test-all: lint types coverage test-slow dist lowest newest  ## everything that must pass before a change is merged
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
@@ -35,33 +35,33 @@ wheel: $(VENV)/ready
 	rm -rf build dist && $(RUN) -m build . >/dev/null
 	$(RUN) -m zipfile -e dist/onstep-*.whl build/wheel
 
-types: wheel  ## against the built wheel, which is what users import
+types: wheel  ## type checks of the built wheel, which is what users import
 	$(RUN) -m pyright --pythonpath $(RUN) --project tests/pyright.json
 	PYTHONPATH=build/wheel $(RUN) .ci/typed.py
 
-dist: wheel  ## what a release uploads: checked, installed alone, and tested as installed
+dist: wheel  ## check the files of a release, install the wheel alone and test it
 	ONSTEP_DIST=dist $(RUN) -m pytest -q tests/test_release.py
 	sh .ci/try-wheel $(PYTHON)
 
-docs: $(VENV)/ready  ## the documents as pages: site/index.html
+docs: $(VENV)/ready  ## the documentation as a website: site/index.html
 	$(RUN) -m mkdocs build --strict
 
-bench: $(VENV)/ready  ## the numbers of docs/performance.md; about half an hour
+bench: $(VENV)/ready  ## the measurements of docs/performance.md; about half an hour
 	$(RUN) benchmarks/overhead.py
 	$(RUN) benchmarks/limits.py
 	$(RUN) benchmarks/run.py --out benchmarks/results
 	$(RUN) benchmarks/mesh.py --out benchmarks/results
 	$(RUN) benchmarks/peers/run.py --json benchmarks/results/peers.json
 
-lowest: .venv-lowest/ready  ## what leans on other packages, with the lowest versions that pyproject.toml allows
-	.venv-lowest/bin/python $(QUICK) $(LEANING:%=tests/test_%.py)
+lowest: .venv-lowest/ready  ## tests of dependent code with the lowest versions that pyproject.toml allows
+	.venv-lowest/bin/python $(QUICK) $(DEPENDENT:%=tests/test_%.py)
 
-newest:  ## the same tests on the newest Python of the machine, with the newest dependencies
+newest:  ## all tests on the newest Python of the machine, with the newest dependencies
 	@python=$$(sh .ci/newest-python) || exit 0; \
-	$(MAKE) test test-slow VENV=.venv-newest PYTHON="$$python" ANEW=--compile-anew
+	$(MAKE) test test-slow VENV=.venv-newest PYTHON="$$python" PYTEST_FLAGS=--compile-anew
 
 $(VENV)/ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onstep needs Python >= 3.11; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onstep needs Python >= 3.11; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Prints the lowest versions that pyproject.toml allows for what onstep and its extras need, as pip's constraints."""
+"""Print the lowest versions that pyproject.toml allows for the dependencies, as constraints for pip."""
 
 import re
 import tomllib
@@ -6,6 +6,6 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-for need in [*project["dependencies"], *extras["config"], *extras["examples"]]:
-    if ">=" in need:  # not an extra that brings another
-        print(re.sub(r"\[.*?\]", "", need).replace(">=", "=="))
+for requirement in [*project["dependencies"], *extras["config"], *extras["examples"]]:
+    if ">=" in requirement:  # skips extras that name another extra
+        print(re.sub(r"\[.*?\]", "", requirement).replace(">=", "=="))

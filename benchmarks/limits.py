@@ -1,4 +1,4 @@
-"""What must stay small: memory over a long run, compilations, the time of an import.
+"""Measure what must stay small: memory over a long run, the number of compilations, import time.
 
 Run: python benchmarks/limits.py [--steps 50000]
 """
@@ -21,7 +21,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Memory(Callback):
-    """Notes resident memory in MB and live arrays."""
+    """Records resident memory in MB and the number of live arrays."""
 
     when = every(5000)
 
@@ -36,39 +36,39 @@ class Memory(Callback):
 
 
 def memory(steps):
-    """A long run with the usual callbacks."""
-    loops, noted = Loops(one_layer(), steps), Memory()
-    engine = loops.engine(usual=True, options={}, more=[noted])
+    """Print the growth of memory over a long run with the usual callbacks."""
+    loops, recorder = Loops(one_layer(), steps), Memory()
+    engine = loops.engine(usual=True, options={}, more=[recorder])
     engine.run(loops.workload.state, loops.data, steps=steps)
     loops.close()
-    first = noted.resident[1]  # the first save, after step 5000, loads Orbax
-    print(f"resident memory from step 10000 to {steps}: {first:.0f} MB, {noted.resident[-1] - first:+.1f} MB")
-    print(f"live arrays every 5000 steps: {sorted(set(noted.live))}")
+    first = recorder.resident[1]  # the first save, after step 5000, loads Orbax
+    print(f"resident memory from step 10000 to {steps}: {first:.0f} MB, {recorder.resident[-1] - first:+.1f} MB")
+    print(f"live arrays every 5000 steps: {sorted(set(recorder.live))}")
 
 
 def compilations():
-    """What XLA compiles in a run, by when."""
-    loops, seen = Loops(one_layer(), 2000), []
-    said = []
+    """Print how often XLA compiles in a run, before and after step 100."""
+    loops, events = Loops(one_layer(), 2000), []
+    messages = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     log = logging.getLogger("onstep")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: seen.append(name == COMPILED))
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name == COMPILED))
     engine = loops.engine(usual=False, options={})
     before, counts = [], []
-    engine.on("run_begin")(lambda loop: before.append(sum(seen)))
-    engine.on("step_end", when=100)(lambda loop: counts.append(sum(seen) - before[0]))
+    engine.on("run_begin")(lambda loop: before.append(sum(events)))
+    engine.on("step_end", when=100)(lambda loop: counts.append(sum(events) - before[0]))
     engine.run(loops.workload.state, loops.data, steps=2000)
     loops.close()
     log.removeHandler(handler)
     log.setLevel(logging.NOTSET)
-    print(f"compilations: {counts[0]} before step 100, {counts[-1] - counts[0]} afterwards; said: {said}")
+    print(f"compilations: {counts[0]} before step 100, {counts[-1] - counts[0]} afterwards; logged: {messages}")
 
 
 def imports(rounds=9):
-    """Beyond jax's own, in a process of its own each time."""
+    """Print the time of `import onstep` after jax is imported; each measurement starts a new process."""
     code = "import time, jax; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
     for module in ("onstep", "onstep.callbacks"):
         command = [sys.executable, "-c", code.format(module)]

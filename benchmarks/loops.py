@@ -1,4 +1,4 @@
-"""The loops that are compared: bare, written by hand in three ways, and onstep's."""
+"""The loops to compare: a bare jit loop, `lax.scan`, two hand-written training loops, and onstep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOG, EVALUATE, SAVE = 100, 1000, 5000  # steps
 
 
 class EveryStep(Callback):
-    """Does nothing, at every step."""
+    """Does nothing at every step."""
 
     def on_step_end(self, loop):
         pass
@@ -32,17 +32,17 @@ def copied(state):
 
 
 class Loops:
-    """Every loop over one workload; each method is a case, or gives one: it returns seconds a step.
+    """All loops over one workload. Each case is a method, or is returned by one, and returns seconds per step.
 
-    "Usual" is: an average of the parameters and the norm of the gradients in the step, TensorBoard
-    and progress every 100 steps, an evaluation each 1,000 and a checkpoint in the background each
-    5,000 and at the end.
+    The usual callbacks are: an average of the parameters and the gradient norm in the step, TensorBoard
+    and progress every 100 steps, an evaluation every 1,000 steps, and a checkpoint in the background
+    every 5,000 steps and at the end.
     """
 
     def __init__(self, workload, steps):
         self.workload, self.steps = workload, steps
         self.data = Batches(workload.arrays, workload.batch_size)
-        self.ready = list(self.data)  # numpy batches that cost nothing
+        self.ready = list(self.data)  # numpy batches, prepared in advance
         held_out = jax.tree.map(lambda a: a[: 4 * workload.batch_size], workload.arrays)
         self.held_out = Batches(held_out, workload.batch_size, shuffle=False)
         self.folder = tempfile.mkdtemp()
@@ -56,7 +56,7 @@ class Loops:
         shutil.rmtree(self.folder)
 
     def batches(self):
-        """As many ready batches as there are steps."""
+        """Yield a ready batch for every step."""
         for number in range(self.steps):
             yield self.ready[number % len(self.ready)]
 
@@ -66,7 +66,7 @@ class Loops:
         return (time.perf_counter() - start) / self.steps
 
     def bare(self):
-        """A donated jit loop that reads nothing: the baseline."""
+        """The baseline: a donated jit loop that reads no metrics."""
 
         def run(state):
             for batch in self.batches():
@@ -79,9 +79,9 @@ class Loops:
         return jax.lax.scan(lambda s, b: self.workload.step(s, b)[:2], state, batches)
 
     def scan(self):
-        """`lax.scan` over stacks of 100 ready batches: no loop can do less on the host."""
-        some = [self.ready[n % len(self.ready)] for n in range(LOG)]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *some)
+        """`lax.scan` over stacks of 100 ready batches, with the least possible work on the host."""
+        batches = [self.ready[n % len(self.ready)] for n in range(LOG)]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
         def run(state):
             for _ in range(self.steps // LOG):
@@ -98,7 +98,7 @@ class Loops:
         return (new, average), metrics | {"grad_norm": norm}
 
     def by_hand(self):
-        """Usual, written with care: all in one call, metrics read every 100 steps at once."""
+        """The usual work in a careful hand-written loop: one call per step, metrics read together every 100 steps."""
         import orbax.checkpoint as ocp
 
         folder = tempfile.mkdtemp(dir=self.folder)
@@ -126,7 +126,7 @@ class Loops:
         return self.timed(functools.partial(run, copied(self.workload.state)))
 
     def naive(self):
-        """Usual in-step work as often written: eager average and norm, the loss read every step."""
+        """The usual in-step work in a naive loop: eager average and norm, and the loss read at every step."""
 
         def run(state):
             average = copied(state["params"])
@@ -139,7 +139,7 @@ class Loops:
         return self.timed(functools.partial(run, copied(self.workload.state)))
 
     def onstep(self, *, usual=False, saves=True, ready=False, more=(), **options):
-        """A case of onstep's, on `Batches` or on the ready batches; `options` are the engine's."""
+        """Return a case that runs onstep on `Batches` or on the ready batches; `options` go to the engine."""
         engine = self.engine(usual, options, more, saves)
 
         def measure():
@@ -150,7 +150,7 @@ class Loops:
         return measure
 
     def engine(self, usual, options, more=(), saves=True):
-        """An engine over the workload, with the usual callbacks or none, and `more`."""
+        """Create an engine for the workload, with or without the usual callbacks, and with `more`."""
         if not usual:
             return Engine(self.workload.step, more, log_every=LOG, **options)
         folder, ema = os.path.join(self.folder, "run"), EMA(0.999)

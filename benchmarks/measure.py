@@ -1,5 +1,5 @@
-"""How figures are taken: cases one after the other in every round, so that a slow moment of the
-machine meets all of them; medians over rounds of the ratio with the baseline of the same round.
+"""How the benchmarks measure. Every round runs all cases in turn, so a slow moment of the machine affects
+all of them. Results are medians over rounds of the ratio to the baseline of the same round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onstep
 
 
 def pin(cores: int) -> str:
-    """Keeps this process on so many cores, where the system allows it; says what came of it."""
+    """Pin this process to a number of cores if the system allows it, and return a description."""
     if not cores or not hasattr(os, "sched_setaffinity"):
         return f"{os.cpu_count()} cores"
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
@@ -23,7 +23,7 @@ def pin(cores: int) -> str:
 
 
 def machine(cores: str) -> dict[str, str]:
-    """What the figures were taken on."""
+    """Describe the machine and the versions."""
     device = jax.devices()[0]
     model = "".join(line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name"))
     return {
@@ -43,7 +43,7 @@ def _cpuinfo() -> list[str]:
 
 
 def interleaved(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a step of every case in every round; one round more comes first, which compiles."""
+    """Return the seconds per step of every case in every round, after one extra round that compiles."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, measure in cases.items():
@@ -54,7 +54,7 @@ def interleaved(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def figures(times: dict[str, list[float]], base: str) -> list[dict[str, float | str]]:
-    """By case: µs a step, µs more than the baseline, and the ratio with it."""
+    """Return for each case the µs per step, the µs above the baseline, and the ratio to the baseline."""
     rows = []
     for name, found in times.items():
         pairs = list(zip(found, times[base], strict=True))

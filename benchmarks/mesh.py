@@ -1,12 +1,13 @@
-"""Many devices: the engine beside a loop written by hand, on eight virtual CPU devices of one process.
+"""Compare the engine with a hand-written loop on eight virtual CPU devices of one process.
 
 Run: python benchmarks/mesh.py [--rounds 40] [--quick] [--out DIR]
 
 Both loops run the same jitted step with the same shardings. Every round runs 100 steps of each case in
-turn, all cases stay open beside each other, so no start and no compilation is in a figure. "Host" is
-the processor time of the main thread, which a busy machine disturbs less than the clock on the wall.
-Then: the collectives in the compiled step, what it takes to put a batch where it belongs, and to agree
-among processes. Virtual devices share the cores: a step's time says nothing about real ones.
+turn. All cases stay open during the measurement, so the times include no start and no compilation.
+"Host" is the processor time of the main thread, which depends less on other load than wall-clock time.
+The script also counts the collectives in the compiled step, and measures the placement of a batch and
+the agreement between processes. Virtual devices share the cores, so the time of a step does not
+transfer to real devices.
 """
 
 import argparse
@@ -43,37 +44,37 @@ BY_HAND = "by hand: device_put, then the call"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
-class Cut:
-    """One workload whose state lies in one layout."""
+class ShardedWorkload:
+    """A workload whose state has a given layout."""
 
     def __init__(self, workload, layout, mesh):
         self.workload, self.mesh = workload, mesh
         self.batches = list(Batches(workload.arrays, workload.batch_size))[:50]
-        self.places = layout(mesh)(workload.state)
-        self.state = jax.device_put(workload.state, self.places)
-        self.parts = NamedSharding(mesh, PartitionSpec("data"))
+        self.layout = layout(mesh)(workload.state)
+        self.state = jax.device_put(workload.state, self.layout)
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
         step = lambda state, batch: workload.step(state, batch)[:2]  # noqa: E731
-        whole = NamedSharding(mesh, PartitionSpec())
-        where = {"out_shardings": (self.places, whole), "donate_argnums": 0}
-        self.call = jax.jit(step, **where)
-        self.taking = jax.jit(step, in_shardings=(self.places, self.parts), **where)
-        both = (self.places, self.places["params"])
-        self.averaging = jax.jit(self.with_average, out_shardings=(both, whole), donate_argnums=0)
+        replicated_sharding = NamedSharding(mesh, PartitionSpec())
+        options = {"out_shardings": (self.layout, replicated_sharding), "donate_argnums": 0}
+        self.call = jax.jit(step, **options)
+        self.call_with_shardings = jax.jit(step, in_shardings=(self.layout, self.batch_sharding), **options)
+        shardings = ((self.layout, self.layout["params"]), replicated_sharding)
+        self.call_with_average = jax.jit(self.with_average, out_shardings=shardings, donate_argnums=0)
 
     def data(self):
         return itertools.cycle(self.batches)
 
     def with_average(self, carry, batch):
-        """What EMA and GradNorm do, written into the step."""
+        """The step with the work of EMA and GradNorm."""
         state, average = carry
         new, metrics, aux = self.workload.step(state, batch)
         average = optax.incremental_update(new["params"], average, 0.001)
         return (new, average), metrics | {"grad_norm": optax.tree.norm(aux["grads"])}
 
     def by_hand(self, call, put, state):
-        """A case: queues as many calls as the engine, and reads the losses once a round.
+        """Return a case that queues as many calls as the engine and reads the losses once per round.
 
-        A loop that never waits may hang on virtual devices, where XLA's threads wait for each other.
+        A loop that never waits can deadlock on virtual devices, because XLA's threads wait for each other.
         """
         state, data = jax.tree.map(jnp.copy, state), self.data()
 
@@ -93,31 +94,33 @@ class Cut:
         return Engine(self.workload.step, callbacks, log_every=STEPS, steps_per_call=1, in_flight=QUEUE, mesh=self.mesh)
 
     def onstep(self, stack, *callbacks):
-        """A case: the engine's own loop, a round further at each call."""
+        """Return a case that runs the engine for one more round at each call."""
         steps = self.engine(*callbacks).steps(self.state, self.data(), steps=10**9, when=every(STEPS))
-        turns = iter(stack.enter_context(steps))
-        return lambda: jax.block_until_ready(next(turns).state)
+        iterator = iter(stack.enter_context(steps))
+        return lambda: jax.block_until_ready(next(iterator).state)
 
     def cases(self, stack):
-        put = lambda batch: jax.device_put(batch, self.parts)  # noqa: E731
+        put = lambda batch: jax.device_put(batch, self.batch_sharding)  # noqa: E731
         progress = Progress(file=io.StringIO())
         logs = TensorBoard(stack.enter_context(tempfile.TemporaryDirectory()))
         return {
             BY_HAND: self.by_hand(self.call, put, self.state),
-            "by hand: numpy into a call with in_shardings": self.by_hand(self.taking, lambda batch: batch, self.state),
+            "by hand: numpy into a call with in_shardings": self.by_hand(
+                self.call_with_shardings, lambda batch: batch, self.state
+            ),
             "by hand: average and norm in the step": self.by_hand(
-                self.averaging, put, (self.state, self.state["params"])
+                self.call_with_average, put, (self.state, self.state["params"])
             ),
             "onstep": self.onstep(stack),
             "onstep: EMA, GradNorm, TensorBoard, Progress": self.onstep(stack, EMA(), GradNorm(), logs, progress),
         }
 
     def collectives(self):
-        """By case, how many of each the compiled step has."""
+        """Count the collectives in the compiled step of each case."""
         batch = self.batches[0]
-        plain = self.call.lower(self.state, jax.device_put(batch, self.parts))
-        return {"by hand": counted(plain)} | {
-            f"onstep{name}": counted(self.lowered(*callbacks))
+        plain = self.call.lower(self.state, jax.device_put(batch, self.batch_sharding))
+        return {"by hand": count_collectives(plain)} | {
+            f"onstep{name}": count_collectives(self.lowered(*callbacks))
             for name, callbacks in {"": (), ", EMA": (EMA(),), ", EMA and GradNorm": (EMA(), GradNorm())}.items()
         }
 
@@ -129,13 +132,13 @@ class Cut:
         return compiled.call.trace(bundle, self.batches[0], None, None).lower()
 
 
-def counted(lowered):
+def count_collectives(lowered):
     text = lowered.compile().as_text()
     return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
 
 
 def timed(cases, rounds):
-    """Figures by the clock on the wall and by the main thread's processor time."""
+    """Measure wall-clock time and the processor time of the main thread."""
     host = {name: [] for name in cases}
 
     def measure(name, run):
@@ -148,51 +151,51 @@ def timed(cases, rounds):
     wall = interleaved(runs, rounds)
     base = next(iter(cases))
     return [
-        {**{k: row[k] for k in ("case", "us", "ratio")}, "host us": there["us"], "host ratio": there["ratio"]}
-        for row, there in zip(figures(wall, base), figures({n: t[1:] for n, t in host.items()}, base), strict=True)
+        {**{k: row[k] for k in ("case", "us", "ratio")}, "host us": busy["us"], "host ratio": busy["ratio"]}
+        for row, busy in zip(figures(wall, base), figures({n: t[1:] for n, t in host.items()}, base), strict=True)
     ]
 
 
-def putting(cut):
-    """Cases that put one batch where it belongs, `STEPS` times."""
-    sharding = DataSharding(cut.mesh)
+def placement_cases(workload):
+    """Return cases that place a batch on the devices `STEPS` times."""
+    sharding = DataSharding(workload.mesh)
 
     def case(put):
         def run():
-            for batch in itertools.islice(cut.data(), STEPS):
+            for batch in itertools.islice(workload.data(), STEPS):
                 jax.block_until_ready(put(batch))
 
         return run
 
     return {
-        "jax.device_put": case(lambda batch: jax.device_put(batch, cut.parts)),
+        "jax.device_put": case(lambda batch: jax.device_put(batch, workload.batch_sharding)),
         "onstep: DataSharding.place_batch": case(sharding.place_batch),
     }
 
 
 def agreement(count=2):
-    """Microseconds that processes take to agree on what a host stop asks: the median of 200."""
+    """Return the median time in µs of 200 agreements between processes, as at a host stop."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, __file__, "--join", address, str(count)]
     children = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(count)]
     try:
-        said = [child.communicate(timeout=120)[0] for child in children]
-        return float(said[0].splitlines()[-1])
+        outputs = [child.communicate(timeout=120)[0] for child in children]
+        return float(outputs[0].splitlines()[-1])
     finally:
         for child in children:
             child.kill()
 
 
 def agree(address, count, process):
-    """One of the processes that `agreement` starts."""
+    """Run one of the processes that `agreement` starts."""
     jax.distributed.initialize(address, int(count), int(process))
     times = []
     for step in range(220):
-        began = time.perf_counter()
-        processes.agree({"step": step, "stop": None, "clock": began})
-        times.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        processes.agree({"step": step, "stop": None, "clock": start})
+        times.append(time.perf_counter() - start)
     print(1e6 * float(np.median(times[20:])))
 
 
@@ -206,8 +209,8 @@ def table(title, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true", help="one round, to see that it runs")
-    parser.add_argument("--out", help="a folder for the figures")
+    parser.add_argument("--quick", action="store_true", help="one round, to check that the script runs")
+    parser.add_argument("--out", help="folder for the results as JSON")
     parser.add_argument("--join", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.join:
@@ -219,18 +222,18 @@ def main():
     found = {"steps": {}, "collectives": {}, "put": {}}
     mesh = make_mesh()
     for make, layout in ((one_layer, replicated), (digits_mlp, replicated), (digits_mlp, fsdp)):
-        cut = Cut(make(), layout, mesh)
-        name = f"{cut.workload.name}, {layout.__name__}"
+        sharded = ShardedWorkload(make(), layout, mesh)
+        name = f"{sharded.workload.name}, {layout.__name__}"
         with contextlib.ExitStack() as stack:
-            found["steps"][name] = timed(cut.cases(stack), rounds)
+            found["steps"][name] = timed(sharded.cases(stack), rounds)
         table(name, found["steps"][name])
-        found["put"][name] = timed(putting(cut), rounds)
-        table("  a batch put where it belongs", found["put"][name])
-        found["collectives"][name] = cut.collectives()
+        found["put"][name] = timed(placement_cases(sharded), rounds)
+        table("  placement of a batch", found["put"][name])
+        found["collectives"][name] = sharded.collectives()
         for case, counts in found["collectives"][name].items():
             print(f"  {case:<54}{', '.join(f'{n} {kind}' for kind, n in counts.items() if n)}", flush=True)
     found["agreement us"] = agreement()
-    print(f"\nto agree once, 2 processes of this machine: {found['agreement us']:.0f} µs at each host stop")
+    print(f"\nagreement of 2 processes on this machine: {found['agreement us']:.0f} µs at each host stop")
     if options.out:
         os.makedirs(options.out, exist_ok=True)
         path = os.path.join(options.out, f"mesh-{about['device']}-{about['date']}.json")

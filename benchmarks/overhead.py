@@ -1,9 +1,10 @@
-"""What the engine adds to a step, one step a call: beside a bare loop in the same process.
+"""Measure what the engine adds to a step with one step per call, compared with a bare loop.
 
 Run: python benchmarks/overhead.py [--rounds 15]
 
-Pinned to one core where the system allows it. The no-op is a plain Python function in the compiled
-call's place, so what is left is the engine itself; the short step is a real one.
+The process is pinned to one core if the system allows it. In the first table a Python function that
+does nothing replaces the compiled call, which leaves the engine's own work. The second table uses a
+short real step.
 """
 
 import argparse
@@ -24,7 +25,7 @@ BARE = "bare loop"
 
 
 class Idle(Callback):
-    """Answers an event that does not come."""
+    """Handles an event that is never due here."""
 
     when = every(epochs=2)
 
@@ -39,7 +40,7 @@ class Acts(EveryStep):
 
 
 def bare(call, state, data):
-    """A case: the loop that does nothing else."""
+    """Return a case: the bare loop."""
 
     def measure():
         now = jax.tree.map(jnp.copy, state)
@@ -53,12 +54,12 @@ def bare(call, state, data):
 
 
 def engine(step, state, data, callbacks=(), call=None):
-    """A case: the engine's loop, without the copy of the state that comes before it."""
-    made = Engine(step, callbacks, log_every=100, steps_per_call=1)
-    made._compiled.call = call or made._compiled.call
+    """Return a case: the engine's loop, without its initial copy of the state."""
+    built = Engine(step, callbacks, log_every=100, steps_per_call=1)
+    built._compiled.call = call or built._compiled.call
 
     def measure():
-        loop = made._loop(state, data, epochs=1, steps=None, epoch_steps=None, rng=None, donate=False)
+        loop = built._loop(state, data, epochs=1, steps=None, epoch_steps=None, rng=None, donate=False)
         start = time.perf_counter()
         for _ in loop.iterate():
             pass
@@ -69,7 +70,7 @@ def engine(step, state, data, callbacks=(), call=None):
 
 
 def noops():
-    """By name, with a no-op in the compiled call's place."""
+    """Return the cases in which a no-op replaces the compiled call."""
 
     def noop(metrics, callbacks=()):
         call = lambda bundle, batch, rng, due: (bundle, metrics)  # noqa: E731
@@ -86,7 +87,7 @@ def noops():
 
 
 def short_steps():
-    """By name, with the step of one layer."""
+    """Return the cases with the step of one layer."""
     work = one_layer()
     batch = {name: array[: work.batch_size] for name, array in work.arrays.items()}
     data = [batch] * (STEPS // 4)
@@ -104,7 +105,7 @@ def main():
     logging.getLogger("onstep").disabled = True
     print("; ".join(machine(pin(1)).values()), f"; medians of {options.rounds} rounds", sep="")
     for title, cases in (("no-op", noops()), ("one layer, batch 8", short_steps())):
-        print(f"\n{title:<50}{'µs a step':>10}{'adds µs':>10}{'ratio':>8}")
+        print(f"\n{title:<50}{'µs/step':>10}{'adds µs':>10}{'ratio':>8}")
         for row in figures(interleaved(cases, options.rounds), BARE):
             print(f"  {row['case']:<48}{row['us']:10.2f}{row['adds']:10.2f}{row['ratio']:8.2f}")
 

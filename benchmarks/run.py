@@ -1,9 +1,9 @@
-"""The engine beside a bare donated jit loop, and beside loops written by hand.
+"""Compare the engine with a bare donated jit loop and with hand-written loops.
 
 Run: python benchmarks/run.py [--only W1,W3] [--cases auto,scan] [--steps N] [--rounds 7] [--cores 1]
          [--quick] [--out DIR]
 
-Prints one table a workload. With --out it leaves the figures as JSON and as a plot, by date and device.
+Prints one table per workload. --out also saves the results as JSON and as a plot, named by date and device.
 """
 
 import argparse
@@ -21,7 +21,7 @@ BARE = "bare jit loop"
 
 
 def cases(loops):
-    """By name, the loops over one workload."""
+    """Return the loops over one workload, by name."""
     return {
         BARE: loops.bare,
         "lax.scan of 100 steps": loops.scan,
@@ -40,13 +40,13 @@ def cases(loops):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, by comma")
-    parser.add_argument("--cases", default="", help="only those whose names have one of these in them, by comma")
-    parser.add_argument("--steps", type=int, help="of every measurement, instead of the workload's own")
+    parser.add_argument("--only", default=",".join(WORKLOADS), help="comma-separated workloads")
+    parser.add_argument("--cases", default="", help="comma-separated words; run only cases that contain one")
+    parser.add_argument("--steps", type=int, help="steps per measurement; by default set by the workload")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cores", type=int, default=1, help="to be pinned to; 0 for all")
-    parser.add_argument("--quick", action="store_true", help="few steps and one round, to see that it runs")
-    parser.add_argument("--out", help="a folder for the figures")
+    parser.add_argument("--cores", type=int, default=1, help="number of cores to pin the process to; 0 for all")
+    parser.add_argument("--quick", action="store_true", help="few steps and one round, to check that the script runs")
+    parser.add_argument("--out", help="folder for the results as JSON and a plot")
     options = parser.parse_args()
     logging.getLogger("onstep").disabled = True
     warnings.filterwarnings("ignore", "EarlyStopping watches")  # epochs are shorter than its cadence
@@ -63,7 +63,7 @@ def main():
         finally:
             loops.close()
         jax.clear_caches()
-        print(f"\n{workload.name}, {loops.steps} steps{'µs a step':>37}{'ratio':>8}")
+        print(f"\n{workload.name}, {loops.steps} steps{'µs/step':>37}{'ratio':>8}")
         for row in found[name]:
             print(f"  {row['case']:<48}{row['us']:12.1f}{row['ratio']:8.2f}", flush=True)
     if options.out:
@@ -71,7 +71,7 @@ def main():
 
 
 def save(folder, about, found):
-    """As JSON and as a plot, by device and date."""
+    """Save the results as JSON and as a plot, named by device and date."""
     from matplotlib.figure import Figure
 
     stem = os.path.join(folder, f"{about['device'].replace(' ', '-')}-{about['date']}")
@@ -86,7 +86,7 @@ def save(folder, about, found):
         bars = panel.barh([row["case"] for row in rows][::-1], ratios, color=colors)
         panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
         panel.axvline(1, color="0.3", linewidth=0.8)
-        panel.set(xscale="log", title=name, xlabel="time a step / bare jit loop", xlim=(0.03, 60))
+        panel.set(xscale="log", title=name, xlabel="time per step / bare jit loop", xlim=(0.03, 60))
     figure.savefig(f"{stem}.png", dpi=130)
 
 

@@ -1,7 +1,7 @@
-"""What is timed: steps of different sizes, with their states and data.
+"""The workloads: steps of different sizes, with their states and data.
 
-Each is a real training step on synthetic data, written in plain jax and optax, so that every
-loop can run the very same function.
+Each is a real training step on synthetic data, written in plain JAX and Optax, so that every loop
+can run the same function.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One step, and what it is run on.
+    """A step with its state and data.
 
     Attributes:
         step: `(state, batch) -> (state, metrics, aux)`.
         score: `(state, batch) -> metrics`, for evaluations.
-        state: the first state.
+        state: the initial state.
         arrays: the examples, (examples, ...), for `onstep.Batches`.
         batch_size: examples in a batch.
-        steps: of one measurement, about half a second's.
+        steps: steps per measurement, which take about half a second.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Workload:
 
 
 def trained(name, forward, params, tx, arrays, batch_size, steps):
-    """A workload from a forward pass `(params, x) -> logits` and an optimizer."""
+    """Create a workload from a forward pass `(params, x) -> logits` and an optimizer."""
 
     def losses(params, batch):
         return optax.softmax_cross_entropy_with_integer_labels(forward(params, batch["x"]), batch["y"])
@@ -82,7 +82,7 @@ def mlp(params, x):
 
 
 def one_layer():
-    """W1: one layer, 64 to 10, batch 8, plain gradient descent: about 20 µs a call."""
+    """W1: one layer, 64 to 10, batch 8, plain gradient descent; about 20 µs per call."""
     return trained("W1 one layer", mlp, dense([64, 10]), optax.sgd(0.1), examples(8 * 2000, (64,), 10), 8, 20_000)
 
 
@@ -141,7 +141,7 @@ def transformer(layers=4, width=64, heads=4, length=32, vocabulary=64):
 
 
 def many_leaves(leaves=256):
-    """A state of 256 small leaves: what a call costs by the leaf."""
+    """A state of 256 small leaves, to measure the cost of a call per leaf."""
     params = {f"p{i}": jnp.ones(4) for i in range(leaves)}
 
     def step(state, batch):

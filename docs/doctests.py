@@ -1,4 +1,4 @@
-"""Docstrings show their examples as doctests; Markdown wants a fence around them."""
+"""Fence the doctests in docstrings, because Markdown does not recognize them as code."""
 
 import re
 
@@ -6,10 +6,10 @@ from griffe import Extension
 
 
 class Doctests(Extension):
-    """Puts a fence around the doctests that end a docstring's paragraph."""
+    """Adds a fence around every block of doctest lines."""
 
     def on_object(self, *, obj, **kwargs):
-        """Changes the docstring's text before it is parsed."""
+        """Change the text of the docstring before it is parsed."""
         if obj.docstring:
             fenced = re.sub(r"(?m)^(>>>.*(?:\n(?!\s*$).+)*)", r"```pycon\n\1\n```", obj.docstring.value)
             obj.docstring.value = fenced

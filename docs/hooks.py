@@ -1,4 +1,4 @@
-"""What MkDocs cannot know: where the packages are, and what pages link to beside docs/."""
+"""Hooks for MkDocs: the import names of the packages, and pages for linked files outside docs/."""
 
 import os
 import re
@@ -13,9 +13,9 @@ SHOWN = {".py": "py", ".toml": "toml", ".yaml": "yaml"}
 CODE = '---\nsearch: {{ exclude: true }}\n---\n# {name}\n\n```{language} title="{path}"\n{text}```\n'
 
 
-@event_priority(100)  # before mkdocstrings looks for the packages
+@event_priority(100)  # run before mkdocstrings imports the packages
 def on_config(config):
-    """Lays the two folders out under the names that users import."""
+    """Copy the two source folders to the paths of their import names."""
     layout = ROOT / "build/docs"
     shutil.rmtree(layout, ignore_errors=True)
     for source, package in (("engine", "onstep"), ("callbacks", "onstep/callbacks")):
@@ -23,7 +23,7 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """The examples and the changelog as pages, the pictures of the measurements as files."""
+    """Add the examples and the changelog as pages, and the benchmark plots as files."""
 
     def add(name, content):
         files.append(File.generated(config, name, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
@@ -44,11 +44,11 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links that lead out of docs/ become those of the site; what else works in the repository alone is put right."""
+    """Rewrite links out of docs/ to pages of the site, and unescape `|` in code, as GitHub does."""
     generated = page.file.generated_by is not None
     folder = (ROOT if generated else ROOT / "docs") / os.path.dirname(page.file.src_uri)
 
-    def lead(match):
+    def rewrite(match):
         path = Path(os.path.normpath(folder / match[1]))
         if not path.exists() or not path.is_relative_to(ROOT):
             return match[0]
@@ -56,5 +56,5 @@ def on_page_markdown(markdown, page, config, files):
         found = next((n for n in (name, f"{name}.md", f"{name}/index.md") if files.get_file_from_path(n)), None)
         return f"]({os.path.relpath(found, os.path.dirname(page.file.src_uri))}" if found else match[0]
 
-    markdown = re.sub(r"\]\(([^)#\s:]+)", lead, markdown)
-    return re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), markdown)  # as GitHub shows it in tables
+    markdown = re.sub(r"\]\(([^)#\s:]+)", rewrite, markdown)
+    return re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), markdown)

@@ -1,15 +1,15 @@
-"""An advanced step: whatever the Flax guide to custom loops asks of one, in one step that runs.
+"""An advanced training step that combines everything the Flax guide to custom loops describes.
 
     python examples/advanced_step.py
 
-    in the step       BatchNorm's statistics (a mutable collection), a random key for dropout, label
-                      smoothing, L2 as an auxiliary loss, and gradients changed as Optax cannot: it sees
-                      the sum of all losses' gradients, while here one is kept from working against another
+    in the step       BatchNorm statistics (a mutable collection), a random key for dropout, label smoothing,
+                      L2 as an auxiliary loss, and gradient surgery between the two losses, which Optax
+                      cannot do because it only sees the sum of their gradients
     in the optimizer  what Optax can do: clipping by the global norm, gradient noise
-    in callbacks      averaged weights, the norm of the gradients; compiled into the same step
+    in callbacks      averaged weights and the gradient norm, compiled into the same step
 
-With averaged weights it reads about 99 % of the handwritten digits that are held out, after
-half a minute on two CPU cores. Interrupted, the same command goes on.
+The averaged weights reach about 99 % accuracy on held-out handwritten digits, after half a minute
+on two CPU cores. If you interrupt it, run the same command again to resume.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def train_step(state, batch):
             {"params": params, "batch_stats": state.batch_stats},
             batch["image"],
             train=True,
-            rngs={"dropout": state.step_rng()},  # another for each step
+            rngs={"dropout": state.step_rng()},  # a new key for every step
             mutable=["batch_stats"],
         )
         labels = optax.smooth_labels(jax.nn.one_hot(batch["label"], 10), SMOOTHING)
@@ -67,7 +67,7 @@ def train_step(state, batch):
 
 
 def without_conflict(grads, others):
-    """`grads` less what in them works against `others`; and whether anything did.
+    """Return `grads` without the component that points against `others`, and whether there was one.
 
     Yu et al., "Gradient surgery for multi-task learning", 2020, arXiv:2001.06782.
     """
@@ -82,7 +82,7 @@ def score(state, batch):
 
 
 def digits():
-    """scikit-learn's digits: what to train on, and the fifth that is held out."""
+    """Return scikit-learn's digits as a training set and a held-out fifth."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
     split = train_test_split(images, labels.astype(np.int32), test_size=0.2, stratify=labels, random_state=0)
@@ -90,31 +90,31 @@ def digits():
 
 
 def new_state(seed, images):
-    """Three keys: for the weights, for dropout, for the noise."""
+    """Create the state with separate random keys for the weights, dropout and the gradient noise."""
     init_key, dropout_key, noise_key = jax.random.split(jax.random.key(seed), 3)
     model = CNN()
     variables = jax.jit(model.init, static_argnames="train")(init_key, images[:1], train=False)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.add_noise(eta=1e-5, gamma=0.55, key=noise_key),  # of variance eta / (1 + t)^gamma at update t
+        optax.add_noise(eta=1e-5, gamma=0.55, key=noise_key),  # variance eta / (1 + t)^gamma at update t
         optax.adam(3e-3),
     )
     return TrainState.create(apply_fn=model.apply, tx=optimizer, rng=dropout_key, **variables)
 
 
-def arguments():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, help="default: 20; 4 with --fast")
-    add("--seed", type=int, default=0, help="of the weights, the order, dropout and the noise; default: 0")
+    add("--seed", type=int, default=0, help="seed of the weights, data order, dropout and noise; default: 0")
     add("--fast", action="store_true", help="a short run, by default in runs/advanced-step-fast")
-    add("--directory", type=Path, help="of one run; default: runs/advanced-step")
+    add("--directory", type=Path, help="directory of the run; default: runs/advanced-step")
     return parser.parse_args()
 
 
 def main():
-    args = arguments()
-    epochs, least = (4, 0.9) if args.fast else (20, 0.97)
+    args = parse_args()
+    epochs, target = (4, 0.9) if args.fast else (20, 0.97)
     directory = args.directory or Path("runs", "advanced-step-fast" if args.fast else "advanced-step")
     train, held_out = digits()
     ema = EMA(0.98, of=("params", "batch_stats"), warmup=9)
@@ -136,14 +136,15 @@ def main():
     print("last epoch         ", end="")
     print(*[f"{name} {result.latest[f'epoch/{name}']:.4f}" for name in ("loss", "accuracy", "grad_norm", "conflict")])
     reached = result.latest["averaged/accuracy"]
-    print(f"held-out accuracy  {result.latest['val/accuracy']:.4f} with the last weights")
-    print(f"held-out accuracy  {reached:.4f} with averaged ones" + (f", short of {least}" if reached < least else ""))
-    return int(reached < least)
+    below = f", below the target of {target}" if reached < target else ""
+    print(f"held-out accuracy  {result.latest['val/accuracy']:.4f} with the final weights")
+    print(f"held-out accuracy  {reached:.4f} with averaged weights{below}")
+    return int(reached < target)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        print("Interrupted. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)

@@ -1,16 +1,16 @@
-"""Handwritten digits: a small CNN, with every callback that a usual run wants.
+"""Train a small CNN on handwritten digits, with all the callbacks of a typical run.
 
-    python examples/digits.py            trains to about 99 %, in seconds on two CPU cores
+    python examples/digits.py            trains to about 99 % accuracy, in seconds on two CPU cores
     tensorboard --logdir runs/digits     shows the curves
 
-The step is pure; everything around it is a callback, from averaged weights to the progress bar.
-Interrupt it (Ctrl-C) and start it again: it goes on where it stopped and ends where
-it would have ended. A run that is complete is only reported. `runs/digits/digits.png` shows the images
-that the network is least sure of.
+The step is a pure function. Everything around it is a callback, from averaged weights to the
+progress bar. Interrupt the script (Ctrl-C) and run it again: it resumes where it stopped, with the
+same final result. If the run is already complete, the script only reports its result.
+`runs/digits/digits.png` shows the images with the least confident predictions.
 
-The data are the 1,797 images that come with scikit-learn. A fifth is held out: no step trains on
-it. Early stopping does look at it, so the accuracy reported is a validation accuracy; it is that
-of the last evaluation, not of the best one.
+The data are the 1,797 images that come with scikit-learn. A fifth is held out and never trained
+on. Early stopping uses it, so the reported accuracy is a validation accuracy. It is the accuracy
+at the last evaluation, not at the best one.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from onstep.callbacks import (
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-OPTIMIZERS = {  # each with the learning rate that is its default here
+OPTIMIZERS = {  # with the default learning rate of each
     "adam": (optax.adam, 3e-3),
     "adamw": (optax.adamw, 3e-3),
     "sgd": (lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True), 5e-2),
@@ -65,7 +65,7 @@ class State(TrainState):
 
 
 def train_step(state, batch, rng):
-    """One step: `rng` is new for each, from the run's key and the number of the step."""
+    """Train on one batch; `rng` is a new key for every step, derived from the run's key."""
     shift_key, dropout_key = jax.random.split(rng)
     images = shift(batch["image"], shift_key)
 
@@ -95,14 +95,14 @@ def measure(logits, labels):
 
 
 def shift(images, key):
-    """Moves each image by up to a pixel either way, at random."""
+    """Shift each image at random by up to one pixel in each direction."""
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     corners = jax.random.randint(key, (len(images), 2), 0, 3)
     return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:]))(padded, corners)
 
 
 def digits():
-    """scikit-learn's digits: what to train on, and the fifth that is held out."""
+    """Return scikit-learn's digits as a training set and a held-out fifth."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
     split = train_test_split(images, labels.astype(np.int32), test_size=0.2, stratify=labels, random_state=0)
@@ -110,7 +110,7 @@ def digits():
 
 
 def idx_files(directory):
-    """Fashion-MNIST, or MNIST: 60,000 images to train on, and the 10,000 of its test set held out."""
+    """Return Fashion-MNIST or MNIST: 60,000 images to train on, and the test set of 10,000 images as held-out data."""
     parts = []
     for part in "train", "t10k":
         images = read_idx(directory / f"{part}-images-idx3-ubyte", 3)
@@ -120,27 +120,27 @@ def idx_files(directory):
 
 
 def read_idx(path, dimensions):
-    """IDX: a magic number, the size of each dimension, then the bytes; plain or gzipped."""
+    """Read an IDX file, plain or gzipped: a magic number, the size of each dimension, then the bytes."""
     content = path.read_bytes() if path.exists() else gzip.decompress(path.with_suffix(".gz").read_bytes())
     magic, *sizes = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
     header = 4 + 4 * dimensions
     if magic != 0x800 + dimensions or len(content) != header + math.prod(sizes):
-        raise ValueError(f"{path} should hold bytes in {dimensions} dimensions, and all of them.")
+        raise ValueError(f"{path} needs to be a complete IDX file of bytes in {dimensions} dimensions.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(sizes)
 
 
-def arguments():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, help="also the length of the schedule; default: 30; 8 with --fast, 3 with --data")
     add("--batch-size", type=int, default=64, help="default: 64")
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
-    add("--learning-rate", type=float, help="the highest of the schedule; the default depends on the optimizer")
-    add("--seed", type=int, default=0, help="of the weights, the order, dropout and shifts; default: 0")
-    add("--directory", type=Path, help="of one run: delete it, or give another, to start afresh; default: runs/digits")
+    add("--learning-rate", type=float, help="peak of the schedule; the default depends on the optimizer")
+    add("--seed", type=int, default=0, help="seed of the weights, data order, dropout and shifts; default: 0")
+    add("--directory", type=Path, help="directory of the run; delete it to start from scratch; default: runs/digits")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--fast", action="store_true", help="a short run, by default in runs/digits-fast")
-    add("--data", type=Path, metavar="DIR", help="train on Fashion-MNIST's IDX files; by default in runs/<DIR's name>")
+    add("--data", type=Path, metavar="DIR", help="train on the (Fashion-)MNIST files in DIR; by default in runs/<DIR>")
     return parser.parse_args()
 
 
@@ -150,22 +150,22 @@ def new_state(key, images, optimizer, schedule):
     return State.create(apply_fn=model.apply, tx=optimizer(schedule), **variables)
 
 
-def draw(path, history, seen, logits):
-    """The curves; and the images that the network is least sure of, each with what it reads."""
+def draw(path, history, data, logits):
+    """Draw the accuracy curves and the images with the least confident predictions."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     left, right = figure.subfigures(1, 2)
     axes = left.subplots()
     for name, label in ("epoch", "training, shifted, with dropout"), ("val", "held out, averaged weights"):
         axes.plot(history.steps(f"{name}/accuracy"), history[f"{name}/accuracy"], ".-", label=label)
-    axes.set(title="accuracy, epoch by epoch", xlabel="step", ylabel="accuracy", ylim=(0.8, 1.01))
+    axes.set(title="accuracy by epoch", xlabel="step", ylabel="accuracy", ylim=(0.8, 1.01))
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    right.suptitle("the held-out images that it is least sure of: what it reads, red if wrong")
-    least_sure = np.asarray(jax.nn.softmax(logits).max(-1)).argsort()
-    for axes, number in zip(right.subplots(4, 8).flat, least_sure, strict=False):
-        axes.imshow(seen["image"][number, ..., 0], cmap="gray_r")
-        read, label = int(logits[number].argmax()), seen["label"][number]
-        axes.set_title(read, color="0.3" if read == label else "red")
+    right.suptitle("the least confident predictions on held-out images; red if wrong")
+    order = np.asarray(jax.nn.softmax(logits).max(-1)).argsort()
+    for axes, number in zip(right.subplots(4, 8).flat, order, strict=False):
+        axes.imshow(data["image"][number, ..., 0], cmap="gray_r")
+        predicted, label = int(logits[number].argmax()), data["label"][number]
+        axes.set_title(predicted, color="0.3" if predicted == label else "red")
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
 
@@ -175,18 +175,18 @@ def report(result, directory, epoch_steps, seconds):
         speed = epochs * epoch_steps / seconds
         print(f"trained    {epochs} epochs in {seconds:.1f} s ({speed:.0f} steps/s, compilation included)")
     else:
-        print("trained    nothing: the run was complete")
+        print("trained    nothing: the run was already complete")
     if result.stopped:
         print(f"stopped    after epoch {result.epoch}: {result.stopped}")
-    print(f"written    checkpoints, TensorBoard files and digits.png, in {directory}")
+    print(f"saved      checkpoints, TensorBoard files and digits.png, in {directory}")
     print(f"curves     tensorboard --logdir {directory}")
 
 
 def main():
-    args = arguments()
-    name, epochs, least = (args.data.resolve().name, 3, 0) if args.data else ("digits", 30, 0.975)
+    args = parse_args()
+    name, epochs, target = (args.data.resolve().name, 3, 0) if args.data else ("digits", 30, 0.975)
     if args.fast:
-        epochs, least = 8, 0.95
+        epochs, target = 8, 0.95
     epochs = args.epochs or epochs
     directory = args.directory or Path("runs", f"{name}-fast" if args.fast else name)
 
@@ -203,7 +203,7 @@ def main():
     print(f"model      CNN of {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters")
     print(f"run        {epochs} epochs of {len(batches)} steps with {args.optimizer}, in {directory}", flush=True)
 
-    # Averaged weights need BatchNorm statistics to match: those averaged over the same steps.
+    # Averaged weights need matching BatchNorm statistics, averaged over the same steps.
     ema = EMA(0.99, of=("params", "batch_stats"), warmup=9)
     callbacks = [
         GracefulExit(),
@@ -216,21 +216,21 @@ def main():
         TensorBoard(directory),
         Progress(),
     ]
-    began = time.perf_counter()
+    start = time.perf_counter()
     result = Engine(train_step, callbacks, log_every=20).run(state, batches, epochs=epochs, rng=run_key)
-    report(result, directory, len(batches), time.perf_counter() - began)
-    if result.history:  # since this start
-        some = {name: values[:1000] for name, values in held_out.items()}
-        draw(directory / "digits.png", result.history, some, predict(ema.apply(result), some["image"]))
+    report(result, directory, len(batches), time.perf_counter() - start)
+    if result.history:  # empty if the run was already complete
+        first = {name: values[:1000] for name, values in held_out.items()}
+        draw(directory / "digits.png", result.history, first, predict(ema.apply(result), first["image"]))
 
     accuracy = result.latest["val/accuracy"]
-    print(f"held-out accuracy  {accuracy:.4f}" + (f", short of {least}" if accuracy < least else ""))
-    return int(accuracy < least)
+    print(f"held-out accuracy  {accuracy:.4f}" + (f", below the target of {target}" if accuracy < target else ""))
+    return int(accuracy < target)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        print("Interrupted. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)

@@ -1,13 +1,13 @@
-"""A variational autoencoder, from a configuration; its best model is kept, and loaded again at the end.
+"""Train a variational autoencoder from a YAML configuration, keep the best model and load it at the end.
 
-    python examples/vae.py                     trains what examples/vae.yaml says, in under a minute
-    python examples/vae.py --config my.yaml    something else; a wrong field is refused by its name
-    tensorboard --logdir runs/vae              shows the curves, and the pictures as they get better
+    python examples/vae.py                     trains the model of examples/vae.yaml, in under a minute
+    python examples/vae.py --config my.yaml    trains another one; a wrong field is rejected by name
+    tensorboard --logdir runs/vae              shows the curves, and the pictures as they improve
 
-A pixel of these digits is a count, of how many of 16 points were black, so the decoder's
-likelihood is binomial. The loss is the negative ELBO in nats an image: of held-out digits 91 at the
-end, 22 of them KL, where a model without latent variables, each pixel by itself, needs 254. The
-directory gets `vae.png`, `schedule.png` and the configuration beside its checkpoints.
+A pixel of these digits is a count from 0 to 16, so the decoder's likelihood is binomial. The loss is
+the negative ELBO in nats per image. On held-out digits it ends at 91 nats, 22 of which are the KL
+divergence; a model of independent pixels without latent variables needs 254. `vae.png`,
+`schedule.png` and the configuration are saved in the directory of the checkpoints.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from sklearn.model_selection import train_test_split
 
 
 class Config(TrainingConfig):
-    """What every run has, some of which this one cannot do without or has no use for; and its own fields."""
+    """The fields of every run, of which some are required or unused here, and the fields of this model."""
 
     directory: Name
     metric: Name
@@ -63,7 +63,7 @@ class VAE(nn.Module):
 
 
 def binomial(logits, counts):
-    """The negative logarithm of the likelihood of counts of 16, summed over the pixels."""
+    """Return the negative log-likelihood of counts from 0 to 16, summed over the pixels."""
     ways = gammaln(17) - gammaln(counts + 1) - gammaln(17 - counts)
     return (16 * optax.sigmoid_binary_cross_entropy(logits, counts / 16) - ways).sum(-1).mean()
 
@@ -81,21 +81,21 @@ def train_step(state, images, rng):
 
 
 def eval_step(state, images):
-    return measure(state.params, state, images, jax.random.key(0))[1]  # the same noise for every model
+    return measure(state.params, state, images, jax.random.key(0))[1]  # the same noise at every evaluation
 
 
 def pictures(state, images):
-    """Samples; and images, below each of which is what is left of it on the way through the latent variables."""
+    """Draw samples, and images above their reconstructions."""
     variables = {"params": state.params}
     latent = state.apply_fn(variables, images, jax.random.key(0))[1]
-    again = state.apply_fn(variables, latent, method="decode")
+    reconstructed = state.apply_fn(variables, latent, method="decode")
     drawn = state.apply_fn(variables, jax.random.normal(jax.random.key(1), (100, latent.shape[1])), method="decode")
-    pairs = jnp.stack([images.reshape(-1, 10, 64) / 16, again.reshape(-1, 10, 64)], axis=1)
+    pairs = jnp.stack([images.reshape(-1, 10, 64) / 16, reconstructed.reshape(-1, 10, 64)], axis=1)
     return {"samples": tiles(drawn), "reconstructions": tiles(pairs)}
 
 
 def tiles(images):
-    """Dark on light, each pixel as 6 x 6, in a frame."""
+    """Draw images dark on light, each pixel as 6 x 6, with a frame around each."""
     large = (1 - images.reshape(-1, 8, 8, 1)).repeat(6, 1).repeat(6, 2)
     return jnp.pad(large, ((0, 0), (3, 3), (3, 3), (0, 0)), constant_values=0.8)
 
@@ -112,31 +112,31 @@ def draw(path, best, history, pictures):
     for number, name in enumerate(("loss", "reconstruction", "kl")):
         right.plot(history.steps(f"val/{name}"), history[f"val/{name}"], f"C{number}", label=f"{name}, held out")
         right.plot(history.steps(f"epoch/{name}"), history[f"epoch/{name}"], f"C{number}:")
-    right.plot([], "k:", label="each of them, training")
-    right.axvline(best, color="0.6", linewidth=1, label=f"the best, step {best:,}")
-    right.set(title="negative ELBO and its two parts", xlabel="step", ylabel="nats an image", ylim=(0, 200))
+    right.plot([], "k:", label="the same, training")
+    right.axvline(best, color="0.6", linewidth=1, label=f"best model, step {best:,}")
+    right.set(title="negative ELBO and its two parts", xlabel="step", ylabel="nats per image", ylim=(0, 200))
     right.legend()
     figure.savefig(path, dpi=120)
 
 
-def configuration():
+def parse_config():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("vae.yaml"), help="default: vae.yaml")
-    parser.add_argument("--seed", type=int, help="instead of the configuration's")
-    parser.add_argument("--directory", help="instead of the configuration's; delete it to start afresh")
+    parser.add_argument("--seed", type=int, help="overrides the configuration's seed")
+    parser.add_argument("--directory", help="overrides the configuration's directory; delete it to start from scratch")
     parser.add_argument("--fast", action="store_true", help="the first 40 epochs, in runs/vae-fast")
     args = parser.parse_args()
     fast = {"epochs": 40, "directory": "runs/vae-fast"} if args.fast else {}
-    given = {name: value for name in ("seed", "directory") if (value := getattr(args, name)) is not None}
+    overrides = {name: value for name in ("seed", "directory") if (value := getattr(args, name)) is not None}
     try:
-        config = Config(**{**dict(Config.from_yaml(args.config)), **fast, **given})
+        config = Config(**{**dict(Config.from_yaml(args.config)), **fast, **overrides})
     except ValueError as error:
-        parser.error(f"in {args.config}, or in an argument: {error}")
+        parser.error(f"in {args.config} or in an argument: {error}")
     return config, 102 if args.fast else 93
 
 
 def main():
-    config, most = configuration()
+    config, target = parse_config()
     directory = Path(config.directory)
     images = load_digits().data.astype(np.float32)
     train, held_out = train_test_split(images, test_size=0.2, random_state=0)
@@ -145,7 +145,6 @@ def main():
     model = VAE(config.latent, config.hidden)
     state = TrainState.create(apply_fn=model.apply, tx=optimizer, **model.init(init_key, train[:1], init_key))
 
-    best = {"best": config.metric, "mode": config.mode}
     callbacks = [
         GracefulExit(),
         GradNorm(),
@@ -153,7 +152,9 @@ def main():
         Evaluate(eval_step, [held_out], when=config.eval_every or every(epochs=1)),
         EarlyStopping(config.metric, patience=config.patience, mode=config.mode, min_delta=config.min_delta),
         Images(lambda s: pictures(s, held_out[:50]), png=directory, events=directory, when=every(epochs=20)),
-        Checkpoint(directory, when=config.save_every or every(epochs=1), keep=config.keep, **best),
+        Checkpoint(
+            directory, when=config.save_every or every(epochs=1), keep=config.keep, best=config.metric, mode=config.mode
+        ),
         TensorBoard(directory),
         Progress(),
     ]
@@ -161,24 +162,24 @@ def main():
     data = Batches(train, config.batch_size, seed=config.seed)
     result = engine.run(state, data, epochs=config.epochs, steps=config.steps, rng=run_key)
 
-    kept = load(directory, like=result.state, step="best")
-    step, loss = int(kept.step), evaluate(eval_step, kept, [held_out])["loss"]
-    if result.history:  # since this start
+    best_state = load(directory, like=result.state, step="best")
+    step, loss = int(best_state.step), evaluate(eval_step, best_state, [held_out])["loss"]
+    if result.history:  # empty if the run was already complete
         config.to_yaml(directory / "config.yaml")
         plot(schedule, result.step, directory / "schedule.png")
-        draw(directory / "vae.png", step, result.history, pictures(kept, held_out[:50]))
+        draw(directory / "vae.png", step, result.history, pictures(best_state, held_out[:50]))
 
     mean = train.mean(0).clip(0.01, 15.99)
-    print(f"pictures       {directory}/vae.png, schedule.png, and those of every 20th epoch")
+    print(f"pictures       vae.png, schedule.png and samples every 20 epochs, in {directory}")
     print(f"without latent variables  {binomial(jnp.log(mean / (16 - mean)), held_out):.2f} nats")
-    print(f"at the end, step {result.step:<8} {result.latest['val/loss']:.2f} nats")
-    print(f"the best, step {step:<10} {loss:.2f} nats" + ("" if loss < most else f", short of {most}"))
-    return int(not loss < most)
+    print(f"final model, step {result.step:<7} {result.latest['val/loss']:.2f} nats")
+    print(f"best model, step {step:<8} {loss:.2f} nats" + ("" if loss < target else f", above the target of {target}"))
+    return int(not loss < target)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        print("Interrupted. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)

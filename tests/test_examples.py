@@ -41,4 +41,4 @@ def test_example_reaches_its_accuracy_and_a_second_start_does_nothing(script, fl
 def test_example_below_its_target_exits_with_status_1(script, flags, accuracy, tmp_path):
     short = run(script, [*flags, "--epochs", "1"], tmp_path / "run")
     assert short.returncode == 1, short.stderr
-    assert f"short of {accuracy}" in short.stdout
+    assert f"below the target of {accuracy}" in short.stdout

@@ -77,7 +77,7 @@ def test_two_processes_reach_the_accuracy_and_a_start_with_one_does_nothing(tmp_
     assert float(accuracy) >= 0.93
     whole, cut = (float(size) for size in re.findall(r"(\d+\.\d+) MB of state", out))
     assert cut < whole / 7
-    assert "params/Dense_1/kernel: of (512, 512) a device has (64, 512)" in out
+    assert "params/Dense_1/kernel: (512, 512), on each device (64, 512)" in out
     status, out, err = run(tmp_path / "run", "--processes", "1", "--layout", "replicated")
     assert status == 0, err
     assert "nothing to do" in err
@@ -127,7 +127,7 @@ def alive(pid):
 def test_run_below_its_target_exits_with_status_1(tmp_path):
     status, out, err = run(tmp_path / "run", "--processes", "1", "--batch-size", "1400")
     assert status == 1, err
-    assert "short of 0.93" in out
+    assert "below the target of 0.93" in out
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -140,6 +140,6 @@ def test_processes_started_by_a_scheduler_find_each_other(scheduler, tmp_path):
     both = [start(tmp_path / "run", *flags, **common, **SCHEDULERS[scheduler](n)) for n in range(2)]
     (first, out, err), (second, other, _) = map(end, both)
     assert (first, second) == (1, 1), err
-    assert "devices    4, cpu, of 2 process(es)" in out
-    assert "short of 0.93" in out
+    assert "devices    4 (cpu), processes 2" in out
+    assert "below the target of 0.93" in out
     assert "held-out" not in other

@@ -79,14 +79,14 @@ def test_mean_teacher_beats_training_on_labels_only_for_every_seed(tmp_path):
 def test_values_diverge_without_a_target_network_and_the_example_says_so(tmp_path):
     run = script("target_network.py", "--fast", "--rate", 1, "--directory", tmp_path / "run")
     assert run.returncode == 1, run.stderr
-    assert re.search(r"^largest error +\d+\.\d+, short of 0\.02$", run.stdout, re.MULTILINE)
+    assert re.search(r"^largest error +\d+\.\d+, above the target of 0\.02$", run.stdout, re.MULTILINE)
 
 
 # The GAN
 
 
 def gan_engine(gan, *callbacks):
-    ema = EMA(0.9, of="gen.params", when=gan.TURN)
+    ema = EMA(0.9, of="gen.params", when=gan.GENERATOR_EVERY)
     return Engine(gan.train_step, [gan.TrainGenerator(), gan.Penalty(), ema, *callbacks], log_every=1)
 
 
@@ -170,7 +170,9 @@ def test_best_vae_is_kept_and_loaded_although_training_diverges_later(tmp_path, 
     values = dict(zip(history.steps("val/loss"), history["val/loss"], strict=True))
     assert best == min(values, key=values.get) < 40
     assert values[40] > values[best] + 20
-    assert re.search(rf"^the best, step {best} +{values[best]:.2f} nats, short of 93$", capsys.readouterr().out, re.M)
+    assert re.search(
+        rf"^best model, step {best} +{values[best]:.2f} nats, above the target of 93$", capsys.readouterr().out, re.M
+    )
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {str(best), "40", "config.yaml", "schedule.png"}
     assert vae.Config.from_yaml(tmp_path / "run" / "config.yaml") == vae.Config.from_yaml(text)
 
@@ -244,8 +246,8 @@ def test_environment_moves_with_the_assumed_probabilities():
 
 def test_value_of_the_best_policy_matches_value_iteration():
     rooms = example("target_network.py")
-    best = rooms.optimum()
-    assert rooms.worth(best.argmax(1)) == pytest.approx(best.max(1), abs=1e-5)
+    best = rooms.optimal_values()
+    assert rooms.policy_values(best.argmax(1)) == pytest.approx(best.max(1), abs=1e-5)
 
 
 # The mean teacher
@@ -253,8 +255,8 @@ def test_value_of_the_best_policy_matches_value_iteration():
 
 def test_unlabelled_images_with_weight_zero_change_nothing():
     teacher = example("mean_teacher.py")
-    labelled = teacher.few(IMAGES / 16, np.arange(256) % 10, seed=0)
-    sources = [teacher.epochs_of(labelled, images / 16, seed=0) for images in (IMAGES, IMAGES[::-1])]
+    labelled = teacher.labelled_subset(IMAGES / 16, np.arange(256) % 10, seed=0)
+    sources = [teacher.mixed_batches(labelled, images / 16, seed=0) for images in (IMAGES, IMAGES[::-1])]
     engine = Engine(teacher.train_step, [Target(rate=0.1)])
     for weight, same in ((0.0, True), (3.0, False)):
         states = [engine.run(teacher.new_state(0, weight), data, steps=20, rng=KEY).state for data in sources]
@@ -262,6 +264,6 @@ def test_unlabelled_images_with_weight_zero_change_nothing():
 
 
 def test_mean_teacher_has_four_labels_of_each_digit():
-    few = example("mean_teacher.py").few(IMAGES, np.arange(256) % 10, seed=1)
-    assert np.bincount(few["label"]).tolist() == [4] * 10
-    assert len(np.unique(few["image"], axis=0)) == 40
+    labelled = example("mean_teacher.py").labelled_subset(IMAGES, np.arange(256) % 10, seed=1)
+    assert np.bincount(labelled["label"]).tolist() == [4] * 10
+    assert len(np.unique(labelled["image"], axis=0)) == 40

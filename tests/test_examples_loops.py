@@ -67,7 +67,7 @@ def test_example_passes_its_check_and_a_second_start_does_nothing(script, flags,
     assert first.returncode == 0, first.stdout + first.stderr
     reached = first.stdout.splitlines()[-1]
     assert re.search(r"\d\.\d\d", reached)
-    assert "short of" not in reached
+    assert "the target" not in reached
     before = files(tmp_path / "run")
     assert before
 
@@ -93,7 +93,7 @@ def test_example_passes_its_check_and_a_second_start_does_nothing(script, flags,
 def test_example_below_its_target_exits_with_status_1(script, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(SHARED)
     assert main(load(script), monkeypatch, *flags, "--directory", tmp_path / "run") == 1
-    assert re.search(r", short of \d", capsys.readouterr().out.splitlines()[-1])
+    assert re.search(r", (below|above) the target of \d", capsys.readouterr().out.splitlines()[-1])
 
 
 def weights(key):
@@ -270,12 +270,12 @@ def test_custom_loop_reverts_changes_that_did_not_help_and_continues(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     tried = re.findall(r"^step +\d+ +(\d+) periods  (.*) dB$", done.stdout, re.MULTILINE)
     left, best = re.search(
-        r"^the for loop was left early, back at (\d+) periods  (.*) dB$", done.stdout, re.MULTILINE
+        r"^the for loop was left early, reverted to (\d+) periods  (.*) dB$", done.stdout, re.MULTILINE
     ).groups()
     assert int(tried[-1][0]) == 2 * int(left)
     assert best == [quality for periods, quality in tried if periods == left][-1]
     assert re.search(r"^unseen pixels  (.*) dB$", done.stdout, re.MULTILINE)
-    assert (tmp_path / "turns.png").stat().st_size > 10_000
+    assert (tmp_path / "custom-loop.png").stat().st_size > 10_000
 
 
 def test_shared_package_passes_its_own_tests():
@@ -288,8 +288,8 @@ def test_project_a_undoes_exactly_the_corrupted_steps(tmp_path, monkeypatch, cap
     monkeypatch.syspath_prepend(SHARED)
     project = load("two_projects/project_a.py")
     train, _ = project.patients()
-    batches = project.from_many_places(Batches(train, 16, seed=3), 3)
-    spoiled = sum(abs(batch["y"]).max() > 100 for epoch in range(12) for batch in batches(epoch))
+    batches = project.with_wrong_units(Batches(train, 16, seed=3), 3)
+    corrupt = sum(abs(batch["y"]).max() > 100 for epoch in range(12) for batch in batches(epoch))
     main(project, monkeypatch, "--epochs", 12, "--seed", 3, "--directory", tmp_path)
-    assert f"undone              {spoiled} of 240 steps" in capsys.readouterr().out
-    assert spoiled > 5
+    assert f"skipped steps       {corrupt} of 240\n" in capsys.readouterr().out
+    assert corrupt > 5

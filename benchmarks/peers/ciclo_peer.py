@@ -1,8 +1,8 @@
 """ciclo's loop around the jitted step.
 
-Comparable: the step, its donation and the batches are those of the bare loop. Not comparable: it
-runs on a jax of 2023 (see the requirements), so compare what it adds, not what its steps take;
-and it keeps what is logged in a history on the host, which reads it at that step.
+Comparable: the step, its donation and the batches are the same as in the bare loop. Not comparable: ciclo
+needs a version of jax from 2023 (see the requirements), so compare the time it adds, not the time per
+step. It also keeps logged values in a history on the host, and reads them at that step.
 """
 
 import importlib.metadata

@@ -1,9 +1,9 @@
-"""A loop by hand with hooks called after every step, as with clu's periodic actions.
+"""A hand-written loop with hooks after every step, as with clu's periodic actions.
 
-`clu.periodic_actions` cannot be imported without tensorflow. So the class below does, call for
-call, what `PeriodicAction` of clu 0.0.12 does at a step: read the clock, check that no step was
-left out, ask whether it is due. Comparable: all else is the bare loop. Two hooks stand for
-ReportProgress and Profile, which act every minute and every hour, so not at all in a run here.
+`clu.periodic_actions` cannot be imported without tensorflow, so the class below copies what
+`PeriodicAction` of clu 0.0.12 does at a step: read the clock, check that no step was skipped, and
+test whether it is due. Comparable: everything else is the bare loop. The two hooks represent
+ReportProgress and Profile, which act every minute and every hour, so never in these short runs.
 """
 
 import time

@@ -1,7 +1,7 @@
 """pytorch-ignite's Engine around the jitted step.
 
-Comparable: the step, its donation and the batches are those of the bare loop; ignite fires its
-five events a step either way. Not comparable: nothing is moved to a device or logged to a file.
+Comparable: the step, its donation and the batches are the same as in the bare loop; ignite
+fires its five events per step in every case. Not comparable: nothing is moved to a device or logged to a file.
 """
 
 import importlib.metadata

@@ -1,8 +1,8 @@
 """kauldron's Trainer around the jitted step.
 
-Comparable: the step and its donation are those of the bare loop, in a TrainStep of our own, and
-so are the batches. Not comparable: kauldron puts each batch on the device with a sharding before
-the step, which the bare loop leaves to jit. Profiler, checkpoints and files are off.
+Comparable: the step, its donation and the batches are the same as in the bare loop; the step is
+wrapped in a custom TrainStep. Not comparable: kauldron places each batch on the device with a sharding
+before the step, which the bare loop leaves to jit. Profiler, checkpoints and files are off.
 """
 
 import importlib.metadata

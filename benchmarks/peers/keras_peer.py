@@ -1,10 +1,10 @@
-"""Keras 3 on jax: `fit`, with one and with 32 steps an execution.
+"""Keras 3 on jax: `fit`, with 1 and with 32 steps per execution.
 
 Comparable: the same layers, loss and optimizer as the bare loop's step, on the same batches, and
 Keras donates its variables too. Not comparable: Keras owns the step, which also keeps the mean of
-the loss; so a row holds what its step and its loop cost together, and only the no-op row, where
-the compiled function is replaced, its loop alone. A callback with a batch event makes `fit` turn
-every step's loss into a float; without one, threads do so.
+the loss. So a row shows the cost of its step and its loop together; only the no-op row, where the
+compiled function is replaced, shows the loop alone. A callback with a batch event makes `fit`
+convert every loss to a float; without one, threads do it.
 """
 
 import os
@@ -18,7 +18,7 @@ WIDTHS = {"no-op": [10], "W1": [10], "W3": [256, 256, 256, 10]}
 
 
 class NoOp(keras.Sequential):
-    """A model whose compiled step hands back what is ready."""
+    """A model whose compiled step returns constants."""
 
     def make_train_function(self, force=False):
         logs = {"loss": keras.ops.ones(())}

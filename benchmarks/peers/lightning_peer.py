@@ -1,9 +1,9 @@
 """Lightning's Trainer, with manual optimization, around the jitted step.
 
-Comparable: the step, its donation and the batches are those of the bare loop, and the Trainer is
-in its `barebones` mode, which leaves out whatever may cost speed. Not comparable: Lightning was
-made for torch; the module has no parameters and no optimizer, and `self.log`, its own way of
-logging, is off in this mode, so that a callback reads the loss instead.
+Comparable: the step, its donation and the batches are the same as in the bare loop, and the
+Trainer is in `barebones` mode, which disables every feature that costs speed. Not comparable:
+Lightning is made for torch. The module has no parameters and no optimizer, and `self.log` is off in
+this mode, so a callback reads the loss instead.
 """
 
 import importlib.metadata

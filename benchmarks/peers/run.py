@@ -1,11 +1,11 @@
-"""What the loops of other libraries add to a step, each beside a bare donated jit loop.
+"""Measure what the loops of other libraries add to a step, compared with a bare donated jit loop.
 
 Run: python benchmarks/peers/run.py [--only keras,ignite] [--rounds 7] [--json FILE]
 
-Each peer lives in a virtual environment of its own under .bench/, made at the first run from its
-pinned requirements (about 11 GB for all of them; ciclo's need Python 3.11), and is timed by a
-script of its own, on one core where the system allows it. A peer that cannot be installed or does
-not run is a row that says so. What is comparable is said at the top of each script.
+Each peer has its own virtual environment under .bench/, created at the first run from its pinned
+requirements (about 11 GB for all of them; ciclo needs Python 3.11), and its own script, which runs on
+one core if the system allows it. If a peer cannot be installed or does not run, its row says so. The
+docstring of each script says what is comparable.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parents[1] / ".bench"
 PEERS = ("clu", "ignite", "ciclo", "tunix", "lightning", "keras", "kauldron")
-MINUTES = 20  # for one peer's installation, and for its run
+MINUTES = 20  # limit for the installation and for the run of one peer
 
 
 def call(*command):
-    """What a command prints; if it fails, an error of one line: pip's own or the end of a traceback."""
+    """Return the output of a command; if it fails, raise pip's error or the last line of the traceback."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=MINUTES * 60)
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
@@ -32,7 +32,7 @@ def call(*command):
 
 
 def python_of(peer):
-    """The interpreter of a peer's environment, which is made if its requirements are not those installed."""
+    """Return the interpreter of a peer's environment; create the environment if its requirements changed."""
     home, requirements = ENVIRONMENTS / peer, HERE / f"requirements-{peer}.txt"
     python, installed = home / "bin" / "python", home / "installed.txt"
     if not installed.exists() or installed.read_text() != requirements.read_text():
@@ -44,7 +44,7 @@ def python_of(peer):
 
 
 def measured(peer, rounds):
-    """A peer's figures, or why there are none."""
+    """Return the results of a peer, or the reason why there are none."""
     failing = "not installable"
     try:
         python = python_of(peer)
@@ -56,18 +56,18 @@ def measured(peer, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", type=lambda names: names.split(","), default=PEERS, help="peers, by commas")
+    parser.add_argument("--only", type=lambda names: names.split(","), default=PEERS, help="comma-separated peers")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     if unknown := set(options.only) - set(PEERS):
-        parser.error(f"--only takes some of {','.join(PEERS)}, got {','.join(sorted(unknown))}")
+        parser.error(f"--only takes {','.join(PEERS)}, got {','.join(sorted(unknown))}")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, pinned to one"
     print(f"{machine}; medians of {options.rounds} rounds\n")
 
-    print(f"{'peer':<20}{'jax':<9}{'step':<7}{'case':<50}{'µs a step':>10}{'bare':>10}{'adds µs':>10}{'ratio':>8}")
+    print(f"{'peer':<20}{'jax':<9}{'step':<7}{'case':<50}{'µs/step':>10}{'bare':>10}{'adds µs':>10}{'ratio':>8}")
     figures = []
     for peer in options.only:
         figures.append(found := measured(peer, options.rounds))

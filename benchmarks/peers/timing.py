@@ -1,9 +1,9 @@
-"""What the peers' scripts share: a peer's loop and a bare one, in turn, on the same batches.
+"""Shared by the scripts of the peers: time a peer's loop and a bare loop in turn, on the same batches.
 
-A run is timed from its data: from the moment a loop asks for the first counted batch until it asks
-for the one after the last. What surrounds a run (compiling, starting, ending an epoch) so counts
-for nothing, however a peer does it. Every case runs once a round, so that a slow moment of the
-machine meets all of them; figures are medians over rounds.
+The data source takes the time, from the request for the first counted batch to the request after the
+last. So the time includes no work around a run (compilation, start, end of an epoch), however a peer
+does it. Every case runs once per round, so a slow moment of the machine affects all of them. Results
+are medians over rounds.
 """
 
 import argparse
@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import workloads
 
 LOG_EVERY = 100
-CALL = 32  # steps in one of Keras's executions; all counts are multiples, so that none is cut
-WARM = 2 * CALL  # batches before the counted ones, enough to fill the device's queue, and as many after
+CALL = 32  # Keras's steps_per_execution; all counts are multiples of it, so that no execution is cut short
+WARM = 2 * CALL  # batches before and after the counted ones, enough to fill the device's queue
 
 
 class Batches:
-    """Ready batches, as often as asked for, and a clock that runs while the counted ones are taken."""
+    """Ready batches that measure the time in which the counted ones are consumed."""
 
     def __init__(self, ready, steps):
         self.around = [ready[i % len(ready)] for i in range(WARM)]
@@ -50,7 +50,7 @@ def bare(step, state, data):
 
 
 def noop():
-    """The batches of W1 and a step that hands back what is ready: what is left is the loop."""
+    """Create a workload with the batches of W1 and a step that returns constants, to time the loop alone."""
     metrics = {"loss": jnp.float32(1)}
     return dataclasses.replace(
         workloads.one_layer(),
@@ -60,8 +60,8 @@ def noop():
     )
 
 
-def compared(name, cases, rounds):
-    """The rows of one workload, a row a case."""
+def compare(name, cases, rounds):
+    """Yield the rows of one workload, one row per case."""
     workload = noop() if name == "no-op" else workloads.WORKLOADS[name]()
 
     def step(state, batch):
@@ -72,19 +72,19 @@ def compared(name, cases, rounds):
     starts = range(0, len(workload.arrays["x"]), workload.batch_size)
     ready = [{key: array[i : i + workload.batch_size] for key, array in workload.arrays.items()} for i in starts]
     runs = {"bare": bare, **cases}
-    took = {case: [] for case in runs}
+    times = {case: [] for case in runs}
     for _ in range(rounds):
         for case, run in runs.items():
             data = Batches(ready, workload.steps // CALL * CALL)
             run(step, jax.tree_util.tree_map(jnp.array, workload.state), data)  # a copy: the step donates it
-            took[case].append(data.microseconds)
+            times[case].append(data.microseconds)
     for case in cases:
-        pairs = list(zip(took[case], took["bare"], strict=True))
+        pairs = list(zip(times[case], times["bare"], strict=True))
         yield {
             "workload": name,
             "case": case,
-            "us_per_step": statistics.median(took[case]),
-            "bare_us": statistics.median(took["bare"]),
+            "us_per_step": statistics.median(times[case]),
+            "bare_us": statistics.median(times["bare"]),
             "ratio": statistics.median(peer / base for peer, base in pairs),
             "adds_us": statistics.median(peer - base for peer, base in pairs),
         }
@@ -95,12 +95,12 @@ def main(peer, version, cases):
 
     Args:
         peer: its name.
-        version: as installed.
-        cases: the workload's name to a dict from a case to `run(step, state, data)`.
+        version: its installed version.
+        cases: function from the name of a workload to a dict of cases, each a `run(step, state, data)`.
     """
     parser = argparse.ArgumentParser(description=f"Times {peer}.")
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    rows = [row for name in ("no-op", "W1", "W3") for row in compared(name, cases(name), rounds)]
+    rows = [row for name in ("no-op", "W1", "W3") for row in compare(name, cases(name), rounds)]
     versions = {"version": version, "jax": jax.__version__, "python": platform.python_version()}
     print(json.dumps({"peer": peer, **versions, "rows": rows}))

@@ -1,9 +1,9 @@
-"""tunix's PeftTrainer: around the jitted step, and with the nnx step it makes itself.
+"""tunix's PeftTrainer: around the jitted step, and with the nnx step that it builds.
 
-Comparable: in the first case the step, its donation and the batches are those of the bare loop.
-In the second the layers, the loss and the optimizer are, but the step is tunix's own: it goes
-through nnx and computes the norm of the gradients too. Not comparable: the trainer reads the loss
-after every step and keeps it; there is no way to have it do so every 100 steps only.
+Comparable: in the first case the step, its donation and the batches are the same as in the bare
+loop. In the second case the layers, the loss and the optimizer are the same, but tunix builds the step:
+it uses nnx and also computes the gradient norm. Not comparable: the trainer reads and keeps the loss
+after every step, and has no option to do so only every 100 steps.
 """
 
 import importlib.metadata
@@ -34,27 +34,27 @@ def loss(model, x, y):
 
 
 class Around(PeftTrainer):
-    """A trainer whose step is the one given."""
+    """A trainer that runs a given step."""
 
     step, state = None, None
 
     def create_train_step_fn(self):
         def train_step(batch):
             self.state, metrics = self.step(self.state, batch)
-            return metrics["loss"], None, 0.0  # the third is the gradients' norm, on the host here
+            return metrics["loss"], None, 0.0  # the third is the gradient norm, here a Python float
 
         return train_step
 
 
-def made(cls, workload):
+def build(cls, workload):
     tx = optax.adam(1e-3) if workload == "W3" else optax.sgd(0.1)
     trainer = cls(MLP(WIDTHS[workload]), tx, TrainingConfig(eval_every_n_steps=10**9))
-    trainer.is_managed_externally = True  # otherwise a second `train` leaves out as many batches as the first took
+    trainer.is_managed_externally = True  # otherwise a second `train` skips as many batches as the first one used
     return trainer
 
 
 def cases(workload):
-    around, own = made(Around, workload), made(PeftTrainer, workload).with_loss_fn(loss)
+    around, own = build(Around, workload), build(PeftTrainer, workload).with_loss_fn(loss)
 
     def around_step(step, state, data):
         around.step, around.state = step, state

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ..checks import check_mode
 from ..records import improves
 from .files import names_in
 from .manifest import MANIFEST, find_damage, read_manifest
@@ -51,8 +52,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, best: str | None = None, mode: str = "min"):
-        if mode not in ("min", "max"):
-            raise ValueError(f"Checkpoints needs mode 'min' or 'max', got {mode!r}.")
+        check_mode("Checkpoints", mode)
         self.directory: str = os.path.abspath(directory)
         self.best: str | None = best
         self.mode: str = mode
