@@ -102,7 +102,10 @@ class Loop:
         earlier = state if isinstance(state, Result) else None
         state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
 
-        self.step = self.epoch = self.epoch_step = self.start_step = 0
+        self.step: int = 0
+        self.epoch: int = 0
+        self.epoch_step: int = 0
+        self.start_step: int = 0
         self.metrics: Metrics = {}
         self.latest: dict[str, float] = {}
         self.history: History = History()
