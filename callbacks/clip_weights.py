@@ -47,7 +47,7 @@ class ClipWeights(Callback):
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"ClipWeights needs low < high, got {self.low} and {self.high}.")
-        self.update_when = self.when
+        self.update_when: Cadence | int = self.when
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         def clip(leaf: jax.Array) -> jax.Array:

@@ -70,7 +70,7 @@ class EMA(Callback):
             raise ValueError(f"EMA needs 0 <= decay < 1, got {self.decay!r}.")
         check_int("EMA", "warmup", self.warmup, 0)
         check_int("EMA", "start", self.start, 0)
-        self.update_when = self.when
+        self.update_when: Cadence | int = self.when
 
     def init(self, state: Any) -> EmaCarry | EmaWarmupCarry:
         average = jax.tree.map(widen, get_fields(state, self.of, "EMA"))

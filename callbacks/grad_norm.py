@@ -48,7 +48,7 @@ class GradNorm(Callback):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self.update_when = self.when
+        self.update_when: Cadence | int = self.when
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         if "grads" not in ctx.aux:

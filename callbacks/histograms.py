@@ -82,7 +82,7 @@ class Histograms(Callback):
         self.when: Cadence | int = when
         self.name: str | None = name
         if grads:
-            self.update_when = when
+            self.update_when: Cadence | int = when
 
     def init(self, state: Any) -> Any:
         rows = len(_floats("grads", self._params(state)))

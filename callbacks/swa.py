@@ -56,7 +56,7 @@ class SWA(Callback):
 
     def __post_init__(self) -> None:
         check_int("SWA", "start", self.start, 0)
-        self.update_when = self.when
+        self.update_when: Cadence | int = self.when
 
     def init(self, state: Any) -> SwaCarry:
         return SwaCarry(jax.tree.map(widen, get_fields(state, self.of, "SWA")), jnp.int32(0))

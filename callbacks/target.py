@@ -50,7 +50,7 @@ class Target(Callback):
     def __post_init__(self) -> None:
         if not (isinstance(self.rate, (int, float)) and 0 < self.rate <= 1):
             raise ValueError(f"Target needs 0 < rate <= 1, got {self.rate!r}.")
-        self.update_when = self.when
+        self.update_when: Cadence | int = self.when
 
     def init(self, state: Any) -> tuple[()]:
         source, target = self._fields(state)
