@@ -75,12 +75,13 @@ class Tripwire:
 
     dtype = np.dtype("float32")
 
-    def __init__(self, step, reads, shape=()):
-        self.step, self.reads, self.shape, self.ndim = step, reads, shape, len(shape)
+    def __init__(self, step, reads, shape=(), value=1.0):
+        self.step, self.reads, self.value = step, reads, value
+        self.shape, self.ndim = shape, len(shape)
 
     def _read(self, *args, **kwargs):
         self.reads.append(self.step)
-        return 1.0
+        return self.value
 
     __float__ = __int__ = __bool__ = __index__ = __format__ = __lt__ = __gt__ = __eq__ = __hash__ = _read
     item = tolist = copy_to_host_async = __repr__ = _read

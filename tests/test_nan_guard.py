@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.training.train_state import TrainState
-from models import epoch, fresh_state
+from models import Tripwire, epoch, fresh_state
 from models import step as real_step
 from onstep import Callback, Engine, Loop, every
 from onstep.callbacks import EMA, Checkpoint, GradNorm, NaNGuard
@@ -128,20 +128,9 @@ def test_guard_in_two_engines_names_the_leaves_of_each():
         one.run(fresh(), batches(2, a={1: NAN}), epochs=1)
 
 
-class Tripwire:
-    """A carry that writes down the step at which the host reads it."""
-
-    def __init__(self, step, reads):
-        self.step, self.reads = step, reads
-
-    def __array__(self, *args, **kwargs):
-        self.reads.append(self.step)
-        return np.zeros(5, np.int32)
-
-
 def test_host_reads_only_at_due_steps_and_at_the_end(monkeypatch):
     reads = []
-    monkeypatch.setattr(Loop, "carries", property(lambda loop: {"NaNGuard": Tripwire(loop.step, reads)}))
+    monkeypatch.setattr(Loop, "carries", property(lambda loop: {"NaNGuard": Tripwire(loop.step, reads, (5,), 0)}))
     engine = Engine(lambda state, batch: (state, {"loss": state}), [NaNGuard(when=20)], log_every=7)
     engine.run(jnp.float32(0), range(50), epochs=1)
     assert sorted(set(reads)) == [20, 40, 50]
