@@ -132,7 +132,7 @@ def read_idx(path, dimensions):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=int, help="also the length of the schedule; default: 30; 8 with --fast, 3 with --data")
+    add("--epochs", type=int, help="epochs, and length of the schedule; default: 30; 8 with --fast, 3 with --data")
     add("--batch-size", type=int, default=64, help="default: 64")
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
     add("--learning-rate", type=float, help="peak of the schedule; the default depends on the optimizer")

@@ -109,7 +109,7 @@ def write(state, text, key):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, help="also the length of the schedule; default: 3000; 350 with --fast")
+    add("--steps", type=int, help="steps, and length of the schedule; default: 3000; 350 with --fast")
     add("--seed", type=int, default=0, help="seed of the weights, data order and sample; default: 0")
     add("--fast", action="store_true", help="a short run, by default in runs/language-model-fast")
     add("--directory", type=Path, help="directory of the run; default: runs/language-model")
