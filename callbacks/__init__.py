@@ -1,4 +1,4 @@
-"""The callbacks that come with onstep: one file each, none needs another."""
+"""The built-in callbacks, one per file. None of them imports another."""
 
 from .checkpoint import Checkpoint
 from .clip_weights import ClipWeights

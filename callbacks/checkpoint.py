@@ -25,7 +25,7 @@ class Checkpoint(Callback):
 
     Args:
         directory: of the run.
-        when: when to save; a plain int means steps. The last step is saved in any case.
+        when: when to save; a plain int means steps. The last step is always saved.
         keep: how many of the newest checkpoints to keep.
         best: a metric; the checkpoint with its best value is kept as well. Only checkpoints at whose step the metric
             was recorded compete.
@@ -53,8 +53,8 @@ class Checkpoint(Callback):
     >>> from onstep import Engine
     >>> directory = tempfile.TemporaryDirectory()
     >>> engine = Engine(lambda state, batch: (state + batch, {}), [Checkpoint(directory.name, when=10)])
-    >>> _ = engine.run(jnp.int32(0), range(25), epochs=1)  # as if it were interrupted here
-    >>> engine.run(jnp.int32(0), range(25), epochs=2).step  # resumes at step 25
+    >>> _ = engine.run(jnp.int32(0), range(25), epochs=1)
+    >>> engine.run(jnp.int32(0), range(25), epochs=2).step  # resumes from step 25
     50
     >>> int(load(directory.name, jnp.int32(0), step=25))
     300
@@ -123,13 +123,14 @@ class Checkpoint(Callback):
         checkpoints, over = self._writer.checkpoints, loop.error is None and loop.finished and self._saved
         if over and processes.writes() and best in loop.latest and checkpoints.best_step() is None:
             warnings.warn(
-                f"Checkpoint: none of {checkpoints.steps()} in {self.directory} is the best, because {best!r} was not "
-                "recorded at a step that was saved, or was never finite. Give both the same cadence (when=...).",
+                f"Checkpoint: no checkpoint in {checkpoints.steps()} of {self.directory} counts as best, because "
+                f"{best!r} was not recorded at a step that was saved, or was never finite. Give both the same cadence "
+                "(when=...).",
                 stacklevel=3,
             )
 
     def _find_resume_step(self, at: int) -> int | None:
-        """The checkpoint from which a run that is at step `at` resumes, None if it starts from scratch."""
+        """Return the step to resume from, None to start from scratch. The run is at step `at`."""
         checkpoints = self._writer.checkpoints
         steps = checkpoints.steps()
         if not steps or self.overwrite:

@@ -1,4 +1,4 @@
-"""Clip weights after the step."""
+"""Clip weights after each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onstep.tools import get_field, set_field
 
 @dataclass(eq=False, repr=False)
 class ClipWeights(Callback):
-    """Clips weights to [low, high] after the step, as the critic of a Wasserstein GAN needs it.
+    """Clips weights to [low, high] after the step, as required for a Wasserstein GAN's critic.
 
     It runs inside the compiled step (Arjovsky et al., 2017, arXiv:1701.07875, clip to [-0.01, 0.01]). Leaves
     that are not real floats stay unchanged, and NaN stays NaN. To clip gradients, use Optax.

@@ -20,8 +20,8 @@ class CSV(Callback):
     again, and earlier rows are empty in its column. NaN and infinities are written as `nan`, `inf` and `-inf`, which
     numpy and pandas read.
 
-    A resumed run removes rows beyond the step from which it resumes, so no row is there twice. A run from scratch
-    renames an existing file to `<name>.1.csv`, and says so. The file is created at the first record.
+    A resumed run removes rows beyond the step from which it resumes, so no row appears twice. A run from scratch
+    renames an existing file to `<name>.1.csv`, and prints a notice. The file is created at the first record.
 
     Args:
         path: the file. If its directory does not exist, it is created.

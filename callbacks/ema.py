@@ -40,12 +40,12 @@ class EMA(Callback):
         warmup: with w > 0, update n (from 1) uses the decay `min(d, n / (n + w))`, so that the average soon
             forgets the first parameters; 9 is the schedule of TensorFlow's
             `ExponentialMovingAverage(num_updates=...)`.
-        start: until this number of steps is done, each due update copies the parameters instead.
+        start: during the first `start` steps, each due update copies the parameters instead.
         when: when the average is updated; a plain int means steps.
         name: the callback's name, needed only to tell two EMAs apart.
 
     Raises:
-        ValueError: a number is out of range, or the state has no such field (when the run starts).
+        ValueError: a number is out of range, or the state has no such field (when the run begins).
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -91,7 +91,7 @@ class EMA(Callback):
     def params(self, source: Loop | Result) -> Any:
         """Return the averages, in the structure and dtypes of the field `of`; a tuple for several fields.
 
-        The next step donates the arrays of a loop, so copy those that you keep.
+        The next step donates the arrays of a loop, so copy anything you need after the event.
         """
         return cast_like(source.carry(self).average, get_fields(source.state, self.of, "EMA"))
 

@@ -18,15 +18,18 @@ from onstep import Cadence, Callback, Loop, every
 from onstep.tools import log_user
 
 ECHO = 0.1
-"""Seconds in which another signal counts as an echo of the first. Launchers send their children what these also got."""
+"""Seconds in which another signal counts as an echo of the first.
+
+Launchers forward signals the child has already received.
+"""
 
 
 @dataclass(eq=False, repr=False)
 class GracefulExit(Callback):
     """Stops a run on SIGTERM or Ctrl-C: finishes the step, lets every callback save and end, then passes the signal on.
 
-    Use it for runs that a scheduler may preempt or that you interrupt yourself. `run` then raises or does what the
-    signal would have caused without this callback: KeyboardInterrupt, exit status 143, or whatever the previous
+    Use it for runs that a scheduler may preempt or that you interrupt yourself. After everything is saved, the run
+    then ends as the signal would have ended it: with KeyboardInterrupt, exit status 143, or whatever the previous
     handler does. A second signal goes to the previous handler immediately. The handlers are installed from `on_load`
     to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback first, so
     that it ends last.
@@ -34,19 +37,27 @@ class GracefulExit(Callback):
     Args:
         deadline: when to stop by the clock, in seconds since the run began or as a datetime with a time zone, which
             is checked once a second. `run` then returns as usual. If it has already passed, no step runs. Leave time
-            for a step, an evaluation and a save.
+            for one more step, an evaluation and a save.
         signals: the signals to handle.
         name: the callback's name.
 
     Raises:
         ValueError: `deadline` has no time zone or is not a finite number, or a signal cannot be caught.
-        KeyboardInterrupt, SystemExit: the run has ended after a signal, see above.
+        KeyboardInterrupt, SystemExit: a signal ended the run, as described above.
 
-    >>> import jax.numpy as jnp
     >>> from onstep import Engine
-    >>> engine = Engine(lambda state, batch: (state + batch, {}), [GracefulExit(deadline=0)])
-    >>> engine.run(jnp.int32(0), [1, 2, 3], epochs=1).stopped
-    'deadline reached'
+    >>> from onstep.testing import counting_step
+    >>> class Preempt(Callback):
+    ...     def on_step_end(self, loop):
+    ...         signal.raise_signal(signal.SIGTERM)  # as a scheduler does
+    ...     def on_save(self, loop):
+    ...         print("saving step", loop.step)
+    >>> try:
+    ...     result = Engine(counting_step, [GracefulExit(), Preempt()]).run(0, [1, 2, 3], epochs=1)
+    ... except SystemExit as error:
+    ...     print("exit status", error.code)
+    saving step 1
+    exit status 143
     """
 
     _: KW_ONLY
@@ -68,7 +79,7 @@ class GracefulExit(Callback):
         self._previous: dict[int, Any] = {}  # the handlers before the run
 
     def _when(self) -> Cadence:
-        """When to look at the deadline; never without one."""
+        """When to check the deadline; never if there is none."""
         if isinstance(self.deadline, datetime):
             if self.deadline.utcoffset() is None:
                 raise ValueError(
@@ -118,7 +129,7 @@ class GracefulExit(Callback):
             previous(self._first, None)
 
     def _receive(self, number: int, frame: Any) -> None:
-        """Handle a signal. This runs between two bytecodes of whatever the main thread is doing."""
+        """Handle a signal. The main thread runs this between any two bytecodes."""
         now, here = self.clock(), os.getpid() == self._process
         if here and self._first is None:
             self._first, self._at = number, now

@@ -19,8 +19,8 @@ class GradNorm(Callback):
     compiled step, so it costs almost nothing where the optimizer clips by the same norm.
 
     Args:
-        by_module: also log one norm for each top-level entry of the gradients, `grad_norm/<entry>`, and so one
-            for each network of a GAN.
+        by_module: also log one norm for each top-level entry of the gradients, `grad_norm/<entry>`, for
+            example one per network of a GAN.
         updates: also log `update_norm`, the norm of the change that the step made to the parameters.
         params: also log `param_norm`, the norm of the parameters after the step.
         of: the field of the state that holds the parameters; needed for `updates` and `params`.
@@ -71,7 +71,7 @@ class GradNorm(Callback):
 
 
 def _norm(tree: Any) -> jax.Array:
-    """Return the L2 norm; the sum is in at least 32 bits, because 16 would overflow."""
+    """Return the L2 norm. The sum is computed in at least 32 bits, because 16 bits would overflow."""
     from optax.tree import norm
 
     return norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))

@@ -17,12 +17,12 @@ BINS = 64
 class Histogram(NamedTuple):
     """The histogram of one leaf, packed into one row of float32.
 
-    A carry of five arrays would be the plain form, but every leaf of a carry costs about 0.9 µs a call.
+    Five arrays would be simpler, but each leaf of a carry costs about 0.9 µs per call.
     """
 
     counts: Any  # (BINS,), in bins of equal width from `low` to `high`
-    low: Any  # scalar, the least finite value; inf if there is none
-    high: Any  # scalar, the greatest finite value; -inf if there is none
+    low: Any  # scalar, the smallest finite value; inf if there is none
+    high: Any  # scalar, the largest finite value; -inf if there is none
     total: Any  # scalar, the sum of the finite values
     squares: Any  # scalar, the sum of their squares
 
@@ -37,11 +37,11 @@ class Histogram(NamedTuple):
 
 
 class Histograms(Callback):
-    """Writes a histogram of every leaf of the parameters to TensorBoard, and of the gradients on request.
+    """Writes a histogram of every leaf of the parameters, and optionally of the gradients, to TensorBoard.
 
     Use it to see weights that grow, vanish or do not move. The values are counted on the device, in 64 bins from
-    the least to the greatest, so no weights are transferred; gradients are counted inside the compiled step.
-    Values that are not finite are left out, and so are leaves that are not real floats. tensorboardX writes the
+    minimum to maximum, so no weights are transferred; gradients are counted inside the compiled step.
+    Non-finite values, and leaves that are not real floats, are left out. tensorboardX writes the
     files; the directory may be that of `TensorBoard`.
 
     Args:
@@ -53,7 +53,7 @@ class Histograms(Callback):
         name: the callback's name.
 
     Raises:
-        ValueError: the state has no such field (when the run starts), or the step returns no such gradients
+        ValueError: the state has no such field (when the run begins), or the step returns no such gradients
             (at the first step).
 
     >>> import os, tempfile

@@ -25,8 +25,8 @@ class JSONLines(Callback):
     strings "NaN", "Infinity" and "-Infinity", which `float` in Python and `Number` in JavaScript read. `time` is in
     seconds since 1970.
 
-    A resumed run removes lines beyond the step from which it resumes, so no point is there twice. A run from scratch
-    renames an existing file to `<name>.1.jsonl`, and says so. The file is created at the first record.
+    A resumed run removes lines beyond the step from which it resumes, so no point appears twice. A run from scratch
+    renames an existing file to `<name>.1.jsonl`, and prints a notice. The file is created at the first record.
 
     Args:
         path: the file. If its directory does not exist, it is created.

@@ -1,4 +1,4 @@
-"""Record the learning rate beside the training metrics."""
+"""Record the learning rate with the training metrics."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from onstep.tools import get_fields, has_training_metrics, signature
 class LearningRate(Callback):
     """Records `lr`, the learning rate of the last update, with every window of training metrics.
 
-    The value is that of the step at which the window ends, not a mean. A schedule is evaluated at the
+    It is the value at the window's last step, not a mean. A schedule is evaluated at the
     optimizer's own count, which does not move when `optax.MultiSteps` or `optax.apply_if_finite` skips an
     update. Without a schedule, the rate is read from `optax.inject_hyperparams`. If there are several, each is
-    named by its place: `lr/encoder`, `lr/decoder`.
+    named by its path: `lr/encoder`, `lr/decoder`.
 
     Args:
         schedule: the optimizer's schedule, `count -> rate`; None to read the rate from the state.
@@ -29,7 +29,7 @@ class LearningRate(Callback):
     Raises:
         TypeError: `schedule` is not a function.
         ValueError: the state has no such field, or the field has no count or learning rate (when the run
-            starts).
+            begins).
 
     >>> import jax.numpy as jnp
     >>> import optax
@@ -85,5 +85,5 @@ class LearningRate(Callback):
 
 
 def _shared(paths: list[list[str]]) -> int:
-    """Return how many first parts all paths have in common."""
+    """Return the length of the common prefix of all paths."""
     return len([*takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))])

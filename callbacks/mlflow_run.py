@@ -21,9 +21,9 @@ TAG = "onstep.run"
 class MLflow(Callback):
     """Logs every record to an MLflow run. Needs `pip install 'onstep[mlflow]'`.
 
-    The MLflow run begins with the first record, and ends as FINISHED, FAILED or KILLED (by a signal, or stopped to be
-    resumed). Checkpoints hold its id, so a resumed run continues the same MLflow run. Points that MLflow already has
-    are not logged again.
+    The MLflow run begins with the first record, and ends as FINISHED, FAILED or KILLED (by a signal or a
+    resumable stop). Checkpoints hold its id, so a resumed run continues the same MLflow run. Points that MLflow
+    already has are not logged again.
 
     The extra installs `mlflow-skinny`, which is enough for a tracking server. A database on this machine needs the
     full `mlflow` package.

@@ -1,4 +1,4 @@
-"""Find the first NaN or inf, to the step and the leaf: raise, or undo the step."""
+"""Find the first NaN or inf, down to the step and leaf, and raise an error or undo the step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FINE = np.iinfo(np.int32).max
 class GuardCarry(NamedTuple):
     """What `NaNGuard` keeps on the device, packed into one int32 array.
 
-    A carry of five arrays would be the plain form, but every leaf of a carry costs about 0.9 µs a call.
+    Five arrays would be simpler, but each leaf of a carry costs about 0.9 µs per call.
     """
 
     step: Any  # scalar, the step to report, counted from 1; 0 for none
@@ -39,31 +39,31 @@ class GuardCarry(NamedTuple):
 
 
 class NaNGuard(Callback):
-    """Finds the first NaN or inf, to the step and the leaf, and raises an error or undoes such steps.
+    """Finds the first NaN or inf, down to the step and leaf, and raises an error or undoes such steps.
 
     The metrics, and `aux["grads"]` if the step returns it, are checked inside the compiled step. The host reads
-    the finding when it is due, and before every snapshot. Before a snapshot it checks the state as well, so no
+    the result at the steps of `when`, and before every snapshot. Before a snapshot it checks the state as well, so no
     checkpoint holds a NaN. Leaves of the state that are not finite before the first step, such as the best
     value so far, are exempt.
 
-    With `skip`, nothing of a bad step stays in the state, counters and random keys included, but `loop.step`
-    counts it. This can take the memory of one more state. The compiled halves later in the list see the
+    With `skip`, the whole step is undone in the state, including its counters and random keys, but `loop.step`
+    counts it. This can need memory for a second state. The compiled halves later in the list see the
     restored state. The metrics of a bad step are kept, so a mean that includes a NaN is NaN; `train/skipped` is
     the share of steps that were undone.
 
     Args:
         state: True also checks the state at every step; `skip` always does.
         skip: True undoes bad steps instead of raising.
-        max_skips: how many steps in a row may be undone, >= 1; the next one raises. None for any number.
-        ignore: metrics and leaves that may be anything, by name or by the first parts of it:
+        max_skips: how many steps in a row may be undone, >= 1; the next one raises. None for no limit.
+        ignore: metrics and leaves that may be NaN or inf, by name or by the first parts of the name:
             `"perplexity"`, `"grads/scale"`, `"state/opt_state"`.
-        when: when the host reads the finding; a plain int means steps.
+        when: when the host reads the result of the checks; a plain int means steps.
         name: the callback's name.
 
     Raises:
         FloatingPointError: something is not finite; the message has the step and the leaf.
         ValueError: a number is out of range, there is nothing to check, or nothing matches a name to ignore;
-            or, with `skip`, a callback earlier in the list keeps floats, which cannot be restored.
+            or, with `skip`, a callback earlier in the list has floats in its carry, which cannot be restored.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -127,8 +127,8 @@ class NaNGuard(Callback):
                 break
             if leaves_of_type(loop.carries.get(name), jnp.inexact):
                 raise ValueError(
-                    f"NaNGuard(skip=True) needs to come before {name} in the list of callbacks: what {name} keeps "
-                    "from a step that is undone cannot be restored."
+                    f"NaNGuard(skip=True) needs to come before {name} in the list of callbacks, because an undone step "
+                    f"cannot be removed from {name}'s carry."
                 )
 
     def on_step_end(self, loop: Loop) -> None:
@@ -147,7 +147,7 @@ class NaNGuard(Callback):
         self._check_state(loop)
 
     def skipped(self, source: Loop | Result) -> int:
-        """Return the number of steps undone since the run first began; it waits for the device."""
+        """Return the number of steps undone since the run first began. Waits for the device."""
         return int(self._read(source).skipped)
 
     def _read(self, source: Loop | Result) -> GuardCarry:
@@ -176,7 +176,7 @@ class NaNGuard(Callback):
             )
 
     def _watched(self, names: Iterable[str]) -> np.ndarray:
-        """Return for each name whether it is not one to ignore."""
+        """Return for each name whether it is checked; names in `ignore` are not."""
         return np.array([not _within(name, *self.ignore) for name in names], bool)
 
     def _check_names(self, names: list[str], known: list[str]) -> None:

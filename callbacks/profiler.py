@@ -22,8 +22,8 @@ class Profiler(Callback):
 
     Args:
         directory: where to write the trace, in `plugins/profile`. It can be the directory of `TensorBoard`.
-        start: the number of steps to run before the trace. Compilation is never part of it, but the first steps of a
-            run are slower than later ones.
+        start: the number of steps to run before the trace. With 0, or if a run resumes at exactly this
+            step, the trace includes the compilation. The first steps of a run are slower than later ones.
         steps: the number of steps to trace. Long traces are large.
         name: the callback's name.
 
@@ -31,9 +31,14 @@ class Profiler(Callback):
         ValueError: `start` is negative or `steps` is less than 1.
         RuntimeError: another trace is running when this one starts.
 
-    >>> profiler = Profiler("runs/profile", start=100, steps=5)
-    >>> profiler.when
-    at(101, 105)
+    >>> import tempfile
+    >>> from onstep import Engine
+    >>> from onstep.testing import counting_step
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     profiler = Profiler(directory, start=2, steps=3)  # traces steps 3, 4 and 5
+    ...     _ = Engine(counting_step, [profiler]).run(0, range(9), epochs=1)
+    ...     os.listdir(directory)
+    ['plugins']
     """
 
     directory: str | os.PathLike[str]

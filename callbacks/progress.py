@@ -25,10 +25,10 @@ class Progress(Callback):
         val        |██████▍ | 96/120  0:02 left
 
     The bar shows the progress of the epoch, or that of the run if there is only one epoch or the length of an epoch
-    is unknown. A task that a callback reports with `loop.progress`, such as an evaluation, has its own line while it
-    lasts if that is longer than `interval`. The rate leaves out compiling and these tasks. The remaining time assumes
-    that they continue to take the same share of the time. Both cover the whole run, including the steps before it was
-    resumed. If there are several processes, only the first one prints.
+    is unknown. A task that a callback reports with `loop.progress`, such as an evaluation, is shown on its own
+    line if it takes longer than `interval`. The rate is that of the steps: compile time and these tasks are excluded.
+    The remaining time assumes that the tasks continue to take the same share of the time. Both cover the whole run,
+    including the steps before a resume. If there are several processes, only the first one prints.
 
     Args:
         interval: seconds between two updates, 0.2 for a bar and 10 for lines by default.
@@ -69,7 +69,7 @@ class Progress(Callback):
             self._spent["since"] = loop.step
         self._shown, self._beside, self._paused, self._ended = self._began, None, 0.0, False
         if processes.writes() and not loop.over:
-            self._to = self._screen()(self.file or sys.stderr)  # nothing is shown yet: messages of the start come first
+            self._to = self._screen()(self.file or sys.stderr)  # shows nothing yet: other notices come first
         self._tasks = {}
         loop.observe(_Reports(functools.partial(self._report, loop)))
 
@@ -128,7 +128,7 @@ class Progress(Callback):
         self._mark: tuple[float, int] | None = None  # the time and the step at which measuring the rate began
 
     def _report(self, loop: Loop, name: str, done: int, total: int | None) -> None:
-        """Take what a callback reports with `loop.progress`, and show it if the last update is long ago."""
+        """Handle a report of `loop.progress`, and show it if it is time to update."""
         now, task = time.monotonic(), self._tasks.get(name)
         if task is None or done <= task.done:  # it begins
             self._tasks[name] = task = _Task(now, done, now, done)
@@ -182,7 +182,7 @@ class Progress(Callback):
 
 
 class _Reports(Observer):
-    """Passes on what callbacks report. It overrides neither `begin` nor `end`, so it costs the steps nothing."""
+    """Passes the reports of callbacks on. It overrides neither `begin` nor `end`, so it costs the steps nothing."""
 
     def __init__(self, report: Callable[[str, int, int | None], None]):
         self._report = report

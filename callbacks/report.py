@@ -26,15 +26,23 @@ MAX_POINTS = 1000
 """Points kept of each curve."""
 PACKAGES = ("onstep", "jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
 TIMES = ("time/steps_per_second", "time/data", "time/callbacks")
+"""The records from which the page shows where the time went: steps per second, and the shares of data and callbacks.
+
+Callbacks communicate by records, so these are the names that the documentation of `Timing` lists, not a convention
+between the two.
+"""
 
 
 class Report(Callback):
     """Writes one HTML file about a run at its end, whether it finished, was stopped or failed.
 
     The page opens offline and has no scripts. It shows how the run ended; curves of everything that was recorded,
-    also before a resume; last, lowest and highest values; where the time went (with `Timing`); the checkpoints (with
+    including before a resume; last, lowest and highest values; where the time went; the checkpoints (with
     `Checkpoint`); the configuration, versions and devices. It shows no environment variables, command-line arguments,
     user names or host names. A curve keeps at most 1,000 points: every second one is drawn, or every fourth, and so on.
+
+    Where the time went is computed from the records `time/steps_per_second`, `time/data` and `time/callbacks`, which
+    `Timing` logs with the training metrics. Without these records the page leaves it out.
 
     List it first. Callbacks end in reverse order, so it then writes its page when all others have ended. An existing
     page is replaced; a run that takes no step writes none.
@@ -83,7 +91,7 @@ class Report(Callback):
     def on_log(self, loop: Loop, record: Record) -> None:
         for name, value in record.values.items():
             self._curves.setdefault(name, Curve()).add(record.step, value)
-        if record.values.keys() >= set(TIMES):  # they describe the steps since the last such record
+        if record.values.keys() >= set(TIMES):  # they cover the steps since the last such record
             rate, *shares = (record.values[name] for name in TIMES)
             seconds = (record.step - self._timed) / rate
             self._spent = [old + seconds * share for old, share in zip(self._spent, (1, *shares), strict=True)]
@@ -112,7 +120,7 @@ class Report(Callback):
         self._sessions: int = state["sittings"] if "sittings" in state else state["sessions"]  # version 0.1
 
     def _elapsed(self) -> float:
-        """Seconds that the run took in all sessions."""
+        """Return the seconds that the run has taken in all sessions."""
         return self._seconds + (0 if self._began is None else time.monotonic() - self._began)
 
     def _write(self, loop: Loop) -> None:
@@ -209,13 +217,13 @@ class Curve:
 
 
 def _outcome(loop: Loop) -> tuple[str, str, str]:
-    """How the run ended, why, and whether that is good or bad."""
+    """Return how the run ended, why, and whether that is good or bad."""
     error, at = loop.error, f"at step {loop.step:,}"
     if error is not None and (isinstance(error, Exception) or loop.stopped is None):
         said = without_secrets("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         return f"{'Failed' if isinstance(error, Exception) else 'Interrupted'} {at}", said, "bad"
     if loop.stopped is not None:
-        return f"Stopped {at}", without_secrets(loop.stopped) + ("" if loop.finished else " (to be resumed)"), ""
+        return f"Stopped {at}", without_secrets(loop.stopped) + ("" if loop.finished else " (resumable)"), ""
     if loop.over:
         return f"Finished {at}", "The run reached its target.", "good"
     return f"Running, {at}", "This page was written during the run.", ""

@@ -1,4 +1,4 @@
-"""Record numbers that the state holds."""
+"""Record scalars from the state."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from onstep.tools import did_you_mean, has_training_metrics, signature
 
 
 class Scalars(Callback):
-    """Records numbers of the state with every window of training metrics.
+    """Records scalars from the state with every window of training metrics.
 
     Use it for a loss scale, a counter of accumulated gradients or a learned temperature:
-    `Scalars("loss_scale", "opt_state.mini_step")`. Each number is recorded under the name that you give, with its
-    value at the step at which the window ends, not a mean.
+    `Scalars("loss_scale", "opt_state.mini_step")`. Each one is recorded under the name that you give. It is the
+    value at the window's last step, not a mean.
 
     Args:
-        names: leaves of the state, each by enough of the end of its path to be the only match.
+        names: leaves of the state, each given by a path suffix that matches one leaf.
         name: the callback's name.
 
     Raises:
-        ValueError: no leaf or several leaves have that name, or the leaf is not a number (when the run starts).
+        ValueError: no leaf or several leaves have that name, or the leaf is not a number (when the run begins).
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine

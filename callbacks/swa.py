@@ -15,7 +15,7 @@ class SwaCarry(NamedTuple):
     """What `SWA` keeps on the device."""
 
     average: Any  # a tree like the averaged field, with 16-bit floats as float32
-    # The name, which version 0.1 saved, hides tuple.count.
+    # Named by version 0.1; it shadows tuple.count.
     count: jax.Array  # type: ignore[assignment]  # int32 scalar, the number of points averaged so far
 
 
@@ -30,13 +30,13 @@ class SWA(Callback):
     averaged weights, so compute them again with a pass of `apply(result)` over the training data.
 
     Args:
-        start: the first step, counted from 1, whose weights may count.
+        start: the first step whose weights may count. Steps are counted from 1, so 0 means the same as 1.
         of: the field of the state to average, `"gen.params"` for a nested one; None for the whole state.
         when: at which steps weights are added to the mean; a plain int means steps.
         name: the callback's name.
 
     Raises:
-        ValueError: `start` is not a whole number >= 0, or the state has no such field (when the run starts).
+        ValueError: `start` is not a whole number >= 0, or the state has no such field (when the run begins).
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -74,7 +74,7 @@ class SWA(Callback):
     def params(self, source: Loop | Result) -> Any:
         """Return the mean, in the structure and dtypes of the field `of`; before the first point, the weights.
 
-        It waits for the device.
+        Waits for the device.
         """
         carry, now = source.carry(self), get_fields(source.state, self.of, "SWA")
         return cast_like(carry.average, now) if int(carry.count) else now

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 
 from onstep import Cadence, Callback, Loop, Record, every, improves, processes
+from onstep.tools import check_mode
 
 HEADER_EVERY = 30
 """Rows from one header to the next."""
@@ -21,7 +22,7 @@ class Table(Callback):
             1     40       1.2045         0.8121*
             2     80       0.6112*        0.8012
 
-    Use it to follow a run in a terminal. A cell is empty if nothing was recorded since the row before. The header is
+    Use it to follow a run in a terminal. A cell is empty if nothing was recorded since the previous row. The header is
     printed again when a new column appears, and every 30 rows.
 
     Args:
@@ -54,8 +55,7 @@ class Table(Callback):
     def __post_init__(self) -> None:
         self._modes = dict(self.best or {})
         for metric, mode in self._modes.items():
-            if mode not in ("min", "max"):
-                raise ValueError(f"Table needs mode 'min' or 'max' for {metric!r}, got {mode!r}.")
+            check_mode(f"Table column {metric!r}", mode)
         self.set_state({"values": {}, "best": {}})
 
     def on_run_begin(self, loop: Loop) -> None:

@@ -28,7 +28,7 @@ class Target(Callback):
 
     Raises:
         ValueError: `rate` is out of range; or the state has no such field, or the two fields differ in more
-            than the width of their floats (when the run starts).
+            than the width of their floats (when the run begins).
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine

@@ -43,7 +43,7 @@ PEAK = {
 
 
 class Stopwatch(Observer):
-    """Tells where time goes: every moment counts for the innermost span, or for the loop outside of all spans.
+    """Measures where time goes: all time is charged to the innermost span, or to the loop outside of all spans.
 
     Args:
         clock: returns the time in seconds.
@@ -82,7 +82,7 @@ class Stopwatch(Observer):
         return dict(self.seconds)
 
     def reattribute(self, part: str, seconds: float) -> None:
-        """Count the last seconds for another part, but no more than the current part has had since it began."""
+        """Move the last seconds to another part, up to the time since the current part began."""
         now = self._clock()
         elapsed = now - self._since
         seconds = min(seconds, elapsed)
@@ -109,7 +109,7 @@ def part_of(span: Span) -> str:
 
 @dataclass(eq=False, repr=False)
 class Timing(Callback):
-    """Measures where the time of a run goes: prints a table at its end, and records rates on the way.
+    """Measures where the time of a run goes: prints a table at its end, and records rates during it.
 
         compiling                  12.04 s   73.4%
         saving Checkpoint           2.05 s   12.5%
@@ -117,12 +117,12 @@ class Timing(Callback):
         ...
         176 steps in 16.40 s: 10.7 steps/s, 687 examples/s
 
-    Use it to see whether a run waits for its data, its callbacks or the device. Time that is spent waiting for
-    the device counts for the part that waits: the loop, or a callback that reads an array. "The loop" is the engine
-    itself and, with `engine.steps`, also the body of your `for`. List `Timing` first. It does not see `on_load`
+    Use it to see whether a run waits for its data, its callbacks or the device. Time spent waiting for
+    the device is charged to the part that waits: the loop, or a callback that reads an array. "The loop" is the engine
+    itself and, with `engine.steps`, also the body of your `for` loop. List `Timing` first. It does not see `on_load`
     and `on_run_end` of the callbacks before it.
 
-    With the training metrics it records the rates since the previous ones, leaving out the time spent compiling:
+    With the training metrics it records the rates since the previous ones, without compile time:
     `time/steps_per_second`, `time/examples_per_second` (by the leading axis of the first batch), the shares
     `time/data` and `time/callbacks`, and `time/mfu` where the peak speed of the device is known. This is the share
     of the peak that the matrix products and convolutions of a step use (Chowdhery et al., "PaLM", 2022, appendix B,

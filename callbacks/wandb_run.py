@@ -19,9 +19,9 @@ EXIT_CODES = {"finished": 0, "failed": 1, "killed": 255}  # W&B itself reports 2
 class WandB(Callback):
     """Logs every record to a Weights & Biases run. Needs `pip install 'onstep[wandb]'`.
 
-    The W&B run begins with the first record, and ends as finished, failed or killed (by a signal, or stopped to be
-    resumed). Checkpoints hold its id, so a resumed run continues the same W&B run. Steps that W&B already has are
-    not logged again.
+    The W&B run begins with the first record, and ends as finished, failed or killed (by a signal or a
+    resumable stop). Checkpoints hold its id, so a resumed run continues the same W&B run. Steps that W&B already has
+    are not logged again.
 
     Offline, each session leaves a folder for `wandb sync`. W&B writes these files every 15 seconds, so a process that
     is killed may lose the records of its last 15 seconds.
@@ -98,7 +98,7 @@ class WandB(Callback):
 def _logged_steps(path: str) -> Iterator[int]:
     """Yield the steps in the file of an offline W&B run, whose end may be incomplete.
 
-    The file has a header of 7 bytes. Then follow protobuf records in LevelDB's log format:
+    The file begins with a header of 7 bytes. It is followed by protobuf records in LevelDB's log format:
     https://github.com/google/leveldb/blob/main/doc/log_format.md
     """
     from wandb.proto.wandb_internal_pb2 import Record as Entry  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ class Writer(Callback):
     Use it to log to a tracker that has no callback here: write a class with this one method.
 
     When the run ends, the writer is flushed if it has a method `flush`. It is not closed. A writer is not told that
-    a run resumes, so after a crash it receives the steps since the last checkpoint a second time.
+    a run resumes, so after a crash it receives the steps since the last checkpoint again.
 
     Args:
         writer: used in process 0 only.

@@ -263,7 +263,8 @@ def test_best_is_kept_beside_the_newest(values, mode, kept, tmp_path):
 
 
 NO_BEST = (
-    r"none of \[.*\] in .* is the best, because 'score' was not recorded at a step that was saved, or was never finite"
+    r"no checkpoint in \[.*\] of .* counts as best, because 'score' was not recorded "
+    "at a step that was saved, or was never finite"
 )
 
 

@@ -53,10 +53,10 @@ def figures(page):
 ENDS = {
     "finished": ((), "Finished at step 4", "The run reached its target."),
     "stopped": ((StopAt, 2, {"reason": "good enough"}), "Stopped at step 2", "good enough"),
-    "to be resumed": (
+    "resumable": (
         (StopAt, 2, {"reason": "SIGINT", "final": False}),
         "Stopped at step 2",
-        "SIGINT (to be resumed)",
+        "SIGINT (resumable)",
     ),
     "failed": (
         (RaiseIn, "step_end", OSError("no space left in <disk>, token=abc123"), {"step": 2}),

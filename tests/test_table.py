@@ -96,5 +96,5 @@ def test_table_prints_to_stdout_by_default(capsys):
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="Table needs mode 'min' or 'max' for 'loss', got 'best'"):
+    with pytest.raises(ValueError, match="Table column 'loss' needs mode 'min' or 'max', got 'best'"):
         Table(best={"loss": "best"})

@@ -11,7 +11,7 @@ from typing import Any
 def scalars_summary(values: dict[str, float]) -> Any:
     """Return all values of a record as one summary.
 
-    One event for all takes a third of the time of one event each (`SummaryWriter.add_scalar`).
+    One event for all values takes a third of the time of one event for each (`SummaryWriter.add_scalar`).
     """
     from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
@@ -36,7 +36,7 @@ def image_summary(name: str, shape: tuple[int, ...], png: bytes) -> Any:
 def hparams_summary(config: dict[str, Any]) -> Any:
     """Return a flat configuration as a summary for TensorBoard's HParams tab.
 
-    Of tensorboardX's three summaries this is the one that does not list the metrics. TensorBoard finds those itself.
+    The only one of tensorboardX's three summaries that omits the metrics. TensorBoard finds those itself.
     """
     from tensorboardX.summary import hparams
 

@@ -15,7 +15,7 @@ Points = tuple[Sequence[int], Sequence[float]]
 """Steps, and the value at each."""
 
 SHOWN = 24
-"""The number of charts, or of rows of a table, above which they are folded."""
+"""The number of charts that are shown before the rest is folded, and of rows above which a table is folded."""
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 220, 58, 14, 14, 24
 
