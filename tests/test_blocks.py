@@ -781,7 +781,7 @@ def test_compilation_is_logged_once_with_the_block_length(caplog):
 
 @pytest.mark.parametrize("given", [0, -1, 2.5, True, "fast", None], ids=str)
 def test_invalid_steps_per_call_is_refused_when_the_engine_is_made(given):
-    with pytest.raises(ValueError, match=f"Engine needs steps_per_call >= 1, a whole number, got {given!r}"):
+    with pytest.raises(ValueError, match=f"Engine needs steps_per_call to be a whole number >= 1, got {given!r}"):
         Engine(add, steps_per_call=given)
 
 
