@@ -1,4 +1,4 @@
-"""Checks of arguments: what can be known to be wrong before the first step."""
+"""Argument checks before the first step."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def check_int(who: str, name: str, value: Any, least: int) -> int:
     >>> check_int("EarlyStopping", "patience", 0, 1)
     Traceback (most recent call last):
     ...
-    ValueError: EarlyStopping needs patience >= 1, a whole number, got 0.
+    ValueError: EarlyStopping needs patience to be a whole number >= 1, got 0.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{who} needs {name} >= {least}, a whole number, got {value!r}.")
+        raise ValueError(f"{who} needs {name} to be a whole number >= {least}, got {value!r}.")
     return int(value)
 
 
@@ -39,7 +39,7 @@ def check_mode(who: str, mode: str) -> str:
 
     Args:
         who: the callback, for the error.
-        mode: how values compare: whether smaller or larger is better.
+        mode: whether lower (`"min"`) or higher (`"max"`) values are better.
 
     Raises:
         ValueError: it is neither.
@@ -111,7 +111,7 @@ def takes_rng(step: Callable[..., Any], who: str = "The step") -> bool:
 
 
 def check_rng(rng: Any, needed: bool) -> None:
-    """Raise unless `rng` is a random key, or None where the step needs none."""
+    """Raise unless `rng` is a random key, or None if the step needs none."""
     if rng is None and needed:
         raise ValueError("The step takes a random key as its third argument. Pass one: rng=jax.random.key(0).")
     kind = getattr(rng, "dtype", None)
@@ -132,4 +132,5 @@ def check_reachable(*, step: int, epoch: int, steps: int | None, epochs: int | N
     """Raise if a saved run is already beyond its target."""
     for unit, at, target in (("step", step, steps), ("epoch", epoch, epochs)):
         if target is not None and at > target:
-            raise ValueError(f"The saved run is at {unit} {at}, beyond the target of {target} {unit}s.")
+            plural = "" if target == 1 else "s"
+            raise ValueError(f"The saved run is at {unit} {at}, beyond the target of {target} {unit}{plural}.")

@@ -32,9 +32,9 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.1, with two differences to PyYAML.
+    """Reads YAML 1.1, with two differences from PyYAML.
 
-    `1e-3` is a number, as its author means it, and not a string. A key that is given twice is an error, as the YAML
+    `1e-3` is a number, as intended, and not a string. A key that is given twice is an error, as the YAML
     specification says. PyYAML would keep the last value.
     """
 
@@ -62,7 +62,7 @@ for _yaml in (_Loader, _Dumper):
 class Config(BaseModel):
     """A frozen, validated configuration that reads and writes YAML and JSON.
 
-    Derive your own configurations from it. Types are strict, so neither `"3"` nor True is a number, and an unknown
+    Subclass it for your own configurations. Types are strict, so neither `"3"` nor True is a number, and an unknown
     field is an error.
 
     Raises:
@@ -119,11 +119,11 @@ class Config(BaseModel):
     def from_json(cls, source: str | os.PathLike[str]) -> Self:
         """Read a configuration from JSON: a text, or the path of a file. Errors are those of `from_yaml`."""
         text = _text(source)
-        json.loads(text, object_pairs_hook=_once)  # pydantic would keep the last
+        json.loads(text, object_pairs_hook=_once)  # pydantic would keep the last value
         return cls.model_validate_json(text)
 
     def _needs(self, name: str, needed: str) -> None:
-        """Raise a ValueError if a field has a value of its own, but a field that it needs has none."""
+        """Raise a ValueError if a field has a non-default value, but a field that it needs has no value."""
         if getattr(self, name) != type(self).model_fields[name].default and not getattr(self, needed):
             raise ValueError(f"{name} needs {needed}.")
 
@@ -155,7 +155,7 @@ class _Choice(Config):
 
 
 class OptimizerConfig(_Choice):
-    """An Optax optimizer. Arguments have the names that Optax gives them, and its default values.
+    """An Optax optimizer. Arguments have the names and default values that they have in Optax.
 
     Attributes:
         name: the optimizer. An argument that it does not have is an error.
@@ -307,7 +307,7 @@ class SchedulerConfig(_Choice):
 class TrainingConfig(Config):
     """The configuration of a run: arguments of `Engine`, `run` and the usual callbacks, with the same names.
 
-    It holds values only. `build` returns the optimizer and the schedule, and your code passes the other values on.
+    It holds values only. `build` returns the optimizer and the schedule, and your code passes on the other values.
 
     Attributes:
         batch_size: examples in a batch.
@@ -405,7 +405,7 @@ def _once(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _text(source: str | os.PathLike[str]) -> str:
-    """Return the content of a file, or the source itself if it is a text: a string that contains a mapping."""
+    """Return the content of a file, or the source itself if it is a string that contains a mapping."""
     if isinstance(source, str) and re.search(r"[{\n]|:\s", source):
         return source
     return Path(source).read_text(encoding="utf-8")

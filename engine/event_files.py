@@ -12,14 +12,14 @@ from . import processes
 from .loop import Loop
 
 _writers: weakref.WeakKeyDictionary[Loop, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""By run and absolute path; None after a writer was closed."""
+"""Writers by run and absolute path; None once a writer was closed."""
 
 
 def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds: int = 10) -> Any:
     """Return the tensorboardX `SummaryWriter` that all callbacks of a run share for a directory.
 
     Use it in a callback that writes to TensorBoard, and call `close_event_writer` in `on_run_end`. The first call
-    creates the event file. The file begins with a purge step, at which TensorBoard hides points that an earlier
+    creates the event file. The file begins with a purge step, which makes TensorBoard hide the points that an earlier
     session wrote beyond the step from which the run resumes. A second file with a purge step would hide points of
     the first one, which is why callbacks share a writer.
 
@@ -43,6 +43,7 @@ def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds
     ...
     ...     @engine.on("run_end")
     ...     def close(loop):
+    ...         event_writer(loop, directory).add_text("result", str(loop.state), loop.step)  # the same writer
     ...         close_event_writer(loop, directory)
     ...
     ...     _ = engine.run(0, [1, 2, 3], epochs=1)
@@ -57,7 +58,7 @@ def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds
         from tensorboardX import SummaryWriter
 
         # The suffix is unique because two writers in the same second would share a file, and one would lose its
-        # points. It begins with the time because readers take files in the order of their names.
+        # points. It begins with the time because readers read files in the order of their names.
         writers[path] = SummaryWriter(
             path,
             purge_step=None if path in writers else loop.start_step + 1,
@@ -87,14 +88,22 @@ def close_event_writer(loop: Loop, directory: str | os.PathLike[str]) -> None:
         loop: the run.
         directory: as for `event_writer`.
 
+    >>> import tempfile
+    >>> from pathlib import Path
     >>> from onstep import Engine
     >>> from onstep.testing import counting_step
     >>> engine = Engine(counting_step)
-    >>> @engine.on("run_end")
-    ... def close(loop):
-    ...     close_event_writer(loop, "runs/1")  # does nothing here, because nothing was written
-    >>> engine.run(0, [1, 2], epochs=1).step
-    2
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...
+    ...     @engine.on("run_end")
+    ...     def write(loop):
+    ...         event_writer(loop, directory).add_text("note", "the data was shuffled", loop.step)
+    ...         close_event_writer(loop, directory)
+    ...
+    ...     _ = engine.run(0, [1, 2, 3], epochs=1)
+    ...     [file] = Path(directory).iterdir()
+    ...     print(b"the data was shuffled" in file.read_bytes())
+    True
     """
     path = os.path.abspath(directory)
     writers = _writers.get(loop, {})

@@ -11,14 +11,14 @@ log: logging.Logger = logging.getLogger("onstep")
 
 
 def log_user(text: str, *, everywhere: bool = False) -> None:
-    """Tell the user something that is worth knowing, such as that a run resumes from step 400.
+    """Show the user a message, such as that a run resumes from step 400.
 
     The message goes to the logger `onstep` if that is enabled for INFO, and to stderr otherwise. Silence all messages
     with `logging.getLogger("onstep").disabled = True`.
 
     Args:
         text: one line, without a full stop.
-        everywhere: True prints the message in every process, and not only in process 0.
+        everywhere: True prints the message in every process, not only in process 0.
 
     >>> import contextlib
     >>> with contextlib.redirect_stderr(sys.stdout):

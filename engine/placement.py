@@ -22,7 +22,7 @@ class SingleDevice:
     """One device: everything stays where JAX, or the caller, put it.
 
     Attributes:
-        batches: the sharding of batches: None, as nothing is divided.
+        batches: the sharding of batches: None, because they are not divided.
         processes: 1.
         blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
     """
@@ -32,9 +32,9 @@ class SingleDevice:
     blocks_by_default: bool = True
 
     def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
-        """Return the tree as arrays that nobody else holds, committed to their device.
+        """Return the tree as arrays that are not shared with the caller, committed to their device.
 
-        They are committed from the start because restored arrays are: a resumed run then reuses the executable.
+        They are committed because restored arrays are, so a resumed run reuses the executable.
 
         Args:
             tree: arrays and numbers.
@@ -53,7 +53,7 @@ class SingleDevice:
         return _own(tree, what, copy, commit, None)
 
     def place_carries(self, carries: Any) -> Any:
-        """Return the first carries, which the compiled `init` has already put beside the state."""
+        """Return the first carries, which the compiled `init` has already put on the device of the state."""
         return carries
 
     def key(self, rng: Any) -> Any:
@@ -61,19 +61,19 @@ class SingleDevice:
         return rng
 
     def scalar(self, value: int, state: State) -> jax.Array:
-        """Return a counter, an int32 scalar beside the state."""
+        """Return a counter, an int32 scalar on the device of the state."""
         return jax.device_put(np.int32(value), device_of(state))
 
     def constant_sharding(self, bundle: Any) -> Any:
-        """Return where the small constants of a call are: on the device of the run."""
+        """Return the sharding of the small constants of a call: the device of the run."""
         return device_of(bundle)
 
     def place_batch(self, batch: Batch, *, ragged: bool = False) -> Batch:
-        """Return a batch as a compiled call takes it: unchanged, as JAX transfers it fastest itself."""
+        """Return a batch for a compiled call, unchanged: JAX transfers it faster itself."""
         return batch
 
     def prefetcher(self, bundle: Any) -> Callable[[Batch], Batch]:
-        """Return a function that transfers a batch to the device of a run ahead of its use."""
+        """Return a function that transfers a batch to the device of a run before it is used."""
         return functools.partial(jax.device_put, device=device_of(bundle))
 
     def layout(self, bundle: Any) -> Any:
@@ -85,24 +85,24 @@ class SingleDevice:
         return call
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a compiled evaluation step. JAX keeps one cache for a function, however often it is wrapped."""
+        """Return a compiled evaluation step. JAX caches by function, so wrapping again is free."""
         return jax.jit(step)
 
     def rows(self, start: int, stop: int) -> Any:
-        """Return the rows that this process reads of those from `start` to `stop`: all of them."""
+        """Return which of the rows from `start` to `stop` this process reads: all of them."""
         return slice(start, stop)
 
     def divides(self, rows: int) -> bool:
-        """Return whether so many rows can be divided over the devices."""
+        """Return whether every process can read its own part of this many rows."""
         return True
 
     def replicate(self, tree: Any) -> Any:
-        """Return arrays that every process holds, as arrays on every device."""
+        """Replicate arrays that every process holds."""
         return tree
 
 
 class DataSharding:
-    """A mesh of devices: batches are divided over it, and the state stays where the caller put it.
+    """A mesh of devices: batches are divided over it, and the state keeps its sharding.
 
     Args:
         mesh: a mesh, whose batches are divided over its only axis or its axes "data" and "fsdp"; or the sharding
@@ -111,7 +111,7 @@ class DataSharding:
     Attributes:
         batches: the sharding of batches.
         mesh: the mesh.
-        replicated: the sharding of what every device holds.
+        replicated: the sharding of arrays that every device holds whole.
         processes: how many processes have devices in the mesh.
         axes: the axes of the mesh over which batches are divided.
         shards: the number of parts of a batch.
@@ -131,7 +131,7 @@ class DataSharding:
             if not axes:
                 raise ValueError(
                     f"mesh needs an axis 'data' over which batches are divided, got {mesh.axis_names}. "
-                    "Or give the sharding of the batches: mesh=NamedSharding(mesh, PartitionSpec('your axis'))."
+                    "Or pass the sharding of the batches: mesh=NamedSharding(mesh, PartitionSpec('your axis'))."
                 )
             mesh = NamedSharding(mesh, PartitionSpec(tuple(axes)))
         elif not isinstance(mesh, NamedSharding):
@@ -153,12 +153,12 @@ class DataSharding:
         self.own_shards: list[int] = sorted({index[0].start or 0 for index in parts.values() if index})
 
     def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
-        """Return the tree as arrays that nobody else holds, on the devices of the mesh.
+        """Return the tree as arrays that are not shared with the caller, on the devices of the mesh.
 
-        A leaf on many devices stays as it is divided; a leaf on one device is replicated.
+        A leaf on many devices keeps its sharding; a leaf on one device is replicated.
 
         Args:
-            tree: arrays and numbers; of several processes, leaves on one device are the same in all.
+            tree: arrays and numbers; with several processes, leaves on one device must be the same in all.
             what: its name, for errors.
             copy: False copies only leaves that must be converted or that occur twice.
             like: a tree of arrays; each leaf gets the sharding of its counterpart there.
@@ -174,7 +174,7 @@ class DataSharding:
         return self.place(carries, "A carry", copy=False)
 
     def _settle(self, array: jax.Array, sharding: Any = None) -> jax.Array:
-        """Return an array of the state on the mesh, with the given sharding if it has one on many devices."""
+        """Return an array of the state on the mesh, with the given sharding if that is on many devices."""
         sharding = sharding if sharding is not None and len(sharding.device_set) > 1 else None
         if len(array.sharding.device_set) > 1 or not array.is_fully_addressable:
             if array.sharding.device_set != set(self.mesh.devices.flat):
@@ -194,19 +194,19 @@ class DataSharding:
         return jax.device_put(np.int32(value), self.replicated)
 
     def constant_sharding(self, bundle: Any) -> Any:
-        """Return where the small constants of a call are: on every device."""
+        """Return the sharding of the small constants of a call: replicated."""
         return self.replicated
 
     def place_batch(self, batch: Batch, *, stacked: bool = False, ragged: bool = False) -> Batch:
-        """Return a batch divided over the devices; arrays that are on many devices stay as they are.
+        """Return a batch divided over the devices; arrays already on many devices are unchanged.
 
         Args:
-            batch: the whole batch; of several processes, the part of this one.
+            batch: the whole batch; with several processes, the part of this one.
             stacked: whether several batches are stacked along a first axis.
-            ragged: True replicates a batch that does not divide, in one process.
+            ragged: True replicates a batch that does not divide evenly, in one process.
 
         Raises:
-            ValueError: it does not divide.
+            ValueError: the batch does not divide evenly.
         """
         flat, structure = jax.tree.flatten(batch)
         moved = [n for n, leaf in enumerate(flat) if _on_host(leaf)]
@@ -231,7 +231,7 @@ class DataSharding:
         return jax.tree.unflatten(structure, flat)
 
     def prefetcher(self, bundle: Any) -> Callable[[Batch], Batch]:
-        """Return a function that divides a batch over the devices ahead of its use."""
+        """Return a function that divides a batch over the devices before it is used."""
         return self.place_batch
 
     def layout(self, bundle: Any) -> Any:
@@ -239,18 +239,18 @@ class DataSharding:
         return jax.tree.map(lambda leaf: leaf.sharding, bundle)
 
     def pin(self, call: Any, function: Callable[..., Any], layout: Any, *, stacked: bool, jit: bool) -> Any:
-        """Return a call that divides its batches and leaves the bundle as it is divided."""
+        """Return a call that divides its batches and keeps the sharding of the bundle."""
         return ShardedCall(function if jit else call, self, layout, stacked, jit)
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a compiled evaluation step, whose metrics every device holds."""
+        """Return a compiled evaluation step, whose metrics are replicated."""
         return jax.jit(step, out_shardings=self.replicated)
 
     def rows(self, start: int, stop: int) -> Any:
-        """Return the rows that this process reads of a whole batch, the rows from `start` to `stop`.
+        """Return which rows this process reads of a whole batch, the rows from `start` to `stop`.
 
         Raises:
-            ValueError: they do not divide over the devices.
+            ValueError: they do not divide evenly over the devices.
         """
         if self.processes == 1:
             return slice(start, stop)
@@ -259,15 +259,15 @@ class DataSharding:
         return np.arange(start, stop).reshape(self.shards, -1)[self.own_shards].ravel()
 
     def divides(self, rows: int) -> bool:
-        """Return whether so many rows can be read by several processes, each its own part."""
+        """Return whether every process can read its own part of this many rows."""
         return self.processes == 1 or rows % self.shards == 0
 
     def replicate(self, tree: Any) -> Any:
-        """Return arrays that every process holds, as arrays on every device."""
+        """Replicate arrays that every process holds."""
         return jax.tree.map(lambda leaf: replicate(jnp.asarray(leaf), self.replicated), tree)
 
     def uneven(self, shape: tuple[int, ...], stacked: bool) -> int:
-        """Return the rows of a leaf if they do not divide over the devices of this process, else 0."""
+        """Return the number of rows of a leaf if it does not divide evenly over this process's devices, else 0."""
         rows = shape[int(stacked)] if len(shape) > int(stacked) else 0
         return rows if rows % len(self.own_shards) else 0
 
@@ -304,14 +304,14 @@ def make_placement(mesh: Mesh | NamedSharding | None) -> Placement:
 class ShardedCall:
     """A compiled call `(bundle, batch, rng, due) -> (bundle, metrics)` on many devices.
 
-    The bundle leaves the call divided as it entered, whatever XLA would choose, and metrics are replicated.
+    The bundle keeps its sharding, whatever XLA would prefer, and metrics are replicated.
     Batches of numpy arrays go into the call directly, which is faster than a `device_put` before it.
 
     Args:
         function: the call, not compiled yet unless `jit` is False.
-        sharding: of the batches.
+        sharding: how batches are divided.
         layout: the shardings of the bundle.
-        stacked: whether a batch is several batches, stacked.
+        stacked: whether each call takes several batches, stacked.
         jit: whether to compile it.
     """
 
@@ -323,7 +323,7 @@ class ShardedCall:
             self.trace: Any = self._trace
 
     def __call__(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
-        """Run it with a batch on the host or on the devices."""
+        """Run the call with a batch on the host or on the devices."""
         call, batch = self._prepare(batch)
         return call(bundle, batch, rng, due)
 
@@ -332,7 +332,7 @@ class ShardedCall:
         return call.trace(bundle, batch, *rest)
 
     def _prepare(self, batch: Batch) -> tuple[Any, Batch]:
-        """Return the call for a batch, and the batch as that call takes it."""
+        """Return the call for a batch, and the batch in the form that the call takes."""
         flat, structure = jax.tree.flatten(batch)
         sharding, kinds = self._sharding, None
         direct = self._jit and sharding.processes == 1 and all(type(leaf) is np.ndarray for leaf in flat)
@@ -354,7 +354,7 @@ class ShardedCall:
 
 
 def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], jax.Array], like: Any) -> Any:
-    """Return a tree of arrays that nobody else holds, each put in place by `settle(array, sharding in like)`."""
+    """Return a tree of arrays not shared with the caller, each placed by `settle(array, sharding in like)`."""
     for name, leaf in named_leaves(tree).items():
         if not isinstance(leaf, (jax.Array, int, float, complex)) and getattr(leaf, "dtype", None) is None:
             raise TypeError(
@@ -368,14 +368,14 @@ def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], ja
     for leaf, sharding in zip(flat, shardings, strict=True):
         owned = not copy and isinstance(leaf, jax.Array) and id(leaf) not in seen
         seen.add(id(leaf))
-        # An explicit transfer, as `jax.transfer_guard` may forbid the others.
+        # An explicit transfer, because `jax.transfer_guard` may forbid implicit ones.
         array = leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
         out.append(settle(strip_weak_types(array if owned else jnp.copy(array)), sharding))
     return jax.tree.unflatten(structure, out)
 
 
 def device_of(tree: Any) -> jax.sharding.Sharding | None:
-    """Return the one device that a tree is committed to: the default one if to none, None if to several."""
+    """Return the device that a tree is committed to: None if to several, the default one if to none."""
     committed = {x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and x.committed}
     if any(len(sharding.device_set) > 1 for sharding in committed):
         return None
@@ -383,7 +383,7 @@ def device_of(tree: Any) -> jax.sharding.Sharding | None:
 
 
 def replicate(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Return an array that each process holds, as one array on the devices of all."""
+    """Return an array that each process holds as one global array."""
     if len({device.process_index for device in sharding.device_set}) == 1:
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -422,7 +422,7 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def replicated_bytes(tree: Any) -> dict[str, bytes]:
-    """Return, by path, the bytes of the leaves that every device holds whole."""
+    """Return, by path, the bytes of the fully replicated leaves."""
 
     def plain(leaf: jax.Array) -> jax.Array:
         return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

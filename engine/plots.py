@@ -25,7 +25,7 @@ def plot(
 ) -> Figure:
     """Draw the metrics that a run recorded, with matplotlib.
 
-    Names that are equal after their first slash share a chart, such as `train/loss` and `val/loss`. The scale is
+    Names that differ only before the first slash share a chart, such as `train/loss` and `val/loss`. The scale is
     logarithmic if the values span two decades or more. To draw a learning rate schedule, use `onstep.config.plot`.
 
     Args:
@@ -88,7 +88,7 @@ def plot(
 def group_by_chart(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of each chart, by its title.
 
-    Names that are equal after their first slash share a chart. Each `time/` name has its own chart, after all others.
+    Names that differ only before the first slash share a chart. Each `time/` name has its own chart, after all others.
 
     >>> group_by_chart(["train/loss", "time/data", "lr", "val/loss"])
     {'loss': ['train/loss', 'val/loss'], 'lr': ['lr'], 'time/data': ['time/data']}
@@ -103,7 +103,7 @@ def group_by_chart(names: Iterable[str]) -> dict[str, list[str]]:
 def line_styles(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Return the style of each name's line, as indices into `COLOURS` and `DASHES`.
 
-    All names with the same first part have the same style, so `val/...` looks alike in every chart.
+    All names with the same first part have the same style, so `val/...` looks the same in every chart.
 
     >>> line_styles(["train/loss", "val/loss", "train/accuracy", "val/accuracy", "lr"])
     {'train/loss': (0, 0), 'val/loss': (1, 0), 'train/accuracy': (0, 0), 'val/accuracy': (1, 0), 'lr': (0, 0)}

@@ -1,8 +1,8 @@
 """Coordinate processes: decisions that depend on a clock, a signal, a file or an error are agreed on before any acts.
 
 Every process runs the same script. They communicate through the key-value store of JAX's coordination service,
-which `jax.distributed.initialize` starts. No device takes part, so nothing here can be confused with the
-communication of the step itself. In a single process every function returns at once.
+which `jax.distributed.initialize` starts. It does not use the devices, so it cannot interfere with the step's
+collectives. In a single process, every function returns at once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from jax._src import distributed  # the store has no public name; Orbax uses it 
 from .messages import log_user
 
 SLICE = 1000
-"""Milliseconds between two checks whether another process failed, while waiting for a value."""
+"""Milliseconds between checks for a failed process, while waiting for a value."""
 PATIENCE = 60
 """Seconds of waiting after which a process says which process it is waiting for."""
 GRACE = 5
-"""Seconds that a process has to notice that another one failed, before it is ended."""
+"""Seconds a process has to notice another's failure before it is killed."""
 
 _run = 0  # runs begun; the same in all processes
 _number = 0  # agreements of this run
 
 
 class ProcessError(RuntimeError):
-    """Another process failed. The output of that process has the error."""
+    """Another process failed. The output of that process shows the error."""
 
 
 def writes() -> bool:
@@ -47,7 +47,7 @@ def writes() -> bool:
 
 
 def agree(value: Any, what: str = "") -> list[Any]:
-    """Return what every process gave, in the order of processes. All must call it, in the same order.
+    """Return the values of all processes, in the order of processes. All must call it, in the same order.
 
     Args:
         value: JSON values.
@@ -70,7 +70,7 @@ def agree(value: Any, what: str = "") -> list[Any]:
         return json.loads(_get(f"{key}/all", 0, what))
     values = [json.loads(_get(f"{key}/{process}", process, what)) for process in range(count)]
     store.key_value_set(f"{key}/all", json.dumps(values))
-    store.key_value_delete(f"onstep/{_run}/{number - 1}/")  # all have read it, as they are here
+    store.key_value_delete(f"onstep/{_run}/{number - 1}/")  # everyone has read it, or they would not be here
     return values
 
 
@@ -102,14 +102,14 @@ def first(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def check_same(values: dict[str, Any]) -> None:
-    """Raise a ValueError in every process unless all gave the same values; it names the first difference."""
+    """Raise a ValueError in every process unless all have the same values; it names the first difference."""
     given = agree(values, "at the start of a run")
     for process, other in enumerate(given):
         for name in {**given[0], **other}:
             a, b = given[0].get(name), other.get(name)
             if a != b:
                 raise ValueError(
-                    f"All processes need to run the same: {name} is {a!r:.300} in process 0, "
+                    f"All processes must have the same configuration: {name} is {a!r:.300} in process 0, "
                     f"{b!r:.300} in process {process}."
                 )
 
@@ -120,7 +120,7 @@ def failed() -> str | None:
 
 
 class ProcessGroup:
-    """The processes of one run: agrees on time and stops, and notices a process that fails or falls silent.
+    """The processes of one run: agrees on time and stops, and notices a process that fails or stops responding.
 
     In a single process it is only a clock.
 
@@ -137,7 +137,7 @@ class ProcessGroup:
         self._thread: threading.Thread | None = None
 
     def begin(self, current_step: Callable[[], int]) -> None:
-        """Start to watch the other processes, until `fail` or `close`.
+        """Watch the other processes until `fail` or `close`.
 
         Args:
             current_step: returns the number of the step in progress if the data has no length, else 0.
@@ -150,7 +150,7 @@ class ProcessGroup:
             self._thread.start()
 
     def clock(self) -> float:
-        """Return the time in seconds: of several processes, that of process 0 at the last agreement."""
+        """Return the time in seconds; with several processes, that of process 0 at the last agreement."""
         return self._clock() if self.count == 1 else self._now
 
     def agree_on_stop(self, step: int, requested: tuple[str, bool] | None) -> tuple[str, bool] | None:
@@ -175,45 +175,45 @@ class ProcessGroup:
         return (reason if len(requests) == self.count else f"{reason} (requested by process {process})"), final
 
     def fail(self, error: BaseException, step: int) -> None:
-        """Tell the others that this process failed, or add to the error that another one did. Ends the watch."""
+        """Tell the others that this process failed, or note in its error that another one did. Stops watching."""
         if self.count > 1 and not isinstance(error, ProcessError):
             known, own = failed(), f"{type(error).__name__}: {str(error)[:500]}"
             if known is None and isinstance(error, jax.errors.JaxRuntimeError):
                 known = _find_silent_process()
             if known is None:
                 _post(f"Process {jax.process_index()} failed at step {step}: {own}")
-            elif own not in known:  # if all processes make the same mistake, the note would add nothing
+            elif own not in known:  # if all failed the same way, the note adds nothing
                 error.add_note(f"onstep: {known}")
         self.close()
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop watching."""
         if self._thread is not None:
             self._closed.set()
             self._thread.join()
             self._thread = None
 
     def _watch(self, current_step: Callable[[], int]) -> None:
-        """Give signs of life, and end the process if it waits for one that failed."""
+        """Send heartbeats, and kill this process if it waits for one that failed."""
         since, before, message = None, None, None
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service has ended, and JAX ends the process
             for beat in itertools.count():
                 _store().key_value_set(f"onstep/alive/{jax.process_index()}", str(beat), allow_overwrite=True)
                 late = self._find_late_process(current_step())
-                if late is not None and late == before:  # seen twice: one look may fall between two changes
+                if late is not None and late == before:  # seen twice, because one reading may be stale
                     _post(_ran_out(*late))
                 before = late
                 if since is None and (message := failed()):
                     since = time.monotonic()
                 if since is not None and time.monotonic() - since > GRACE:
-                    # The main thread waits for a device, forever; nothing in Python can interrupt that.
+                    # The main thread waits for a device forever, and nothing in Python can interrupt that.
                     print(f"onstep: ending process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
                     os._exit(1)
                 if self._closed.wait(1.0):
                     return
 
     def _find_late_process(self, here: int) -> tuple[int, int] | None:
-        """Return step and number of a process that waits at an earlier step than `here`, the step of this one."""
+        """Return step and number of a process that waits at an earlier step than `here`, the step of this process."""
         others = range(1, self.count) if jax.process_index() == 0 else [0]
         for process in others if here else []:
             state = _read(f"onstep/{_run}/{_number}/{process}")
@@ -225,8 +225,8 @@ class ProcessGroup:
 
 def _ran_out(step: int, process: int) -> str:
     return (
-        f"Process {process} ran out of data at step {step + 1}, and another did not. "
-        "Give every process the same number of batches, or epoch_steps=."
+        f"Process {process} ran out of data at step {step + 1}, but another did not. "
+        "Give every process the same number of batches, or pass epoch_steps=."
     )
 
 
@@ -267,7 +267,7 @@ def _post(text: str) -> None:
 
 
 def _find_silent_process() -> str | None:
-    """Explain why the communication of a device broke: a failure, or a process without a sign of life."""
+    """Explain why a collective failed: another process failed or stopped responding."""
     others = [process for process in range(jax.process_count()) if process != jax.process_index()]
     before = {process: _read(f"onstep/alive/{process}") for process in others}
     for _ in range(6):
@@ -275,4 +275,4 @@ def _find_silent_process() -> str | None:
         if message := failed():
             return message
     silent = [process for process in others if _read(f"onstep/alive/{process}") == before[process]]
-    return f"Process {silent[0]} gives no sign of life: it has ended, or was killed." if silent else None
+    return f"Process {silent[0]} is not responding: it has exited or was killed." if silent else None

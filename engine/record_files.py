@@ -16,7 +16,7 @@ from .records import Record
 class RecordFile:
     r"""A text file with one record per line, which a resumed run continues without duplicate lines.
 
-    Use it in a callback that writes records in a format of your own. Call `check_names`, `open` and `append` in
+    Use it in a callback that writes records in your own format. Call `check_names`, `open` and `append` in
     `on_log`, and `close` in `on_run_end`. Every line is in the file when `append` returns. Lines that an earlier
     session wrote beyond the step from which the run resumes are removed, and so is a line that a killed process left
     incomplete. If a run from scratch finds a file, it renames the file to `<name>.1<ending>`. Only process 0 may
@@ -80,7 +80,7 @@ class RecordFile:
         """Check that a record has no value under a reserved name.
 
         Raises:
-            ValueError: it has one.
+            ValueError: the record has one.
         """
         if taken := [name for name in self._reserved if name in record.values]:
             raise ValueError(
@@ -89,10 +89,10 @@ class RecordFile:
             )
 
     def open(self, loop: Loop) -> list[str]:
-        """Open the file, and return the lines that stay in it.
+        """Open the file, and return the lines that are kept.
 
-        If the same run has closed the file before, all its lines stay. A callback may still log when others have
-        already had their `on_run_end`.
+        If this run has already closed the file, all lines are kept: a callback may still log after the `on_run_end`
+        of others.
 
         Raises:
             ValueError: the file has a line that is not a record. The file is not changed.
@@ -142,7 +142,7 @@ class RecordFile:
             self._file = None
 
     def __del__(self) -> None:
-        self.close()  # a record that came after `on_run_end` opened it again
+        self.close()  # a record logged after `on_run_end` reopened it
 
     def _opened(self) -> TextIO:
         if self._file is None:
@@ -153,8 +153,8 @@ class RecordFile:
 def lines_to_keep(loop: Loop, path: str, step: Callable[[str], int]) -> list[str]:
     r"""Return the lines of a file that a run keeps: those up to the step from which it resumes.
 
-    An incomplete line at the end, which a killed process may leave, is dropped. A run that starts from step 0 keeps
-    nothing: it renames the file of the earlier run to `<name>.1<ending>` and says so. `RecordFile` calls this for you.
+    An incomplete line at the end, which a killed process may leave, is dropped. A run from scratch keeps no lines: it
+    renames the file of the earlier run to `<name>.1<ending>` and logs a message. `RecordFile` calls this for you.
 
     Args:
         loop: the run.
@@ -206,7 +206,7 @@ def _complete_lines(path: str) -> list[str]:
 def replace_file(path: str, lines: Iterable[str]) -> TextIO:
     r"""Replace the content of a text file in one atomic step, and return the file, open at its end.
 
-    If the process dies or an error occurs on the way, the file keeps its old content.
+    If the process dies or writing fails partway through, the file keeps its old content.
 
     Args:
         path: the file, which need not exist.
@@ -238,7 +238,7 @@ def exit_status(loop: Loop) -> str:
 
     Returns:
         `"finished"`; `"failed"` if an exception ended the run; `"killed"` if a signal did (`KeyboardInterrupt`,
-        `SystemExit`), or if the run was stopped to be resumed later.
+        `SystemExit`), or if its stop was resumable.
 
     >>> from onstep import Engine
     >>> from onstep.testing import StopAt, counting_step

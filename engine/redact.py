@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
-"""What takes the place of a secret."""
+"""Replacement for a secret."""
 
 _SECRET = re.compile(
     r"passw|passphrase|pwd|secret|credential|authorization|cookie|bearer|webhook"
@@ -19,10 +19,10 @@ _SECRET = re.compile(
 _DOUBTFUL = re.compile(r"token(?!i[sz])|(?<![a-z])(auth|pass|pw)(?![a-z])", re.IGNORECASE)
 """Names whose values are secret only if they are text: `max_tokens` and `pad_token_id` hold numbers.
 
-`tokenizer` is another word.
+`tokenizer` is excluded.
 """
 _USER = re.compile(r"(\w://)(?:[^\s/:]*:\S*|[^\s/?#]*)@")
-"""User and password in a URL. Behind a colon, up to the last `@`, because a password may contain any character."""
+"""User and password in a URL. After a colon, up to the last `@`, because a password may contain any character."""
 _GIVEN = re.compile(
     rf"""((?:{_SECRET.pattern}|{_DOUBTFUL.pattern})[\w.-]{{0,64}}["']?\s*[=:]\s*(?:(?:basic|bearer|token)\s+)?)"""
     r"""("[^"]*"|'[^']*'|[^\s"'&,;)}\]]+)""",
@@ -42,7 +42,7 @@ def redacted(config: Any) -> dict[str, bool | int | float | str | None]:
         config: a dict, dataclass or pydantic model, which may be nested.
 
     Returns:
-        Values by dotted name. A list of plain values becomes one text.
+        Values by dotted name. A list of plain values becomes one string.
 
     Raises:
         TypeError: `config` has another type.

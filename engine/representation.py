@@ -1,4 +1,4 @@
-"""How an object shows itself: as the call that made it."""
+"""Reprs that look like constructor calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def call_text(kind: type, values: Mapping[str, Any]) -> str:
 
     Args:
         kind: the class.
-        values: its arguments by name; those that are missing are left out.
+        values: its arguments by name; missing ones are left out.
     """
     shown = []
     for parameter in inspect.signature(kind).parameters.values():

@@ -24,12 +24,12 @@ Layout = Callable[[Any], Any]
 
 
 def make_mesh(**axes: int) -> Mesh:
-    """Return a mesh of all devices of all processes.
+    """Return a mesh over all devices of all processes.
 
     Its axes have the type Auto: XLA divides the computation, and ordinary model code runs unchanged.
 
     Args:
-        axes: the number of devices along each axis by name, in order; one may be -1, for the rest. Without any:
+        axes: the number of devices along each axis by name, in order. One may be -1, for the rest. Default:
             `data=-1`.
 
     Raises:
@@ -61,7 +61,7 @@ def fsdp(mesh: Mesh, axis: str | None = None, *, small: int = SMALL) -> Layout:
     """Return the layout of fully sharded data parallel training: every leaf is divided along its largest axis.
 
     Parameters and optimizer state then take 1 / devices of the memory on each device. Leaves that do not divide
-    are replicated (Rajbhandari et al., "ZeRO", 2020, arXiv:1910.02054).
+    evenly are replicated (Rajbhandari et al., "ZeRO", 2020, arXiv:1910.02054).
 
     Args:
         mesh: the devices.
@@ -96,11 +96,11 @@ def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], otherwise: Layout | 
     Args:
         mesh: the devices.
         rules: by a regular expression that is searched for in the path, the partition of the leaves it matches.
-            The first match counts. Leaves with fewer axes than the rule follow `otherwise`.
+            The first match wins. Leaves with fewer axes than the rule follow `otherwise`.
         otherwise: the layout of all other leaves; `replicated` by default.
 
     Raises:
-        ValueError: a rule matches no leaf, or a leaf does not divide.
+        ValueError: a rule matches no leaf, or a leaf does not divide evenly.
 
     >>> layout = by_path(make_mesh(model=-1), {"mlp/kernel": PartitionSpec(None, "model")})
     >>> tuple(layout({"mlp": {"kernel": jax.ShapeDtypeStruct((4, 64), "float32")}})["mlp"]["kernel"].spec)
@@ -128,11 +128,11 @@ def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], otherwise: Layout | 
 def create(make: Callable[..., Any], layout: Layout, *args: Any) -> Any:
     """Return the tree that `make(*args)` returns, computed directly in a layout.
 
-    No device ever holds more than its part, and no process sends anything.
+    No device ever holds more than its part, and nothing is communicated.
 
     Args:
         make: a function that can be compiled.
-        layout: `replicated(mesh)`, `fsdp(mesh)`, `by_path(mesh, rules)`, or a function of your own.
+        layout: `replicated(mesh)`, `fsdp(mesh)`, `by_path(mesh, rules)`, or your own function.
         args: the arguments of `make`, the same in all processes.
 
     >>> import jax.numpy as jnp
@@ -154,4 +154,6 @@ def _check_divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], who:
         names = (axes,) if isinstance(axes, str) else axes or ()
         count = math.prod(_size(mesh, axis, who) for axis in names)
         if size % count:
-            raise ValueError(f"{who} has an axis of {size}, which does not divide over {count} devices ({axes!r}).")
+            raise ValueError(
+                f"{who} has an axis of size {size}, which does not divide evenly over {count} devices ({axes!r})."
+            )

@@ -56,7 +56,7 @@ def counting_step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 
 class Transcript(Callback):
-    """Writes down every event as a line, so that a test compares the order of events with one list.
+    """Records each event as a line, so that a test can compare the order of events with one list.
 
     A line is `"<event> <step>/<epoch>"`, with the transcript's name in front if it has one, and followed by the text
     that `show` returns. A line of `log` also has the values of the record, sorted by name, and one of `exception` the
@@ -65,8 +65,8 @@ class Transcript(Callback):
     Args:
         name: the callback's name. With one, several transcripts can share `lines`.
         lines: the list to append to; a new one by default.
-        quiet: events to leave out, without `on_`. The transcript does not handle them at all, so it does not make
-            the engine end a block of steps for them.
+        quiet: events to leave out, without `on_`. They are ignored entirely, so they do not end blocks of
+            steps.
         show: `(loop, event) -> str`, appended to each line; an empty string appends nothing.
         when: when `step_begin`, `step_end` and `save` are due; a plain int means steps.
 
@@ -102,7 +102,7 @@ class Transcript(Callback):
             setattr(self, f"on_{event}", getattr(super(), f"on_{event}"))
 
     def steps(self, event: str) -> list[int]:
-        """Return the steps at which an event (without `on_`) was written down.
+        """Return the steps at which an event (without `on_`) was recorded.
 
         Args:
             event: one of `EVENT_NAMES`.
@@ -153,12 +153,12 @@ EVENT_NAMES: tuple[str, ...] = tuple(event.removeprefix("on_") for event in EVEN
 
 
 class StopAt(Callback):
-    """Asks for a stop at the end of a step.
+    """Requests a stop at the end of a step.
 
     Args:
         step: the step, counted from 1.
-        final: False for a stop that can be resumed.
-        reason: what `result.stopped` says; `StopAt(<step>)` by default.
+        final: False for a resumable stop.
+        reason: the value of `result.stopped`; `StopAt(<step>)` by default.
 
     >>> from onstep import Engine
     >>> Engine(counting_step, [StopAt(3)]).run(jnp.int32(0), range(10), epochs=1).step
@@ -203,7 +203,7 @@ class RaiseIn(Callback):
     Args:
         event: with or without `on_`.
         error: what to raise.
-        step: the number of completed steps at which to raise; at every one by default.
+        step: the number of completed steps at which to raise; every time by default.
 
     >>> from onstep import Engine
     >>> Engine(counting_step, [RaiseIn("step_end", ValueError("no"), step=2)]).run(jnp.int32(0), range(4), epochs=1)
@@ -223,7 +223,7 @@ class RaiseIn(Callback):
                 raise error
 
         setattr(self, method, raise_it)
-        if step is not None:  # so that the engine ends no block of steps before this step
+        if step is not None:  # so that blocks are not cut before this step
             self.when: Cadence | int = at(max(step + (method == "on_step_begin"), 1))
 
 
@@ -252,7 +252,7 @@ class FakeClock:
     """A clock that moves only when you tell it to: `Engine(..., clock=FakeClock())`.
 
     Args:
-        now: the first time, in seconds.
+        now: the initial time, in seconds.
 
     Attributes:
         now: the time, which may be assigned.
@@ -359,7 +359,7 @@ class FakeLoaderIterator(Iterator[Any]):
 
 
 class SizedData:
-    """Batches with a length of your choice, to test a wrong `len` or none.
+    """Batches with a length of your choice, to test a wrong or missing length.
 
     Args:
         batches: the batches that iterating yields.

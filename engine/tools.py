@@ -1,6 +1,7 @@
 """Tools for authors of callbacks: fields of a state, checks of arguments and metrics, messages, record files.
 
-The built-in callbacks use nothing else of the engine's inside, so whatever they can do, yours can do as well.
+The built-in callbacks use only public modules: `onstep`, this one, and `processes`, `redact`, `storage` and `plots`. So
+your callbacks can do everything that they can do.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def has_training_metrics(record: Record) -> bool:
 def warn_missing_metric(who: str, metric: str, loop: Loop) -> None:
     """Warn after the first epoch if a metric that a callback watches was not recorded; call it in `on_epoch_end`.
 
-    There is no warning while the metric may still appear: before the first evaluation of a callback with its
-    first name, and while its training window is open.
+    There is no warning while the metric may still appear: before the first evaluation of the callback that its name
+    begins with, and while its training window is open.
 
     Args:
         who: the callback, for the message.
@@ -125,10 +126,13 @@ def require_metric(who: str, metric: str, loop: Loop) -> None:
 
     >>> from onstep import Engine
     >>> engine = Engine(lambda state, batch: (state, {"loss": batch}))
-    >>> engine.on("run_end")(lambda loop: require_metric("EarlyStopping", "train/loss", loop))
+    >>> engine.on("run_end")(lambda loop: require_metric("EarlyStopping", "epoch/los", loop))
     <function <lambda> at ...>
-    >>> engine.run(0, [1, 2], epochs=1).step
-    2
+    >>> engine.run(0, [1, 2], epochs=1)
+    Traceback (most recent call last):
+    ...
+    ValueError: EarlyStopping watches 'epoch/los', but the records hold [...]. Did you mean epoch/loss?
+    onstep: raised by <lambda>.on_run_end at step 2
     """
     reached = loop.step > loop.start_step and loop.finished and loop.stopped is None and loop.error is None
     if reached and metric not in loop.latest:
@@ -145,7 +149,7 @@ def _missing(who: str, metric: str, loop: Loop) -> str:
 def widen(leaf: jax.Array) -> jax.Array:
     """Return 16-bit and 8-bit floats as float32, and anything else unchanged.
 
-    Averages that are kept in narrow floats lose small updates.
+    Averages kept in low precision lose small updates.
 
     >>> widen(jnp.ones(2, jnp.bfloat16)).dtype
     dtype('float32')
@@ -157,7 +161,7 @@ def widen(leaf: jax.Array) -> jax.Array:
 def cast_like(tree: Any, like: Any) -> Any:
     """Return a tree with the dtypes of another one, such as averages in the dtypes of the parameters.
 
-    It undoes `widen`. Leaves that have the right dtype are returned as they are, without a copy.
+    It undoes `widen`. Leaves that have the right dtype are not copied.
 
     Args:
         tree: arrays.
@@ -176,7 +180,7 @@ def map_floats(function: Callable[[jax.Array, jax.Array], jax.Array], old: Any, 
     those of `old`, so an average can be kept in wider floats than the parameters.
 
     Args:
-        function: of two arrays of one dtype, which is that of `old`.
+        function: a function of two arrays of `old`'s dtype.
         old: a tree of arrays.
         new: a tree of the same structure.
 
@@ -232,7 +236,7 @@ def set_fields(tree: Any, of: str | tuple[str, ...] | None, value: Any) -> Any:
     """Return a copy of a state in which the part that `of` names is replaced.
 
     Args:
-        tree: the state, which stays as it was.
+        tree: the state, which is not changed.
         of: as for `get_fields`.
         value: the new part, with the structure that `get_fields` returns.
 

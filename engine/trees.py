@@ -60,9 +60,9 @@ def compare_signatures(old: dict[str, str], new: dict[str, str], *, most: int = 
 
 
 def ignore_sizes(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
-    """Return the signature of a batch, in which leaves that differ from `old` only in size read as in `old`.
+    """Return the signature of a batch, with the entries of `old` for leaves that differ from it only in size.
 
-    That is: the same dtype and rank, and no more rows. Such a batch may be the last one of an epoch, or hold
+    Such leaves have the same dtype and rank, and no more rows. The batch may be the last one of an epoch, or hold
     sequences of another length.
     """
     pattern = r"(.*)\[(\d+)(.*)"  # dtype, rows, other axes
@@ -88,7 +88,7 @@ def difference(old: Any, new: Any) -> str:
 
 
 def strip_weak_types(tree: Any) -> Any:
-    """Return the tree as arrays without weak types, so that one signature stays one executable."""
+    """Return the tree as arrays without weak types, so that a signature always hits the same executable."""
 
     def strip(leaf: Any) -> jax.Array:
         array = as_array(leaf)
@@ -99,14 +99,14 @@ def strip_weak_types(tree: Any) -> Any:
 
 
 def as_array(leaf: Any) -> jax.Array:
-    """Return a leaf as a JAX array; one that already is stays the same object."""
+    """Return a leaf as a JAX array; a JAX array is returned unchanged."""
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
 def copy_numpy(batch: Batch) -> Batch:
     """Return the batch with its numpy arrays copied.
 
-    JAX may read a numpy array in place, after its source has filled it again.
+    JAX may read a numpy array in place, after its source has overwritten it.
     """
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
 
@@ -150,7 +150,7 @@ def set_field(tree: Any, path: str, value: Any) -> Any:
         return tree._replace(**{name: value})
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return dataclasses.replace(tree, **{name: value})
-    changed = jax.tree.map(lambda x: x, tree)  # copies the containers, whatever mapping they are
+    changed = jax.tree.map(lambda x: x, tree)  # copies the containers, for any type of mapping
     changed[name] = value
     return changed
 

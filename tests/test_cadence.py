@@ -280,14 +280,18 @@ def test_cadence_knows_its_next_step(cadence, step, following):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        pytest.param(lambda: every(0), "every needs steps >= 1.* got 0", id="zero steps"),
-        pytest.param(lambda: every(-3), "every needs steps >= 1.* got -3", id="negative steps"),
-        pytest.param(lambda: every(True), "every needs steps >= 1.* got True", id="a bool"),
-        pytest.param(lambda: every(2.0), "every needs steps >= 1.* got 2.0", id="float steps"),
-        pytest.param(lambda: every("3"), "every needs steps >= 1.* got '3'", id="a string"),
-        pytest.param(lambda: every(epochs=0), "every needs epochs >= 1.* got 0", id="zero epochs"),
-        pytest.param(lambda: every(epochs=0.5), "every needs epochs >= 1.* got 0.5", id="half an epoch"),
-        pytest.param(lambda: every(epochs=True), "every needs epochs >= 1.* got True", id="a bool epoch"),
+        pytest.param(lambda: every(0), "every needs steps to be a whole number >= 1.* got 0", id="zero steps"),
+        pytest.param(lambda: every(-3), "every needs steps to be a whole number >= 1.* got -3", id="negative steps"),
+        pytest.param(lambda: every(True), "every needs steps to be a whole number >= 1.* got True", id="a bool"),
+        pytest.param(lambda: every(2.0), "every needs steps to be a whole number >= 1.* got 2.0", id="float steps"),
+        pytest.param(lambda: every("3"), "every needs steps to be a whole number >= 1.* got '3'", id="a string"),
+        pytest.param(lambda: every(epochs=0), "every needs epochs to be a whole number >= 1.* got 0", id="zero epochs"),
+        pytest.param(
+            lambda: every(epochs=0.5), "every needs epochs to be a whole number >= 1.* got 0.5", id="half an epoch"
+        ),
+        pytest.param(
+            lambda: every(epochs=True), "every needs epochs to be a whole number >= 1.* got True", id="a bool epoch"
+        ),
         pytest.param(lambda: every(seconds=0), "every needs seconds > 0.* got 0", id="zero seconds"),
         pytest.param(lambda: every(seconds=-1.0), "every needs seconds > 0.* got -1.0", id="negative seconds"),
         pytest.param(lambda: every(seconds=math.nan), "every needs seconds > 0.* got nan", id="NaN seconds"),
@@ -297,11 +301,11 @@ def test_cadence_knows_its_next_step(cadence, step, following):
         pytest.param(lambda: every(None), "one of steps, epochs and seconds, got none", id="None"),
         pytest.param(lambda: every(2, epochs=1), r"one of .*'steps': 2, 'epochs': 1.*Combine with \|", id="two units"),
         pytest.param(lambda: at(), r"at needs the steps at which .* got none", id="at nothing"),
-        pytest.param(lambda: at(0), r"at needs steps >= 1, a whole number, got 0", id="at zero"),
-        pytest.param(lambda: at(3, -1), r"at needs steps >= 1, a whole number, got -1", id="at a negative step"),
-        pytest.param(lambda: at(True), r"at needs steps >= 1, a whole number, got True", id="at a bool"),
-        pytest.param(lambda: at(1.0), r"at needs steps >= 1, a whole number, got 1.0", id="at a float"),
-        pytest.param(lambda: at([1, 2]), r"at needs steps >= 1, a whole number, got \[1, 2\]", id="at a list"),
+        pytest.param(lambda: at(0), r"at needs steps to be a whole number >= 1, got 0", id="at zero"),
+        pytest.param(lambda: at(3, -1), r"at needs steps to be a whole number >= 1, got -1", id="at a negative step"),
+        pytest.param(lambda: at(True), r"at needs steps to be a whole number >= 1, got True", id="at a bool"),
+        pytest.param(lambda: at(1.0), r"at needs steps to be a whole number >= 1, got 1.0", id="at a float"),
+        pytest.param(lambda: at([1, 2]), r"at needs steps to be a whole number >= 1, got \[1, 2\]", id="at a list"),
     ],
 )
 def test_invalid_cadence_is_refused_when_it_is_made(make, message):

@@ -186,7 +186,7 @@ def test_any_schedule_can_be_drawn(given, tmp_path):
     image = (tmp_path / "rate.png").read_bytes()
     width, height = (int.from_bytes(image[n : n + 4]) for n in (16, 20))
     assert (image[:8], width, height) == (b"\x89PNG\r\n\x1a\n", 960, 540)
-    with pytest.raises(ValueError, match="plot needs steps >= 1"):
+    with pytest.raises(ValueError, match="plot needs steps to be a whole number >= 1"):
         plot(given, 0, tmp_path / "none.png")
 
 

@@ -171,7 +171,7 @@ def test_target_already_reached_runs_no_step_and_says_so(capsys):
 def test_epoch_in_progress_counts_against_a_target_in_epochs():
     engine = Engine(add)
     first = engine.run(jnp.int32(0), [1, 1, 1], steps=4)
-    with pytest.raises(ValueError, match="at epoch 2, beyond the target of 1"):
+    with pytest.raises(ValueError, match=r"at epoch 2, beyond the target of 1 epoch\."):
         engine.run(first, [1, 1, 1], epochs=1)
 
 

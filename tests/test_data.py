@@ -222,7 +222,7 @@ def test_source_without_state_skips_used_batches_and_says_so_once(capsys):
     rest = engine.run(part, data, epochs=2)
     assert int(rest.state) == 20
     assert (data.drawn, ran) == ([1, 2, 3, 4] * 2, [3, 4, 1, 2, 3, 4])
-    assert capsys.readouterr().err.count("skipping 2 batches") == 1
+    assert capsys.readouterr().err.count("skipping the first 2 batches") == 1
 
 
 def test_callable_resumes_in_the_interrupted_epoch():
@@ -310,12 +310,12 @@ def test_generator_read_beyond_the_result_is_refused():
 @pytest.mark.parametrize(
     ("data", "options", "match"),
     [
-        ([1, 2, 3, 4], {}, "epochs have 5 batches, this run's 4. Give the same data"),
+        ([1, 2, 3, 4], {}, "epochs have 5 batches, this run's 4. Pass the same data"),
         (itertools.count(1), {}, "epochs have 5 batches, this run's an unknown number of"),
         (
             [1, 2, 3, 4, 5],
             {"epoch_steps": 3},
-            "epochs have 5 batches, this run's 3. Give the same data and epoch_steps",
+            "epochs have 5 batches, this run's 3. Pass the same data and epoch_steps",
         ),
     ],
     ids=["shorter", "unknown", "epoch_steps"],
@@ -331,7 +331,7 @@ def test_new_generator_skips_used_batches(capsys):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), itertools.count(1), steps=2)
     assert int(engine.run(part, itertools.count(1), steps=4).state) == 10
-    assert "skipping 2 batches" in capsys.readouterr().err
+    assert "skipping the first 2 batches" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [list, iter], ids=["list", "iterator"])

@@ -336,10 +336,10 @@ def test_run_may_stop_before_the_metric_appears(final):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({"patience": 0}, "needs patience >= 1.* got 0", id="patience 0"),
-        pytest.param({"patience": -1}, "needs patience >= 1.* got -1", id="negative patience"),
-        pytest.param({"patience": 2.0}, "needs patience >= 1.* got 2.0", id="float patience"),
-        pytest.param({"patience": True}, "needs patience >= 1.* got True", id="bool patience"),
+        pytest.param({"patience": 0}, "needs patience to be a whole number >= 1.* got 0", id="patience 0"),
+        pytest.param({"patience": -1}, "needs patience to be a whole number >= 1.* got -1", id="negative patience"),
+        pytest.param({"patience": 2.0}, "needs patience to be a whole number >= 1.* got 2.0", id="float patience"),
+        pytest.param({"patience": True}, "needs patience to be a whole number >= 1.* got True", id="bool patience"),
         pytest.param({"patience": 1, "mode": "auto"}, "needs mode 'min' or 'max', got 'auto'", id="unknown mode"),
         pytest.param(
             {"patience": 1, "min_delta": -0.1}, "needs a finite min_delta >= 0, got -0.1", id="negative min_delta"

@@ -371,10 +371,10 @@ def test_asking_for_the_average_of_another_run_raises():
         pytest.param({"decay": 2}, "0 <= decay < 1, got 2", id="decay 2"),
         pytest.param({"decay": -1}, "0 <= decay < 1, got -1", id="negative decay"),
         pytest.param({"decay": float("nan")}, "0 <= decay < 1, got nan", id="NaN decay"),
-        pytest.param({"warmup": -1}, "warmup >= 0.* got -1", id="negative warmup"),
-        pytest.param({"warmup": 0.5}, "warmup >= 0.* got 0.5", id="fractional warmup"),
-        pytest.param({"start": -1}, "start >= 0.* got -1", id="negative start"),
-        pytest.param({"start": 1.5}, "start >= 0.* got 1.5", id="fractional start"),
+        pytest.param({"warmup": -1}, "warmup to be a whole number >= 0.* got -1", id="negative warmup"),
+        pytest.param({"warmup": 0.5}, "warmup to be a whole number >= 0.* got 0.5", id="fractional warmup"),
+        pytest.param({"start": -1}, "start to be a whole number >= 0.* got -1", id="negative start"),
+        pytest.param({"start": 1.5}, "start to be a whole number >= 0.* got 1.5", id="fractional start"),
     ],
 )
 def test_arguments_out_of_range_raise(arguments, message):

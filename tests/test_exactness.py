@@ -161,7 +161,7 @@ def test_generator_is_skipped_to_the_saved_position(tmp_path, capsys):
     run([Checkpoint(tmp_path, when=4)], data=stream(), steps=13)
     second = run([Checkpoint(tmp_path, when=4)], data=stream(), steps=20)
     assert same_bytes(second.state, whole.state)
-    assert "skipping 13 batches" in capsys.readouterr().err
+    assert "skipping the first 13 batches" in capsys.readouterr().err
 
 
 def test_learning_rate_schedule_continues_when_resumed(tmp_path):

@@ -375,7 +375,9 @@ def test_rule_that_matches_no_leaf_or_does_not_divide_is_refused():
     mesh = make_mesh(data=4, model=2)
     with pytest.raises(ValueError, match=r"no leaf matches \['kernel'\]"):
         create(make, by_path(mesh, {"kernel": PartitionSpec("model")}), jax.random.key(0))
-    with pytest.raises(ValueError, match="by_path: w has an axis of 7, which does not divide over 2 devices"):
+    with pytest.raises(
+        ValueError, match="by_path: w has an axis of size 7, which does not divide evenly over 2 devices"
+    ):
         by_path(mesh, {"w": PartitionSpec("model")})({"w": jax.ShapeDtypeStruct((7,), jnp.float32)})
     with pytest.raises(ValueError, match="fsdp needs an axis of the mesh, got 'rows'"):
         fsdp(mesh, "rows")

@@ -135,10 +135,10 @@ def test_state_leaf_that_is_not_an_array_is_named(leaf, kind):
     ("targets", "match"),
     [
         ({}, "needs a target: epochs=, steps= or both"),
-        ({"epochs": -1}, "A run needs epochs >= 0, a whole number, got -1"),
-        ({"steps": 1.5}, "A run needs steps >= 0, a whole number, got 1.5"),
-        ({"steps": True}, "A run needs steps >= 0, a whole number, got True"),
-        ({"steps": 3, "epoch_steps": 0}, "A run needs epoch_steps >= 1, a whole number, got 0"),
+        ({"epochs": -1}, "A run needs epochs to be a whole number >= 0, got -1"),
+        ({"steps": 1.5}, "A run needs steps to be a whole number >= 0, got 1.5"),
+        ({"steps": True}, "A run needs steps to be a whole number >= 0, got True"),
+        ({"steps": 3, "epoch_steps": 0}, "A run needs epoch_steps to be a whole number >= 1, got 0"),
     ],
 )
 def test_targets_out_of_range_are_refused(targets, match):
@@ -149,7 +149,7 @@ def test_targets_out_of_range_are_refused(targets, match):
 @pytest.mark.parametrize("option", ["log_every", "in_flight"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
 def test_options_out_of_range_are_refused(option, value):
-    with pytest.raises(ValueError, match=f"Engine needs {option} >= 1, a whole number, got {value}"):
+    with pytest.raises(ValueError, match=f"Engine needs {option} to be a whole number >= 1, got {value}"):
         Engine(step, **{option: value})
 
 
@@ -158,7 +158,7 @@ def test_target_below_the_current_step_is_refused():
     result = engine.run(jnp.float32(0), [1.0] * 4, epochs=2)
     with pytest.raises(ValueError, match="at step 8, beyond the target of 5 steps"):
         engine.run(result, [1.0] * 4, steps=5)
-    with pytest.raises(ValueError, match="at epoch 2, beyond the target of 1 epochs"):
+    with pytest.raises(ValueError, match=r"at epoch 2, beyond the target of 1 epoch\."):
         engine.run(result, [1.0] * 4, epochs=1)
 
 
@@ -226,11 +226,11 @@ def test_compiled_half_with_a_mistake_is_named(wrong, error, match, when):
     ("make", "match"),
     [
         (lambda: EMA(1.5), "EMA needs 0 <= decay < 1, got 1.5"),
-        (lambda: EMA(start=-1), "EMA needs start >= 0"),
-        (lambda: EarlyStopping("x", patience=0), "EarlyStopping needs patience >= 1"),
+        (lambda: EMA(start=-1), "EMA needs start to be a whole number >= 0"),
+        (lambda: EarlyStopping("x", patience=0), "EarlyStopping needs patience to be a whole number >= 1"),
         (lambda: EarlyStopping("x", patience=1, mode="best"), "mode 'min' or 'max', got 'best'"),
         (lambda: EarlyStopping("x", patience=1, min_delta=-1), "min_delta >= 0, got -1"),
-        (lambda: Checkpoint("x", keep=0), "Checkpoint needs keep >= 1"),
+        (lambda: Checkpoint("x", keep=0), "Checkpoint needs keep to be a whole number >= 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_when_the_callback_is_made(make, match):

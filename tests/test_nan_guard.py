@@ -398,8 +398,8 @@ def test_step_that_returns_nothing_to_check_raises():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skip": True, "max_skips": 0}, "NaNGuard needs max_skips >= 1, a whole number, got 0"),
-        ({"skip": True, "max_skips": 1.5}, "NaNGuard needs max_skips >= 1, a whole number, got 1.5"),
+        ({"skip": True, "max_skips": 0}, "NaNGuard needs max_skips to be a whole number >= 1, got 0"),
+        ({"skip": True, "max_skips": 1.5}, "NaNGuard needs max_skips to be a whole number >= 1, got 1.5"),
         ({"max_skips": 3}, "NaNGuard needs skip=True for max_skips=3"),
     ],
     ids=["zero", "fraction", "without skip"],

@@ -315,7 +315,7 @@ def test_plan_raises_the_errors_of_a_run():
         Engine(linear).plan(fresh(), [], epochs=1)
     with pytest.raises(TypeError, match="data needs to be an iterable"):
         Engine(linear).plan(fresh(), 3, epochs=1)
-    with pytest.raises(ValueError, match="needs epochs >= 0"):
+    with pytest.raises(ValueError, match="needs epochs to be a whole number >= 0"):
         Engine(linear).plan(epochs=-1)
 
 

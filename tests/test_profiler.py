@@ -114,7 +114,11 @@ def test_another_trace_is_an_error_and_continues(tmp_path):
     assert traced(tmp_path) == [f"step {n}" for n in range(1, 11)]
 
 
-@pytest.mark.parametrize(("options", "says"), [({"start": -1}, "start >= 0"), ({"steps": 0}, "steps >= 1")], ids=str)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"start": -1}, "start to be a whole number >= 0"), ({"steps": 0}, "steps to be a whole number >= 1")],
+    ids=str,
+)
 def test_steps_out_of_range_are_an_error(options, says):
     with pytest.raises(ValueError, match=f"Profiler needs {says}"):
         Profiler("runs", **options)

@@ -185,7 +185,7 @@ def test_unknown_field_raises_an_error_that_lists_the_fields():
 
 @pytest.mark.parametrize("start", [-1, 1.5, None])
 def test_start_out_of_range_raises(start):
-    with pytest.raises(ValueError, match=f"SWA needs start >= 0, a whole number, got {start}"):
+    with pytest.raises(ValueError, match=f"SWA needs start to be a whole number >= 0, got {start}"):
         SWA(start=start)
 
 

@@ -23,15 +23,15 @@ class Batches:
     Args:
         arrays: a pytree of arrays of shape (examples, ...), with the same number of examples.
         batch_size: examples in a batch.
-        seed: the seed of the order.
+        seed: the seed of the shuffling.
         shuffle: False keeps the order of the arrays.
-        drop_last: False also serves a shorter last batch; its shape is compiled for separately.
+        drop_last: False keeps a shorter last batch; its shape is compiled separately.
 
     Attributes:
-        dropped: examples that every epoch leaves out.
+        dropped: the number of examples that every epoch drops.
 
     Raises:
-        ValueError: there is no array, the numbers of examples differ, or a batch is larger than the data.
+        ValueError: there are no arrays, the numbers of examples differ, or a batch is larger than the data.
 
     >>> batches = Batches({"x": np.arange(6)}, 2, shuffle=False)
     >>> [batch["x"].tolist() for batch in batches]
@@ -59,7 +59,7 @@ class Batches:
 
     @property
     def dropped(self) -> int:
-        """Examples that every epoch leaves out."""
+        """The number of examples that every epoch drops."""
         return self.examples % self.batch_size if self.drop_last else 0
 
     def __len__(self) -> int:
@@ -82,17 +82,17 @@ class Batches:
 
 
 _ARRANGEMENT = ("examples", "batch_size", "seed", "shuffle", "drop_last")
-"""What the position in an epoch depends on."""
+"""The settings for which a position in an epoch is valid."""
 
 
 class EpochIterator(Iterator[Batch]):
-    """The batches of one epoch. It goes to any position without gathering the batches before it.
+    """The batches of one epoch. Can seek without loading earlier batches.
 
     Args:
         arrays: a pytree of arrays of shape (examples, ...).
-        order: the examples in the order of this epoch, or None for the order of the arrays.
+        order: the indices of the examples in the order of this epoch, or None for the order of the arrays.
         length: batches in the epoch.
-        arrangement: by name, what the position depends on.
+        arrangement: by name, the settings for which a position is valid.
     """
 
     def __init__(self, arrays: Any, order: np.ndarray | None, length: int, arrangement: dict[str, Any]):
@@ -103,7 +103,7 @@ class EpochIterator(Iterator[Batch]):
         self._ragged = False
 
     def divide(self, placement: Placement, ragged: bool) -> None:
-        """Read only the rows of this process from now on; with `ragged`, all rows of a batch that does not divide."""
+        """From now on, read only this process's rows; with `ragged`, all rows of an unevenly divided batch."""
         self._placement, self._ragged = placement, ragged
 
     def __next__(self) -> Batch:
@@ -122,15 +122,15 @@ class EpochIterator(Iterator[Batch]):
 
     @property
     def left(self) -> int:
-        """Batches that are still to come."""
+        """The number of remaining batches."""
         return self._length - self._index
 
     def block(self, most: int, block_size: int) -> tuple[Batch, int]:
-        """Return the next batches, stacked, and their number.
+        """Return the next batches as stacked arrays, and the number of batches.
 
         Args:
-            most: the most batches to return.
-            block_size: the leading axis of the arrays, (block size, batch size, ...).
+            most: the maximum number of batches to return.
+            block_size: the size of the leading axis; arrays have the shape (block size, batch size, ...).
         """
         start = self._index * self._size
         size = min(self._size, self._examples - start)
@@ -148,24 +148,24 @@ class EpochIterator(Iterator[Batch]):
             elif out.dtype != array.dtype:
                 flat[:] = array[self._order[chosen]]
             else:
-                np.take(array, self._order[chosen], axis=0, out=flat, mode="clip")  # "raise" would copy once more
+                np.take(array, self._order[chosen], axis=0, out=flat, mode="clip")  # "raise" would make another copy
             return out
 
         self._index += count
         return jax.tree.map(gather, self._arrays), count
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position, and the arrangement in which it has a meaning."""
+        """Return the position and the settings it is valid for."""
         return {"index": self._index, "of": list(self._arrangement.values())}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to a position that `get_state` returned.
 
         Raises:
-            ValueError: the position is in data with another arrangement.
+            ValueError: the position was saved with other settings.
         """
         if state["of"] != list(self._arrangement.values()):
             pairs = zip(self._arrangement.items(), state["of"], strict=True)
             changed = [f"{name} {saved} became {here}" for (name, here), saved in pairs if saved != here]
-            raise ValueError(f"Batches differs from that of the saved run: {', '.join(changed)}.")
+            raise ValueError(f"Batches has changed since the run was saved: {', '.join(changed)}.")
         self._index = state["index"]

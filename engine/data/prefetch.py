@@ -1,4 +1,4 @@
-"""Batches on the device ahead of time."""
+"""Load batches and move them to the device in advance."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..trees import Batch, copy_numpy
 
 
 class Prefetch(Iterator[Batch]):
-    """Draws batches in a thread and puts them on the device, at most `depth` ahead.
+    """Loads batches in a background thread and moves them to the device, at most `depth` in advance.
 
-    The thread runs from the first `next` to the end of the batches, or to `close`. Batches that were drawn by then
-    are kept for the next `next`. An error of the source is raised when its batch is due.
+    The thread runs from the first call of `next` until the batches end or `close` is called. Batches that are loaded
+    by then are kept for later calls of `next`. An error in the source is raised when its batch is due.
 
     Args:
         source: an iterator of batches. If it has `get_state`, its state is kept with each batch, so `get_state`
-            never depends on what was drawn ahead.
-        depth: the most batches to hold.
+            does not depend on how many batches were loaded in advance.
+        depth: the maximum number of batches to hold.
         put: moves a batch to the device.
     """
 
@@ -52,7 +52,7 @@ class Prefetch(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """End the thread, as soon as it has the batch that it is drawing."""
+        """Stop the thread after the batch it is loading."""
         if self._thread is not None:
             with self._changed:
                 self._closing = True
@@ -71,7 +71,7 @@ class Prefetch(Iterator[Batch]):
             try:
                 batch = jax.block_until_ready(self._put(copy_numpy(next(self._source))))
                 state = self._source_state()
-            except BaseException as raised:  # also StopIteration, the end
+            except BaseException as raised:  # includes StopIteration, which ends the batches
                 error = raised
             with self._changed:
                 self._drawn.append((batch, state, error))

@@ -1,4 +1,4 @@
-"""What can be a source of batches, and one pass over it."""
+"""Sources of batches, and one pass over a source."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def length(data: Data) -> int | None:
 def open_pass(data: Data, number: int, placement: Placement, *, ragged: bool = False) -> Iterator[Batch]:
     """Return an iterator over the batches of one pass; passes are counted from 0.
 
-    Of several processes, each reads its own part. `Batches` divides itself, and with `ragged` every process gets
-    the whole of a batch that does not divide.
+    With several processes, each reads its own part. `Batches` selects the rows of each process itself; with `ragged`,
+    every process gets all rows of a batch that does not divide evenly.
 
     Raises:
         TypeError: the source is neither an iterable of batches nor a callable.
@@ -39,7 +39,7 @@ def open_pass(data: Data, number: int, placement: Placement, *, ragged: bool = F
 
 
 def check_source(source: Any) -> None:
-    """Raise a TypeError unless it can be a source of batches."""
+    """Raise a TypeError unless `source` can be a source of batches."""
     if isinstance(source, (dict, str)) or not (hasattr(source, "__iter__") or hasattr(source, "__getitem__")):
         raise TypeError(
             "data needs to be an iterable of batches or a callable epoch -> iterable, "

@@ -1,4 +1,4 @@
-"""Several batches as one tree of stacked arrays, which one compiled call reads."""
+"""Stack several batches into one tree of arrays, which one compiled call reads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..trees import Batch
 class BatchStacker:
     """Stacks batches of one kind into a tree of arrays (block size, ...).
 
-    Each batch is copied when it is added, so that its source may fill the same arrays again. Rows beyond the last
-    one hold arbitrary values: no step reads them.
+    Each batch is copied when it is added, so its source may reuse its arrays. Rows after the last batch
+    hold arbitrary values; no step reads them.
 
     Args:
         first: the first batch, which decides the kind.
-        block_size: the leading axis of the arrays.
+        block_size: the size of the leading axis.
 
     Attributes:
         count: batches added so far.
@@ -35,7 +35,7 @@ class BatchStacker:
         self.add(first)
 
     def add(self, batch: Batch) -> bool:
-        """Add a batch, and return True, unless it is of another kind than the first."""
+        """Add a batch and return True, or return False if it is of another kind than the first."""
         flat, structure = jax.tree.flatten(batch)
         if structure != self._structure or [_kind(leaf) for leaf in flat] != self._kinds:
             return False
@@ -55,7 +55,7 @@ class BatchStacker:
         }
         stacked = _stack(lists) if lists else {}
         columns = [stacked.get(i, column) for i, column in enumerate(self._columns)]
-        # Arrays that were on the device go back explicitly, as `jax.transfer_guard` may forbid implicit transfers.
+        # Arrays that came from the device go back explicitly: `jax.transfer_guard` may forbid implicit transfers.
         pairs = zip(columns, self._transferred, strict=True)
         columns = [jax.device_put(x) if back and isinstance(x, np.ndarray) else x for x, back in pairs]
         return jax.tree.unflatten(self._structure, columns)
@@ -64,8 +64,8 @@ class BatchStacker:
 def aligned_empty(rows: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return an empty array (rows, *shape) that a compiled call can read in place.
 
-    Its dtype is the one that JAX would convert to. Its address is a multiple of 64 bytes: with another one, every
-    call would copy all rows.
+    Its dtype is the one that JAX would convert to. Its address is a multiple of 64 bytes; otherwise every call
+    would copy all rows.
     """
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     size = rows * math.prod(shape) * dtype.itemsize
@@ -76,12 +76,12 @@ def aligned_empty(rows: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def last_batch(batches: Batch, count: int) -> Batch:
     """Return the last of `count` stacked batches."""
-    index = jax.device_put(np.int32(count - 1))  # explicit, as `jax.transfer_guard` may forbid implicit transfers
+    index = jax.device_put(np.int32(count - 1))  # explicit: `jax.transfer_guard` may forbid implicit transfers
     return jax.tree.map(lambda leaf: _row(leaf, index) if isinstance(leaf, jax.Array) else leaf[count - 1], batches)
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
-    """Return what the leaves of one column share. Leaves that the host can read for free count as numpy arrays."""
+    """Return what the leaves of one column share. Leaves already in host memory count as numpy arrays."""
     if isinstance(leaf, jax.Array):
         on_host = [device.platform for device in leaf.sharding.device_set] == ["cpu"]
         weak = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.weak_type  # numpy has neither

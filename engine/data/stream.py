@@ -18,18 +18,17 @@ from .stacking import BatchStacker
 
 
 class BatchStream:
-    """Reads a source of batches epoch by epoch, and knows its position.
+    """Reads a source of batches epoch by epoch, and tracks its position.
 
-    An epoch is one pass over the data, or `epoch_steps` batches from passes that follow each other. If the length
-    of an epoch is unknown, one batch is drawn ahead to learn whether the epoch continues. The position never
-    depends on that.
+    An epoch is one pass over the data, or `epoch_steps` batches from consecutive passes. If the length of an epoch is
+    unknown, one batch is drawn ahead to find out whether the epoch continues. The position does not depend on that.
 
     Args:
         data: the source.
         epoch_steps: batches in an epoch, if an epoch is not one pass.
-        placement: of several processes, decides which rows this one reads.
-        prefetch: the most batches to draw ahead in a thread.
-        put: moves a batch to the device ahead of its use.
+        placement: with several processes, decides which rows this one reads.
+        prefetch: the maximum number of batches that a thread draws ahead.
+        put: moves a batch to the device before it is used.
 
     Attributes:
         data: the source.
@@ -37,7 +36,7 @@ class BatchStream:
         length: batches in an epoch, None if unknown.
         one_shot: whether the data can be read only once.
         pass_index: the current pass over the data, counted from 0.
-        used: batches of the current pass that were handed out.
+        used: the number of batches of the current pass that were returned.
     """
 
     def __init__(
@@ -57,23 +56,23 @@ class BatchStream:
         self.pass_index: int = 0
         self.used: int = 0
         self._placement, self._prefetch, self._put = placement, prefetch, put
-        self._sought: Any = None  # the state that the loader is to be put to
+        self._sought: Any = None  # state to restore in the loader
         self._iterator: Any = None
         self._loader: Any = None  # the iterator of the pass, if it has get_state and set_state
-        self._ahead: list[Batch] = []  # at most one batch, drawn and not handed out
-        self._replaced = False  # whether a callback replaced it
-        self._before: Any = None  # the state of the loader before it was drawn
-        self._failure: Exception | None = None  # of drawing it, raised when the batch is due
+        self._ahead: list[Batch] = []  # at most one batch, drawn but not returned yet
+        self._replaced = False  # whether a callback replaced that batch
+        self._before: Any = None  # the loader's state before that batch was drawn
+        self._failure: Exception | None = None  # an error in drawing it, raised when the batch is due
 
     def observe(self, spans: Spans) -> None:
-        """Report the waits for a batch as spans from now on, except those of `take` and `blocks`."""
+        """From now on, report every wait for a batch as a span, except in `take` and `blocks`."""
         spans.instrument(self, DATA, "begin_epoch", "peek", "epoch_done")
 
     def begin_epoch(self, epoch: int) -> None:
         """Draw the first batch of an epoch, counted from 0.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the data has no more batches.
         """
         if self._has_next():
             self.peek()
@@ -86,9 +85,9 @@ class BatchStream:
             raise ValueError(f"The training data yielded no batches in epoch {epoch + 1}: {type(self.data).__name__}.")
 
     def take(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """Yield the next `count` batches, each with a 1; fewer only if the epoch ends."""
+        """Yield the next `count` batches, each with the number 1; fewer only if the epoch ends."""
         while count > 0 and self._has_next():
-            # Batches of these sources are never overwritten by later ones; those of all others are copied.
+            # These sources never reuse a batch's memory; batches of all others are copied.
             stable = isinstance(self._iterator, (EpochIterator, Prefetch)) or isinstance(self.data, (list, tuple))
             batch, self._ahead = self.peek(), []
             self.used, count = self.used + 1, count - 1
@@ -106,7 +105,7 @@ class BatchStream:
     def blocks(self, count: int, block_size: int, most: int) -> Iterator[tuple[Batch, int]]:
         """Yield the next `count` batches in stacks, each with the number of batches in it; fewer if the epoch ends.
 
-        A stack holds batches of one kind, at most `most` of them, in arrays (block_size, ...).
+        A stack holds at most `most` batches of one kind, in arrays of shape (block_size, ...).
         """
         while count > 0 and (block := self._block(min(block_size, count, most), block_size)):
             self.used, count = self.used + block[1], count - block[1]
@@ -120,7 +119,7 @@ class BatchStream:
             return None
         self.peek()
         if isinstance(self._iterator, EpochIterator) and not self._replaced:
-            self._iterator.set_state(self._before)  # so that the block begins with the batch that is ahead
+            self._iterator.set_state(self._before)  # so that the block begins with the batch drawn ahead
             self._ahead.clear()
             return self._iterator.block(most, block_size)
         stack = BatchStacker(self._ahead.pop(), block_size)
@@ -133,7 +132,7 @@ class BatchStream:
         if missing and self.length is not None and self.epoch_steps is None:
             raise ValueError(
                 f"The data has len {self.length}, but pass {self.pass_index + 1} ended after {self.used} batches. "
-                f"Fix its __len__, or give run epoch_steps={self.used}."
+                f"Fix its __len__, or pass epoch_steps={self.used} to run."
             )
 
     def epoch_done(self, epoch_step: int) -> bool:
@@ -143,12 +142,12 @@ class BatchStream:
         return epoch_step >= self.length
 
     def end_epoch(self) -> None:
-        """End the epoch: the next batch is the first of the next one."""
+        """End the epoch; the next batch starts a new epoch."""
         if self.epoch_steps is None:
             self._next_pass()
 
     def peek(self) -> Batch:
-        """Return the next batch without handing it out."""
+        """Return the next batch without consuming it."""
         if self._has_next() and self._failure is not None:
             raise self._failure
         return self._ahead[0]
@@ -158,25 +157,25 @@ class BatchStream:
         self._ahead[0], self._replaced = batch, True
 
     def position(self) -> dict[str, Any]:
-        """Return the position of the first batch that was not handed out, as JSON values and arrays."""
+        """Return the position of the next batch, as JSON values and arrays."""
         state = self._before if self._ahead or self._failure else self._loader_state()
         return {"pass": self.pass_index, "used": self.used, "loader": state, "length": self.length}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Go to a position when the next batch is drawn: by the state of the loader, or by skipping used batches.
+        """Go to a position when the next batch is drawn: restore the loader's state, or skip used batches.
 
         Raises:
-            ValueError: the position is in data with another number of batches in an epoch.
+            ValueError: the position was saved with another number of batches per epoch.
         """
         saved, here = (n or "an unknown number of" for n in (position["length"], self.length))
         if saved != here:
             raise ValueError(
-                f"The saved run's epochs have {saved} batches, this run's {here}. Give the same data and epoch_steps."
+                f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data and epoch_steps."
             )
         self.pass_index, self.used, self._sought = position["pass"], position["used"], position["loader"]
 
     def resume_as(self, new: BatchStream) -> BatchStream:
-        """Return the stream with which a run continues that would read `new`: this one, if it is at that position.
+        """Return this stream if it is already where `new` would start, otherwise `new`.
 
         So an iterator that can be read only once continues where an earlier run left it.
         """
@@ -200,7 +199,7 @@ class BatchStream:
         """Draw a batch; return False if the pass has ended.
 
         Args:
-            unused: batches drawn before it that are not handed out yet.
+            unused: the number of batches drawn before it that are not returned yet.
         """
         try:
             if self._iterator is None:
@@ -209,7 +208,7 @@ class BatchStream:
             self._ahead.append(next(self._iterator))
         except StopIteration:
             return False
-        except Exception as error:  # raised when the batches before it are used
+        except Exception as error:  # raised once the batches before it are used
             self._failure = self._add_note(error, unused)
         return True
 
@@ -220,7 +219,7 @@ class BatchStream:
         if self._loader is not None and self._sought is not None:
             self._loader.set_state(self._sought)
         elif self.used:
-            log_user(f"skipping {self.used} batches of the data that were used before")
+            log_user(f"skipping the first {self.used} batches of the data, which were already used")
             skipped = sum(1 for _ in islice(iterator, self.used))
             if skipped < self.used:
                 raise ValueError(
@@ -233,7 +232,7 @@ class BatchStream:
         return iterator
 
     def close(self) -> None:
-        """End the prefetch thread."""
+        """Stop the prefetch thread."""
         if isinstance(self._iterator, Prefetch):
             self._iterator.close()
 

@@ -1,16 +1,17 @@
 """A run's directory: read its checkpoints, write new ones, lock it, and save or load a single pytree.
 
 `<directory>/N` is always a complete checkpoint of step N. It is written under `.saving` by Orbax, gets a manifest
-with checksums, and is moved into place by one rename. `archive/` holds checkpoints that made room for others.
+with checksums, and is moved into place by one rename. `archive/` holds checkpoints that were moved to make room for
+others.
 
 | you want to | use |
 |---|---|
 | list, check or load the checkpoints of a run | `Checkpoints(directory)` |
-| save checkpoints from a callback or a loop of your own | `CheckpointWriter(directory)`, and `Lock(directory)` |
+| save checkpoints from your own callback or loop | `CheckpointWriter(directory)`, and `Lock(directory)` |
 | save or load one pytree, without a run | `save(directory, tree)`, `load(directory, like)` |
 
-Orbax is imported when something is saved or loaded. With several processes all of them call `save`, `load`, `wait`
-and `close`, and share the file system; process 0 alone does the rest.
+Orbax is imported when something is saved or loaded. With several processes, all call `save`, `load`, `wait` and
+`close` on a shared file system; process 0 does the rest.
 """
 
 from .checkpoints import Checkpoints

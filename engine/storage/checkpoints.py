@@ -24,14 +24,14 @@ def host_name(process: int) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a run in one directory, to look at and load from. Nothing is locked, written or moved.
+    """The checkpoints in a run's directory, for listing, checking and loading. Nothing is locked, written or moved.
 
-    Use it in scripts and notebooks, while the run is going on as well: a checkpoint appears when it is complete.
+    Use it in scripts and notebooks, also during the run; a checkpoint appears once it is complete.
     `loop.checkpoints` lists those of a run's `Checkpoint` callbacks.
 
     Args:
-        directory: of the run; it need not exist.
-        best: the metric of `best_step`; None for the one that the newest checkpoint was saved with.
+        directory: the directory of the run, which need not exist.
+        best: the metric of `best_step`; None for the metric that the newest checkpoint was saved with.
         mode: whether `"min"` or `"max"` of that metric is best.
 
     >>> import tempfile
@@ -64,7 +64,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, damaged ones included, in ascending order. Links do not count."""
         steps = [int(name) for name in names_in(self.directory) if re.fullmatch(r"0|[1-9]\d*", name)]
-        markers = {MANIFEST, "_CHECKPOINT_METADATA"}  # Orbax's own tells a checkpoint whose manifest is lost
+        markers = {MANIFEST, "_CHECKPOINT_METADATA"}  # Orbax's marker identifies it if the manifest is lost
         return sorted(n for n in steps if not os.path.islink(self.path(n)) and markers & names_in(self.path(n)))
 
     def path(self, *parts: int | str) -> str:
@@ -72,10 +72,10 @@ class Checkpoints:
         return os.path.join(self.directory, *map(str, parts))
 
     def best_step(self) -> int | None:
-        """Return the step with the best value of the metric, None if there is none. The earliest wins a tie."""
+        """Return the step with the best value of the metric, or None if there is none. The earliest wins a tie."""
         manifests = {}
         for step in self.steps():
-            with contextlib.suppress(OSError, ValueError):  # a damaged manifest does not compete
+            with contextlib.suppress(OSError, ValueError):  # a damaged manifest is ignored
                 manifests[step] = self.manifest(step)
         used = [manifest["best"] for manifest in manifests.values() if manifest.get("best")]
         metric, mode = (self.best, self.mode) if self.best or not used else used[-1]
@@ -87,14 +87,14 @@ class Checkpoints:
         return best_step
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Return what was written down when a checkpoint was committed.
+        """Return what was recorded about a checkpoint at commit.
 
         Returns:
             `run` (an id), `step`, `best` (None, or metric and mode), `metrics` (by name, the values recorded at this
             step) and `files` (by name, size in bytes and CRC-32).
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the manifest cannot be read.
             ValueError: it is damaged, or belongs to another step.
         """
         manifest = read_manifest(self.path(step))
@@ -103,7 +103,7 @@ class Checkpoints:
         return manifest
 
     def damage(self, step: int) -> str | None:
-        """Return what is wrong with a checkpoint, None if all its bytes are as they were written."""
+        """Return what is wrong with a checkpoint, None if it is intact."""
         try:
             return find_damage(self.path(step), self.manifest(step)["files"])
         except FileNotFoundError:
@@ -112,10 +112,10 @@ class Checkpoints:
             return f"{MANIFEST} is damaged ({error})"
 
     def load(self, step: int, likes: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
-        """Load trees of a checkpoint by name; all processes call it. Checksums are not verified: see `damage`.
+        """Load trees of a checkpoint by name. All processes must call it. Checksums are not verified; see `damage`.
 
         Args:
-            step: of the checkpoint.
+            step: the step of the checkpoint.
             likes: by name, a tree of the same structure, shapes and dtypes, of arrays or `jax.ShapeDtypeStruct`;
                 None loads nested dicts. A run saves the trees `"state"` and `"carries"`.
             partial: True allows the checkpoint to hold more than `likes`.
@@ -141,7 +141,7 @@ class Checkpoints:
         }
 
     def host(self, step: int) -> bytes:
-        """Return the bytes that were saved beside the trees: this process's own, if as many processes saved."""
+        """Return the bytes saved with the trees: this process's own if the number of processes is the same."""
         names = [host_name(process) for process in range(jax.process_count())]
         present = names_in(self.path(step))
         as_many = set(names) <= present and host_name(len(names)) not in present

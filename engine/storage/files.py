@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 def names_in(path: str) -> set[str]:
-    """Return the names in a folder; none if it does not exist."""
+    """Return the names in a folder, an empty set if it does not exist."""
     return set(os.listdir(path)) if os.path.isdir(path) else set()
 
 

@@ -23,7 +23,7 @@ class Lock:
     >>> Lock(directory.name).acquire()
     Traceback (most recent call last):
     ...
-    RuntimeError: Another live process is writing to .... Give another directory.
+    RuntimeError: Another live process is writing to .... Use another directory.
     >>> lock.release()
     >>> directory.cleanup()
     """
@@ -54,7 +54,7 @@ class Lock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 os.close(file)
-                message = f"Another live process is writing to {self.directory}. Give another directory."
+                message = f"Another live process is writing to {self.directory}. Use another directory."
                 raise RuntimeError(message) from None
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
                 self._file = file
@@ -62,7 +62,7 @@ class Lock:
                 os.close(file)
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock if it is held."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.directory, LOCK))

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: which files it has, with their sizes and checksums, in a text that checks itself."""
+"""The manifest of a checkpoint: its files with their sizes and checksums, in a self-checksummed file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_files(folder: str) -> dict[str, list[int]]:
 
 
 def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
-    """Write a manifest to disk; it is safe there when this returns."""
+    """Write a manifest to disk; it is durable when this returns."""
     with open(os.path.join(folder, MANIFEST), "w") as file:
         file.write(_sealed(manifest))
         file.flush()
@@ -30,8 +30,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
     """Return the manifest of a checkpoint.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not, to the character, what was written.
+        OSError: the manifest cannot be read.
+        ValueError: it is not exactly what was written.
     """
     with open(os.path.join(folder, MANIFEST), encoding="ascii") as file:
         text = file.read()
@@ -42,7 +42,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
 
 
 def find_damage(folder: str, files: dict[str, list[int]]) -> str | None:
-    """Return how the files of a checkpoint differ from its manifest, None if they do not.
+    """Return how the files of a checkpoint differ from its manifest, or None if they do not.
 
     Raises:
         ValueError: a name in the manifest leads outside the folder.
@@ -54,14 +54,14 @@ def find_damage(folder: str, files: dict[str, list[int]]) -> str | None:
         if os.path.getsize(path) != size:
             return f"{name} has {os.path.getsize(path)} bytes, not {size}"
         if checksum(path) != crc:
-            return f"{name} has other bytes than were written"
+            return f"the contents of {name} have changed"
     return None
 
 
 def delete_listed(folder: str) -> None:
     """Delete the files that a checkpoint's manifest lists, and the folders that this empties.
 
-    Anything else in the folder is not ours and stays.
+    Other files are left alone.
 
     Raises:
         OSError, ValueError: the manifest cannot be read, or is damaged; nothing is deleted.
@@ -74,10 +74,10 @@ def delete_listed(folder: str) -> None:
                 os.unlink(file)
         os.unlink(manifest)  # last: a deletion that is killed can be finished later
     for inner, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # it holds files of somebody else
+        with contextlib.suppress(OSError):  # it contains other files
             os.rmdir(inner)
 
 
 def _sealed(manifest: dict[str, Any]) -> str:
-    """The manifest as text with its own checksum at the end."""
+    """Return the manifest as text with its own checksum at the end."""
     return json.dumps({**manifest, "checksum": zlib.crc32(json.dumps(manifest).encode())})

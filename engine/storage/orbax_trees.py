@@ -1,4 +1,4 @@
-"""Pytrees in the form that Orbax can store, and back."""
+"""Convert pytrees to the form that Orbax can store, and back."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def from_orbax(found: dict[str, Any], like: Any) -> Any:
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A path as strings, which are the same for a key of a dict and for a field."""
+    """Return a path as strings, which are the same for a key of a dict and for a field."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

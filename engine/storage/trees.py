@@ -20,11 +20,11 @@ from .writer import CheckpointWriter
 def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
     """Save a pytree of arrays without a run, such as the parameters to publish; return when it is on disk.
 
-    With several processes all of them call it.
+    With several processes, all must call it.
 
     Args:
-        directory: it is created if it does not exist.
-        tree: with at least one array.
+        directory: created if it does not exist.
+        tree: a pytree with at least one array.
         step: the number of the checkpoint, for several trees in one directory.
 
     Raises:
@@ -47,7 +47,9 @@ def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
 
     def begin() -> None:
         if step in checkpoints.steps():
-            raise FileExistsError(f"save: {checkpoints.directory} holds step {step}. Give another step or directory.")
+            raise FileExistsError(
+                f"save: {checkpoints.directory} already holds step {step}. Use another step or directory."
+            )
         lock.acquire()
 
     processes.first(begin)
@@ -61,10 +63,10 @@ def save(directory: str | os.PathLike[str], tree: Any, step: int = 0) -> None:
 def load(directory: str | os.PathLike[str], like: Any = None, step: int | Literal["best"] | None = None) -> Any:
     """Load what `save` saved, or the state of a run's checkpoint, and verify its checksums.
 
-    With several processes all of them call it.
+    With several processes, all must call it.
 
     Args:
-        directory: of `save` or of a run.
+        directory: the one passed to `save`, or the directory of a run.
         like: a tree of the same structure, shapes and dtypes, of arrays or of `jax.ShapeDtypeStruct` (what
             `jax.eval_shape` returns), with a sharding for many devices. None returns nested dicts. A number or a
             numpy array in it may have the dtype to which JAX converts it.
@@ -107,7 +109,7 @@ def load(directory: str | os.PathLike[str], like: Any = None, step: int | Litera
 
 
 def _fitting(likes: Any, stored: dict[str, str], path: str) -> Any:
-    """`likes`, in which a number or numpy array is as JAX converts it where that is what is stored.
+    """Return `likes` with numbers and numpy arrays converted as JAX does, where the checkpoint stores that.
 
     Raises:
         ValueError: something else is stored.
@@ -122,6 +124,6 @@ def _fitting(likes: Any, stored: dict[str, str], path: str) -> Any:
 
 
 def _exact_signature(tree: Any) -> dict[str, str]:
-    """Shapes and dtypes by name as they are; `signature` has the dtypes to which JAX converts them."""
+    """Return shapes and exact dtypes by name, unconverted; `signature` has the dtypes to which JAX converts them."""
     arrays = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
     return {name: f"{array.dtype}[{','.join(map(str, array.shape))}]" for name, array in arrays.items()}

@@ -28,14 +28,14 @@ ARCHIVE_0_1 = "aside"
 class CheckpointWriter:
     """Writes the checkpoints of a run to one directory, in the background, and deletes old ones.
 
-    `save` returns as soon as the arrays may be changed. A checkpoint is complete, with checksums, before it gets its
-    name. The `Checkpoint` callback is built on this class; use it where a loop of your own saves. It does not lock the
-    directory: take a `Lock` first. With several processes all call `save`, `wait` and `close`.
+    `save` returns once the arrays may be modified. A checkpoint is complete, with checksums, before it is renamed into
+    place. The `Checkpoint` callback is built on this class; use it to save from your own loop. It does not lock the
+    directory, so take a `Lock` first. With several processes, all must call `save`, `wait` and `close`.
 
     Args:
-        directory: of the run; it is created by the first save.
+        directory: the directory of the run, created by the first save.
         keep: how many of the newest checkpoints to keep; None for all.
-        best: the metric by which one more checkpoint is kept, the best.
+        best: a metric; the best checkpoint by it is kept as well.
         mode: whether `"min"` or `"max"` of that metric is best.
 
     Attributes:
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self._checkpointer: Any = None
         self._commit: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._saving: int | None = None  # the step of the last save, until `wait` has seen its end
+        self._saving: int | None = None  # the step of the last save, until `wait` has waited for it
 
     def resume_from(self, step: int) -> None:
         """Continue the run of a checkpoint: its checkpoints may be deleted when newer ones replace them.
@@ -84,17 +84,17 @@ class CheckpointWriter:
     def save(
         self, step: int, trees: Mapping[str, Any], host: bytes = b"", metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Begin to save; return when the arrays may be changed. The save before is waited for.
+        """Start a save after the previous one has finished; return once the arrays may be modified.
 
         Args:
-            step: of the checkpoint.
-            trees: by name, pytrees of arrays; those without arrays are left out.
-            host: bytes to save beside them; each process may have its own.
-            metrics: by name, the values recorded at this step, which decide about the best.
+            step: the step of the checkpoint.
+            trees: by name, pytrees of arrays; trees without arrays are left out.
+            host: bytes to save with them; each process may pass its own.
+            metrics: by name, the values recorded at this step, which decide which checkpoint is best.
 
         Raises:
-            FileExistsError: the name of the checkpoint is taken.
-            RuntimeError: the save before failed.
+            FileExistsError: the path of the checkpoint already exists.
+            RuntimeError: the previous save failed.
         """
         import orbax.checkpoint as ocp
 
@@ -106,7 +106,7 @@ class CheckpointWriter:
             processes.first(self._make_room, step)
             if self._checkpointer is None:
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            if not processes.writes():  # before Orbax's own save, whose end all processes wait for
+            if not processes.writes():  # before Orbax's save, because all processes wait for its end
                 with open(self._path(SAVING, f"{step}.{host_name(jax.process_index())}"), "wb") as file:
                     file.write(host)
             self._checkpointer.save(self._path(SAVING, step), args=ocp.args.Composite(**args))
@@ -124,7 +124,7 @@ class CheckpointWriter:
         """Wait until the last save is committed.
 
         Raises:
-            RuntimeError: it failed; the message has step, path and reason. Earlier checkpoints are intact.
+            RuntimeError: the save failed; the message has step, path and reason. Earlier checkpoints are intact.
         """
         if self._commit is not None:
             self._commit.join()
@@ -170,7 +170,7 @@ class CheckpointWriter:
                     delete_listed(trash)
 
     def clean(self) -> None:
-        """Delete what saves and deletions left when they were killed."""
+        """Delete leftovers of interrupted saves and deletions."""
         if os.path.isdir(self._path(SAVING)) and not os.path.islink(self._path(SAVING)):
             shutil.rmtree(self._path(SAVING))
         for name in names_in(self._path()):
@@ -179,7 +179,7 @@ class CheckpointWriter:
                     delete_listed(self._path(name))
 
     def archive(self, steps: Iterable[int]) -> None:
-        """Move checkpoints to `archive/`, as `N`, or `N.2` and so on if that name was used before."""
+        """Move checkpoints to `archive/`, as `N`, or `N.2` and so on if that name is taken."""
         for step in steps:
             os.makedirs(self._path(ARCHIVE), exist_ok=True)
             names = (str(step) if n == 1 else f"{step}.{n}" for n in itertools.count(1))
@@ -195,11 +195,11 @@ class CheckpointWriter:
     def _make_room(self, step: int) -> None:
         if os.path.lexists(self._path(step)):
             raise FileExistsError(
-                f"{self._path(step)} exists and is not a checkpoint of this run. Move it, or give another directory."
+                f"{self._path(step)} exists and is not a checkpoint of this run. Move it, or use another directory."
             )
         if self._checkpointer is None:
             self.clean()
-        os.makedirs(self._path(SAVING, "writable"))  # Orbax would wait long for a folder that it cannot create
+        os.makedirs(self._path(SAVING, "writable"))  # Orbax would hang on a folder that it cannot create
         os.rmdir(self._path(SAVING, "writable"))
 
     def _finish(self, step: int, host: bytes, metrics: dict[str, float]) -> None:
