@@ -15,7 +15,7 @@ from .checks import check_int
 class Cadence:
     """When something is due. Make one with `every` or `at`, and combine several with `|`.
 
-    Steps and epochs are counted from 1 over the whole run, so a resumed run keeps the rhythm. An empty cadence is
+    Steps and epochs are counted from 1 over the whole run, so a resumed run stays on schedule. An empty cadence is
     never due.
 
     Attributes:
@@ -46,7 +46,7 @@ class Cadence:
     __ror__ = __or__
 
     def next(self, step: int) -> float:
-        """Return the first step after `step` that is due by its number, or infinity.
+        """Return the first due step after `step`, or infinity. Epochs and seconds are not considered.
 
         >>> every(100).next(150), at(1, 10).next(10)
         (200, inf)
@@ -135,7 +135,7 @@ ALWAYS = every(steps=1)
 
 
 class Trigger:
-    """A cadence followed through a run. It keeps the next due step, so that asking is cheap.
+    """Tracks a cadence through a run and caches the next due step.
 
     Args:
         cadence: when it fires.
@@ -143,8 +143,8 @@ class Trigger:
         step: steps completed so far.
 
     Attributes:
-        next_step: the next step that is due by its number.
-        deadline: the time in seconds of the clock at which it is due by time alone.
+        next_step: the next due step, without regard to epochs and seconds.
+        deadline: clock time at which it is next due, infinity without a cadence in seconds.
     """
 
     def __init__(self, cadence: Cadence, clock: Callable[[], float], step: int = 0):

@@ -28,7 +28,7 @@ Carry = Any
 
 
 class Callback:
-    """Something done around, or inside, the steps of a run. Override what you need.
+    """Something to do around or inside the steps of a run. Override the methods you need.
 
     A callback has two halves. The host half handles events between steps. The compiled half (`init` and `update`)
     runs inside the compiled step. At an event, callbacks take effect in the order of the engine's list.
@@ -55,7 +55,7 @@ class Callback:
     name: str | None = None
     when: Cadence | int = ALWAYS
     update_when: Cadence | int = ALWAYS
-    _initial: bytes | None = None  # the host half as an engine saw it first
+    _initial: bytes | None = None  # the host half when an engine first saw it
 
     def on_load(self, loop: Loop) -> None:
         """Called first: restore a saved run here, and only here, with `loop.restore(...)`.
@@ -111,7 +111,7 @@ class Callback:
         """A snapshot is about to be made of `loop.state`, the carries and the counters. An error here prevents it."""
 
     def on_exception(self, loop: Loop, error: BaseException) -> None:
-        """The run is ending because of `error`, which the caller of `run` gets afterwards.
+        """The run is ending because of `error`, which `run` raises afterwards.
 
         `loop.step` is the last complete step. If a compiled call failed while it ran, the arrays of `loop.state` were
         donated to it and can no longer be read.
@@ -141,10 +141,10 @@ class Callback:
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take back what `get_state` returned."""
+        """Restore what `get_state` returned."""
 
     def _reset(self) -> None:
-        """Put the host half back to what it was when an engine saw it first."""
+        """Reset the host half to what it was when an engine first saw it."""
         if overridden(self, "get_state"):
             who = f"{self.name or type(self).__name__}.get_state"
             if self._initial is None:
@@ -168,7 +168,7 @@ class Callback:
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
-"""The events, in the order in which a run meets them first."""
+"""The events, in the order in which a run first reaches them."""
 
 _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
     "on_log": ("loop", "record"),
@@ -181,7 +181,7 @@ _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
 
 
 def overridden(callback: Callback, name: str) -> Any:
-    """Return the callback's own method of that name, or None if it has only the empty one of `Callback`."""
+    """Return the callback's override of a method, or None if the method is not overridden."""
     found = getattr(callback, name)
     return None if getattr(found, "__func__", None) is getattr(Callback, name) else found
 
@@ -209,7 +209,7 @@ class FunctionCallback(Callback):
 
 
 def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
-    """Return the callbacks by name: their own, or the name of the class, numbered if it is repeated.
+    """Return the callbacks by `name`, which defaults to the class name, numbered if it is repeated.
 
     Raises:
         TypeError: an item is not a callback.
@@ -233,7 +233,7 @@ def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
 
 
 def reset(callbacks: dict[str, Callback]) -> None:
-    """Put the host halves of callbacks back to what they were when an engine saw them first."""
+    """Reset the host halves of callbacks to what they were when an engine first saw them."""
     for callback in callbacks.values():
         callback._reset()
 
@@ -248,7 +248,7 @@ def find_carry(carries: dict[str, Carry], callbacks: dict[str, Callback], callba
     if name is None:
         raise ValueError(f"This {type(callback).__name__} is not among the run's callbacks {list(callbacks)}.")
     if name not in carries:
-        raise ValueError(f"{name} keeps no carry: it has no update.")
+        raise ValueError(f"{name} has no carry: it does not override update.")
     return carries[name]
 
 
@@ -293,11 +293,11 @@ class Context:
         """Return the context with another `state`, `metrics` or `aux`.
 
         Raises:
-            TypeError: anything else is to be replaced.
+            TypeError: another field was given.
         """
         wrong = set(changes) - {"state", "metrics", "aux"}
         if wrong:
-            raise TypeError(f"{self._who} can replace state, metrics and aux of its ctx, got {sorted(wrong)}.")
+            raise TypeError(f"ctx.replace of {self._who} accepts only state, metrics and aux, got {sorted(wrong)}.")
         return dataclasses.replace(self, **changes)
 
     def log(self, values: dict[str, Any] | None = None, /, **named: Any) -> Context:

@@ -1,4 +1,4 @@
-"""Engine: the configuration of a loop, from which any number of runs start."""
+"""Engine: the configuration of a loop, for any number of runs."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from .trees import State
 class Engine:
     """A loop around a pure step, with callbacks between and inside the steps.
 
-    An engine is configuration: `run` starts a run from it, as often as you like, and compiles the step once.
+    An engine is configuration: call `run` as often as you like, and the step is compiled once.
 
     Args:
         step: `(state, batch) -> (state, metrics)`. `state` is any pytree of arrays, `metrics` a dict of scalars. A
             third required argument is a random key, different at every step. A third result, a dict, is `aux` for
             the compiled halves of callbacks.
         callbacks: in the order in which they take effect: first the compiled halves, inside the step, then the host
-            halves at each event. Only `on_run_end` goes through them in reverse.
+            halves at each event. Only `on_run_end` is called in reverse order.
         log_every: steps between two records of the mean training metrics.
-        steps_per_call: the most steps that one compiled call runs; it runs fewer if a callback is due earlier.
+        steps_per_call: maximum number of steps in one compiled call; a call runs fewer if a callback is due earlier.
             "auto" decides from the step and the backend; see docs/performance.md.
-        in_flight: the maximum number of dispatched but unfinished calls. Calls shorter than 0.1 ms may be 16 more.
-        prefetch: batches that a thread draws and puts on the device ahead of their use. Meant for accelerators; on
-            CPUs it takes time from the steps.
-        mesh: of many devices. Batches are divided over its axis "data" (or "fsdp", or its only axis; a NamedSharding
-            says otherwise). The state stays as it is divided, or is replicated. See `onstep.sharding`.
+        in_flight: maximum number of dispatched but unfinished calls. For calls shorter than 0.1 ms, up to 16 more.
+        prefetch: batches that a background thread loads and moves to the device in advance. Meant for accelerators;
+            on CPUs it takes time from the steps.
+        mesh: the devices to use. Batches are sharded over the axis "data" (or "fsdp", or the only axis); pass a
+            NamedSharding to choose. The state keeps its sharding, or is replicated if it is on one device. See
+            `onstep.sharding`.
         jit: False runs the same loop uncompiled, so that you can step through it in a debugger.
         clock: the time in seconds, for cadences in seconds. Tests pass an `onstep.testing.FakeClock`.
 
     Raises:
         TypeError: `step` is not callable, or a callback has the wrong signature or is not a `Callback`.
-        ValueError: two callbacks have one name, a number is out of range, or a mesh has no axis for batches.
+        ValueError: two callbacks have the same name, a number is out of range, or a mesh has no axis for batches.
 
     >>> import jax.numpy as jnp
     >>> def step(w, batch):
@@ -137,11 +138,11 @@ class Engine:
                 least one is needed.
             epoch_steps: batches in an epoch, if an epoch is not one pass over the data.
             rng: a random key; each step gets it folded with the number of steps completed before.
-            donate: True saves the copy: your state is used up.
+            donate: True skips the copy and donates your arrays.
 
         Raises:
             ValueError: there is no target, or the run is already beyond it; the data is empty or exhausted; or the
-                step returns another tree than it got. The message says which.
+                step returns a different tree from the one it received. The message says which.
 
         >>> import jax.numpy as jnp
         >>> engine = Engine(lambda state, batch: (state + batch, {"loss": batch}))
@@ -192,13 +193,13 @@ class Engine:
     ) -> Plan:
         """Return what `run` would do with the same arguments: `print(engine.plan())`.
 
-        Nothing runs, no event fires, nothing is donated or written. Every argument may be left out; each lets the
-        plan say more. With state and data the step is traced for one batch, drawn from a pass of its own. Data that
-        can be read only once is not touched.
+        Nothing runs, no event fires, nothing is donated or written. Every argument is optional. The more you
+        pass, the more the plan shows. With state and data the step is traced for one batch, drawn from a separate
+        pass. Data that can be read only once is not touched.
 
         Args:
             state: as for `run`; gives the sizes of the carries.
-            data: as for `run`; gives the length of an epoch, and with the state the steps of a call.
+            data: as for `run`; gives the length of an epoch and, together with the state, the steps per call.
             epochs, steps, epoch_steps, rng: as for `run`.
 
         Raises:
@@ -206,9 +207,9 @@ class Engine:
 
         >>> plan = Engine(lambda state, batch: (state + batch, {}), log_every=10).plan(0, [1, 2, 3], epochs=4)
         >>> plan.loop[-2:]
-        ['it ends at step 12', 'at most 2 compiled calls are in flight']
+        ['ends at step 12', 'keeps at most 2 compiled calls in flight']
         """
-        compiled = self._compile()  # so that tracing for the plan leaves no trace in this engine's
+        compiled = self._compile()  # a separate copy, so that planning does not affect this engine
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from .checks import check_int, takes_rng
-from .compiled.step import Step
 from .data.batches import EpochIterator
 from .data.source import Data, length, open_pass
 from .means import Mean, fetch
@@ -24,7 +24,7 @@ IN_FLIGHT = 2
 
 
 def evaluate(
-    step: Step,
+    step: Callable[..., Any],
     state: State,
     data: Data,
     *,
@@ -35,21 +35,21 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean of a step's metrics over a set of data.
 
-    Each batch has the weight of its leading axis, so a short last one does not bias the mean. Clu metrics merge
+    Batches are weighted by their number of examples, so a short last one does not bias the mean. Clu metrics merge
     exactly. The step is compiled once for each function and shape.
 
     Args:
         step: `(state, batch) -> metrics`; a third required argument is a random key, `rng` folded with the number
             of the batch.
         state: any pytree.
-        data: an iterable of batches; a callable is called with 0.
+        data: an iterable of batches, or a callable `epoch -> iterable`, which is called with 0.
         rng: a random key.
         steps: batches to use, for data without an end.
-        mesh: of many devices, as for `Engine`. A batch that does not divide over it is replicated.
+        mesh: the devices to use, as for `Engine`. A batch that does not divide evenly over them is replicated.
         watch: called after each batch with the number of batches done, and their total or None.
 
     Raises:
-        ValueError: there is no batch, or no key for a step that takes one.
+        ValueError: the data is empty, or the step takes a random key and `rng` is None.
 
     >>> import jax.numpy as jnp
     >>> def error(state, batch):
@@ -65,7 +65,9 @@ def evaluate(
     elif rng is None:
         raise ValueError("The evaluation step takes a random key as its third argument. Pass one: rng=...")
     if dropped := getattr(data, "dropped", 0):
-        warnings.warn(f"The data leaves out {dropped} examples of an evaluation. Pass drop_last=False.", stacklevel=2)
+        warnings.warn(
+            f"The evaluation data drops {dropped} example{'s' * (dropped > 1)}. Pass drop_last=False.", stacklevel=2
+        )
     placement = make_placement(mesh)
     if placement.processes > 1:
         check_same({"the number of batches to evaluate on": length(data)})
@@ -85,7 +87,7 @@ def evaluate(
             watch(number + 1, total)
     if not sum(weights):
         once = f" A {type(data).__name__} can be read only once." if hasattr(data, "__next__") else ""
-        raise ValueError(f"The data to evaluate on yielded no batches: {type(data).__name__}.{once}")
+        raise ValueError(f"The evaluation data yielded no batches: {type(data).__name__}.{once}")
     means = {}
     for name, values in fetch(results).items():
         mean = Mean()

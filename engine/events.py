@@ -1,4 +1,4 @@
-"""Events: which methods handle them, which of these are due, and the guarantee that what began also ends."""
+"""Events: their handlers, which of these are due, and the guarantee that every callback that began is ended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Handler:
         name: the name of the callback.
         method: the method.
         trigger: when it is due.
-        called_at: the step at which it was last called, -1 if it was not.
+        called_at: the step at which it was last called, -1 if never.
     """
 
     def __init__(self, event: str, name: str, method: Callable[..., None], trigger: Trigger):
@@ -144,7 +144,7 @@ class Events:
                 begins[name].call(loop)
 
     def _handle(self, error: BaseException, loop: Loop) -> None:
-        """Call the handlers of `on_exception`; an error that one of them raises becomes a note of the first."""
+        """Call the handlers of `on_exception`; an error that one of them raises is added to it as a note."""
         for handler in self.handlers["on_exception"]:
             if handler.name in self._begun:
                 try:
@@ -156,7 +156,7 @@ class Events:
         """Call the handlers of `on_run_end` in reverse order.
 
         If the run failed, its error is the one that is raised. Otherwise it is the first error of these handlers,
-        but a failure comes before an exception that only passes a signal on. All others become notes.
+        but a real error wins over KeyboardInterrupt or SystemExit. All others are added to it as notes.
         """
         before, errors = loop.error, []
         for handler in reversed(self.handlers["on_run_end"]):
@@ -177,4 +177,4 @@ class Events:
 
 def _add_note(error: BaseException, another: BaseException) -> None:
     notes = "".join(f" ({note})" for note in getattr(another, "__notes__", []))
-    error.add_note(f"onstep: and then {type(another).__name__}: {another}{notes}")
+    error.add_note(f"onstep: {type(another).__name__} was also raised: {another}{notes}")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How a loop runs; the arguments of `Engine`."""
+    """The arguments of `Engine` that configure a loop."""
 
     log_every: int
     in_flight: int
@@ -56,10 +56,10 @@ class Loop:
         step: steps completed, counted over all restarts.
         epoch: epochs completed.
         epoch_step: steps completed in the current epoch.
-        metrics: what the last step returned, on the device, with what compiled halves logged.
+        metrics: the last step's metrics, including what compiled halves logged; still on the device.
         latest: the newest recorded value of every name.
-        history: every value recorded by this run.
-        stopped: the reason of the stop that was requested, or None.
+        history: every value recorded by this call of `run`.
+        stopped: the reason for the stop that was requested, or None.
         error: the exception that is ending the run, or None.
         steps: the target in steps, or None.
         epochs: the target in epochs, or None.
@@ -167,7 +167,7 @@ class Loop:
             self._finish()  # on_save, on_log
 
     def _load(self) -> None:
-        """Let a saved run replace this one (on_load), and begin (on_run_begin)."""
+        """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
         self._group.begin(self._current_step)
         self._check_processes()
         self._events.load(self)
@@ -266,7 +266,7 @@ class Loop:
             self._events.fire("on_epoch_end", self)
 
     def _save(self, handlers: list[Handler]) -> None:
-        """Call handlers of on_save. A final stop is refused here, as it would be missing from what is saved."""
+        """Call handlers of on_save. A final stop is refused here, because the save would not include it."""
         self._saving = True
         for handler in handlers:
             handler.call(self)
@@ -292,7 +292,7 @@ class Loop:
 
     @property
     def state(self) -> State:
-        """The state after the last step. The next step donates it, so copy what must outlive the event.
+        """The state after the last step. The next step donates it, so copy anything you need after the event.
 
         You may assign a tree of the same structure, shapes and dtypes.
         """
@@ -347,7 +347,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its target, or was stopped permanently."""
+        """Whether the run has reached its target, or has a final stop."""
         return self._reached or (self.stopped is not None and self._final)
 
     @property
@@ -359,16 +359,17 @@ class Loop:
     def traced(self) -> Any:
         """One step with the compiled halves, as a `jax.stages.Traced`: its jaxpr and the shapes of its arguments.
 
-        Traced for the run's first batch. None before the first step, and with `jit=False`.
+        Traced for the first batch of the engine's latest run. None before the engine first compiles its step, and with
+        `jit=False`. Until a later run has prepared its first batch, this is what the earlier run traced.
         """
         return self._compiled.traced(self._bundle, self._call_rng)
 
     def stop(self, reason: str, *, final: bool = True) -> None:
-        """End the run once everything that is due at this step is done: in all processes, if one of them asks.
+        """End the run once everything that is due at this step is done. If any process asks, all of them stop.
 
         Args:
-            reason: what `result.stopped` will say; the first one given counts.
-            final: False for a stop that is meant to be resumed. After a final stop, a later resume runs no step.
+            reason: becomes `result.stopped`; the first reason wins.
+            final: False for a resumable stop. A run that is resumed after a final stop runs no step.
 
         Raises:
             RuntimeError: a final stop is requested in `on_save`, too late to be saved.
@@ -383,7 +384,7 @@ class Loop:
         """Record numbers under their full names, and pass them to every `on_log` immediately.
 
         Args:
-            values: scalars by name, such as `{"val/loss": 0.3}`. Scalars on the device are waited for.
+            values: scalars by name, such as `{"val/loss": 0.3}`. Blocks until scalars on the device are ready.
         """
         record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
         if record.values:
@@ -392,7 +393,7 @@ class Loop:
             self._events.fire("on_log", self, record)
 
     def observe(self, observer: Observer) -> None:
-        """Tell an observer what the run does from now on, until it ends: compiled calls, waits, handlers, progress."""
+        """Report the run to an observer until it ends: compiled calls, waits, handlers and progress."""
         timed = self._spans.timed
         self._spans.add(observer)
         if self._spans.timed and not timed:  # the first observer that overrides begin or end
@@ -401,19 +402,19 @@ class Loop:
             self._windows.observe(self._spans)
 
     def progress(self, name: str, done: int, total: int | None = None) -> None:
-        """Tell observers how far a long task of a callback is.
+        """Report the progress of a long task to observers.
 
         Args:
             name: the task, such as the name of an evaluation.
             done: units done; 0 marks the beginning.
-            total: units in all, None if unknown.
+            total: total units, None if unknown.
         """
         self._spans.progress(name, done, total)
 
     def snapshot(self) -> Snapshot:
         """Return everything the run needs to resume from here, waiting for the device.
 
-        The arrays in it are the live ones: write or copy them before the event returns.
+        Its arrays are not copies: write or copy them before the event returns.
         """
         self._events.fire("on_snapshot", self)
         host = {
@@ -435,26 +436,26 @@ class Loop:
         return Snapshot(self.step, {"state": self.state, "carries": self.carries}, pack(host, "A snapshot"))
 
     def restore(self, snapshot: Snapshot, *, strict: bool = True, skip: bool = True) -> None:
-        """Replace this run by a saved one; only in `on_load`.
+        """Replace this run with a saved one. Only in `on_load`.
 
         Args:
             snapshot: the saved run.
-            strict: False lets compiled halves come and go: a new one starts from scratch, and the carry of one that
-                no longer exists is dropped.
-            skip: False reads the data from their beginning, for a source without a position.
+            strict: False allows callbacks with a compiled half to be added or removed: a new one starts from scratch,
+                and the carry of a removed one is dropped.
+            skip: False reads the data from the beginning, for a source without a position.
 
         Raises:
             RuntimeError: the run has begun.
-            ValueError: the snapshot has another random key, tree or length of epochs; the message shows both sides.
-                (Another execution mode, or batches of another shape, are found with the first batch.)
+            ValueError: the snapshot has a different random key, tree or epoch length; the message shows both sides.
+                (A different mode or batch shape is detected later, at the latest with the first batch.)
         """
         if not self._loading:
-            raise RuntimeError("loop.restore belongs in on_load: the run has begun.")
+            raise RuntimeError("loop.restore can only be called in on_load; the run has already begun.")
         host = unpack(snapshot.host)
         if host["rng"] != (key := describe_key(self.rng)):
             raise ValueError(
                 f"The saved run has the random key (rng) {host['rng']}, this run {key}. "
-                "Give the same key, or start from scratch."
+                "Pass the same key, or start from scratch."
             )
         state, carries = self._load_tree(snapshot, host, strict)
         self._bundle = self._compiled.bundle(state, carries, host["step"])
@@ -479,7 +480,7 @@ class Loop:
     # Details of the above.
 
     def _load_tree(self, snapshot: Snapshot, host: dict[str, Any], strict: bool) -> tuple[State, dict[str, Carry]]:
-        """Return the state and the carries of a snapshot, on the devices of this run's."""
+        """Return the state and the carries of a snapshot, on this run's devices."""
         saved, here, carries = host["tree"], self._signature, dict(self.carries)
         if not strict:
             carries = {name: carry for name, carry in carries.items() if name in host["carries"]}
@@ -500,7 +501,7 @@ class Loop:
         return self.step - self.epoch_step + self._stream.used if self._stream.length is None else 0
 
     def _agree_on_stop(self) -> None:
-        """Act on the stop that any process requested. All processes come here at the same steps."""
+        """Act on a stop that any process requested. All processes call this at the same steps."""
         if self._group.count > 1:
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
@@ -509,7 +510,7 @@ class Loop:
 
     def _resume_message(self) -> str:
         if self.stopped is not None:
-            return f"the run was stopped permanently at step {self.step} ({self.stopped}): nothing to do"
+            return f"the run ended with a final stop at step {self.step} ({self.stopped}): nothing to do"
         epoch = f"epoch {self.epoch}" + ("" if self.epochs is None else f" of {self.epochs}")
         step = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
         if self.over:
@@ -520,7 +521,7 @@ class Loop:
         """Check cadences in epochs, if the length of epochs is unknown or an epoch may never end.
 
         Raises:
-            ValueError: something that must be known before a step depends on the end of an epoch.
+            ValueError: a handler of `on_step_begin`, or a compiled half, is due by epochs.
         """
         if self.epoch_length is not None:
             return
@@ -530,20 +531,20 @@ class Loop:
             for name, trigger in triggers.items():
                 if trigger.cadence.epochs:
                     raise ValueError(
-                        f"{name}.{what} is due {trigger.cadence}, which must be known before a step, but a {kind} "
-                        "has no len. Give run epoch_steps=."
+                        f"{name}.{what} is due {trigger.cadence}, so the length of an epoch must be known in advance, "
+                        f"but a {kind} has no len(). Pass epoch_steps= to run."
                     )
         after = [handler for event in ("on_step_end", "on_save") for handler in handlers[event]]
         waiting = dict.fromkeys(handler.name for handler in after if handler.trigger.cadence.epochs)
         if waiting and self._stream.one_shot and self.steps is not None:
             warnings.warn(
-                f"{', '.join(waiting)} wait for the end of an epoch, which may never come: the data is a {kind}. "
-                "Give run epoch_steps=, or a cadence in steps.",
+                f"{', '.join(waiting)} will wait for the end of an epoch, but this run may never complete one: the "
+                f"data is a {kind}. Pass epoch_steps= to run, or use a cadence in steps.",
                 stacklevel=2,
             )
 
     def _check_processes(self) -> None:
-        """Raise a ValueError unless all processes run the same: they stop and communicate at the same steps."""
+        """Raise a ValueError unless all processes have the same configuration: they communicate at the same steps."""
         if self._group.count == 1:
             return
         if self.mesh is None:
@@ -564,9 +565,10 @@ class Loop:
 
 
 def _check_loaders(saved: int, data: Data, loader: Any) -> None:
-    """Raise a ValueError if loaders would resume at the positions of another number of processes."""
+    """Raise a ValueError if loaders would resume at positions saved by a different number of processes."""
     if saved != jax.process_count() and loader is not None and not isinstance(data, Batches):
         raise ValueError(
-            f"The saved run's position in the data is of {saved} processes, here are {jax.process_count()}, and each "
-            "loader knows only its own part. Start as many, or read the data from their beginning (skip=False)."
+            f"The position in the data was saved by {saved} process{'es' * (saved > 1)}, but this run has "
+            f"{jax.process_count()}, and each loader knows only its own part. Start the same number, or read the data "
+            "from the beginning (skip=False)."
         )

@@ -35,7 +35,7 @@ class BlockMetrics(dict[str, Any]):
         last: the metrics of the last step.
         columns: by name, arrays of shape (block size,).
         count: the steps that the block ran.
-        present: by name, for each of these steps whether it has the metric; a name that is missing here always has.
+        present: by name, for each of these steps whether it has the metric; names not listed are always present.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class Windows:
     """The metrics of a run's steps: those still on the device, and the open means on the host.
 
     Attributes:
-        pending: the metrics of calls that were not read yet.
+        pending: the metrics of calls that have not been read yet.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Windows:
         spans.instrument(self, WAIT, "read")
 
     def read(self) -> None:
-        """Read what is pending into the open means. This is the one place that waits for metrics."""
+        """Read the pending metrics into the means of both windows, waiting for the device."""
         steps, self.pending = self.pending, []
         for name, values in fetch(steps).items():
             for means in self._means.values():

@@ -36,7 +36,7 @@ MOMENTS = {
     "on_exception": "if an error is raised",
     "on_run_end": "when the run ends, in reverse order",
 }
-"""When the events fire that no cadence governs."""
+"""When events without a cadence fire."""
 
 Row = tuple[str, ...]
 
@@ -48,14 +48,36 @@ class Plan:
     Attributes:
         events: rows (event, when, next, callback), in the order of events and callbacks.
         compiled: rows (what, when, size) of what is compiled into the step, in order.
-        steps_per_call: the most steps that a call will run, None if that is not decided.
+        steps_per_call: the most steps that a call will run, None if not decided yet.
         why: the reasons for that number.
         loop: where the loop next returns to the host, where it ends, and how many calls are in flight.
 
     >>> from onstep import Engine
-    >>> plan = Engine(lambda state, batch: (state + batch, {}), log_every=10).plan(steps=100)
-    >>> plan.loop[0]
-    'it stops next at step 10, for log_every=10'
+    >>> def step(state, batch):
+    ...     return state + batch, {}
+    >>> engine = Engine(step, log_every=10)
+    >>> @engine.on("step_end", when=25)
+    ... def print_state(loop):
+    ...     print(loop.state)
+    >>> print(engine.plan(jnp.int32(0), range(30), steps=100))
+    Events, in order, and the callbacks that handle them
+      on_step_end  every 25 steps  step 25  print_state
+    <BLANKLINE>
+    Compiled into the step, in order
+      1  step(state, batch)  every step  state: 4 bytes in 1 array
+    <BLANKLINE>
+    Steps per call: at most 10
+      at most 128 for this step: more would gain nothing
+      the first call runs at most 8 steps, later ones about 0.1 s worth
+      log_every=10 ends a call every 10 steps
+      print_state.on_step_end ends a call every 25 steps
+      an epoch ends a call every 30 steps
+    <BLANKLINE>
+    The loop
+      next returns to the host at step 10 (log_every=10)
+      records train/ means every 10 steps (log_every) and epoch/ means every epoch
+      ends at step 100
+      keeps at most 2 compiled calls in flight
     """
 
     events: list[Row]
@@ -120,7 +142,7 @@ def make_plan(
     """Return what a run would do; see `Engine.plan`.
 
     Args:
-        compiled: a step that no run uses, as it is traced here.
+        compiled: a separate step, because this traces it.
         callbacks, options, placement: of the engine.
         state, data, rng: as for `Engine.run`.
         targets: epochs, steps and epoch_steps, as for `Engine.run`.
@@ -252,10 +274,10 @@ def _block_size(
         asked = f"steps_per_call={compiled.block_size or 1}"
         return compiled.block_size, [asked if compiled.jit else "jit=False: nothing is compiled"]
     if shapes is None or stream is None:
-        return None, ['"auto" decides from the step and a batch: give plan the state and the data']
+        return None, ['"auto" decides from the step and a batch: pass the state and the data to plan']
     if stream.one_shot:
         return None, [
-            f"the data ({type(stream.data).__name__}) can be read only once, so plan drew no batch to decide from"
+            f"the data ({type(stream.data).__name__}) can be read only once, so plan took no batch from it to decide"
         ]
     check_rng(rng, needed=compiled.takes_rng)
     stream.begin_epoch(0)
@@ -265,13 +287,13 @@ def _block_size(
     if not size:
         return 0, [f"one step a call: {why}"]
     return size, [
-        f"at most {size} by the step: {why}",
-        f"the first call has at most {FIRST}, later ones as many as take about {LONG:g} s",
+        f"at most {size} for this step: {why}",
+        f"the first call runs at most {FIRST} steps, later ones about {LONG:g} s worth",
     ]
 
 
 def _stops(callbacks: dict[str, Callback], options: Options) -> Iterator[tuple[str, Cadence, bool]]:
-    """Yield what the loop stops for: who, when, and whether before the step that is due."""
+    """Yield what makes the loop return to the host: who, when, and whether before the step that is due."""
     yield f"log_every={options.log_every}", every(options.log_every), False
     for name, callback in callbacks.items():
         for event in BY_CADENCE:
@@ -283,25 +305,24 @@ def _loop(callbacks: dict[str, Callback], options: Options, where: Where) -> lis
     stops = [(where.completes(where.epoch + 1), f"the end of epoch {where.epoch + 1}"), (where.end, "the target")]
     second = replace(where, step=where.step + 1, epoch_step=where.epoch_step + 1)
     for who, cadence, before in _stops(callbacks, options):
-        # What is due before the first step is no stop between two steps.
+        # What is due before the first step does not end a call.
         stops.append((second.next(cadence) - 1 if before else where.next(cadence), who))
     clocked = [
-        f"{who} {words(Cadence(seconds=cadence.seconds))}"
+        f"{words(Cadence(seconds=cadence.seconds))} ({who})"
         for who, cadence, _ in _stops(callbacks, options)
         if cadence.seconds
     ]
     first = min(step for step, _ in stops)
-    lines = [f"it stops next at step {first}, for {', '.join(who for step, who in stops if step == first)}"]
-    lines += [f"it stops by the clock for {who}" for who in clocked]
-    lines.append(
-        f"it records train/ means {_every(options.log_every, 'step')} (log_every) and epoch/ means every epoch"
-    )
+    lines = [f"next returns to the host at step {first} ({', '.join(who for step, who in stops if step == first)})"]
+    lines += [f"also returns to the host {text}" for text in clocked]
+    lines.append(f"records train/ means {_every(options.log_every, 'step')} (log_every) and epoch/ means every epoch")
     if where.end < math.inf:
-        lines.append(f"it ends at step {where.end}")
+        lines.append(f"ends at step {where.end}")
     elif where.epochs is not None:
-        lines.append(f"it ends with epoch {where.epochs}, whose step is not known in advance")
-    flight = f"at most {options.in_flight} compiled calls are in flight"
-    ahead = f", and {options.prefetch} batches are put on the device ahead" if options.prefetch else ""
+        lines.append(f"ends with epoch {where.epochs}, whose last step is not known in advance")
+    flight = f"keeps at most {options.in_flight} compiled call{'s' * (options.in_flight > 1)} in flight"
+    batches = f"{options.prefetch} batch{'es' * (options.prefetch > 1)}"
+    ahead = f", and moves {batches} to the device in advance" if options.prefetch else ""
     return [*lines, flight + ahead]
 
 

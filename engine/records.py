@@ -16,8 +16,15 @@ class Record:
         epoch: epochs completed at that moment.
         values: the numbers by name: `train/loss`, `epoch/loss`, `val/accuracy`.
 
-    >>> Record(50, 0, {"train/loss": 0.3}).values["train/loss"]
-    0.3
+    >>> from onstep import Engine
+    >>> engine = Engine(lambda state, batch: (state + batch, {"loss": batch}), log_every=2)
+    >>> @engine.on("log")
+    ... def print_record(loop, record):
+    ...     print(record)
+    >>> result = engine.run(0.0, [1.0, 3.0, 5.0], epochs=1)
+    Record(step=2, epoch=0, values={'train/loss': 2.0})
+    Record(step=3, epoch=1, values={'epoch/loss': 3.0})
+    Record(step=3, epoch=1, values={'train/loss': 5.0})
     """
 
     step: int

@@ -11,18 +11,18 @@ from .snapshot import Snapshot
 from .trees import State
 
 _SHOWN = 6
-"""Values of `latest` in the text of a result."""
+"""How many values a repr shows."""
 
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """How a run ended. Hand it to `run` as its state to continue the run.
+    """How a run ended. Pass it to `run` as the state to continue the run.
 
     Attributes:
-        state: the last state; the caller's to keep.
+        state: the last state; yours to keep.
         step: steps completed.
         epoch: epochs completed.
-        stopped: the reason given to `loop.stop`, None if the run reached its target.
+        stopped: the reason passed to `loop.stop`, None if the run reached its target.
         history: every value recorded by this call of `run`.
         latest: the newest value of every name.
         snapshot: the run at its end.

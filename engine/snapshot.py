@@ -21,8 +21,8 @@ class Snapshot:
 
     Attributes:
         step: steps completed.
-        tree: `{"state": state, "carries": {name: carry}}`, the live arrays. The next step donates them, so copy or
-            write what must outlive the event. Or a function that loads such a tree, given one like it.
+        tree: `{"state": state, "carries": {name: carry}}`, the live arrays. The next step donates them, so copy
+            or write anything you need after the event. Or a function that loads such a tree, given one like it.
         host: everything else, as bytes.
 
     >>> import jax.numpy as jnp
@@ -41,7 +41,7 @@ def pack(value: Any, who: str) -> bytes:
     """Serialize a dict of JSON values, numpy arrays and bytes.
 
     Raises:
-        TypeError: it holds something else; the message says who gave it and where it is.
+        TypeError: the value contains something else; the message says whose it is and where.
     """
     arrays: dict[str, np.ndarray] = {}
 

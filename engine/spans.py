@@ -18,8 +18,21 @@ class Span(NamedTuple):
         callback: the name of the callback whose handler runs, otherwise `""`.
         event: the event that it handles, otherwise `""`.
 
-    >>> Span("callback", "EMA", "on_step_end").kind
-    'callback'
+    >>> from onstep import Engine
+    >>> class PrintSpans(Observer):
+    ...     def begin(self, span):
+    ...         if span.kind == "callback":
+    ...             print(span)
+    >>> engine = Engine(lambda state, batch: (state + batch, {}))
+    >>> @engine.on("run_begin")
+    ... def observe(loop):
+    ...     loop.observe(PrintSpans())
+    >>> @engine.on("step_end")
+    ... def print_step(loop):
+    ...     print("step", loop.step)
+    >>> result = engine.run(0, [1], epochs=1)
+    Span(kind='callback', callback='print_step', event='on_step_end')
+    step 1
     """
 
     kind: str
@@ -32,7 +45,7 @@ class Observer:
 
     Spans nest: a callback that reads a metric causes a `"wait"` inside its `"callback"`. Every method is called
     in the thread of the run, so keep it short. An observer that overrides only `progress` costs the steps nothing;
-    one that overrides `begin` or `end` is called at every span, which short steps notice.
+    one that overrides `begin` or `end` is called at every span, which is noticeable for short steps.
 
     >>> class Counter(Observer):
     ...     calls = 0

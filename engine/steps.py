@@ -13,11 +13,11 @@ from .result import Result
 class Steps:
     """Iterate over a run yourself: `for loop in steps`, once whenever `when` is due. Made by `engine.steps`.
 
-    Leaving the `with` early, by `break` for example, is a stop that can be resumed. An error raised inside it ends
-    the run like an error of a callback.
+    Leaving the `with` early, by `break` for example, stops the run so that it can be resumed. An error raised inside
+    it ends the run like an error in a callback.
 
     Attributes:
-        result: the Result, after the end of the `with`.
+        result: the Result, once the `with` has ended.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine

@@ -554,7 +554,7 @@ def cut_while_drawing(number, batches, length, stop):
         engine = Engine(total, steps_per_call=length, log_every=1000)
         engine.on("run_begin")(lambda loop: loops.append(loop))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="A batch has another shape")
+            warnings.filterwarnings("ignore", message="A batch.s shape differs")
             return engine.run(start, data, epochs=1)
 
     first = run(0.0, FakeLoader(batches, before))

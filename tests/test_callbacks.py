@@ -456,7 +456,7 @@ def test_carry_of_a_callback_outside_the_run_is_refused():
 def test_carry_of_a_callback_without_a_compiled_half_is_refused():
     counter = Counter()
     result = Engine(add, [counter]).run(jnp.int32(0), [1], epochs=1)
-    with pytest.raises(ValueError, match="Counter keeps no carry"):
+    with pytest.raises(ValueError, match="Counter has no carry"):
         result.carry(counter)
 
 

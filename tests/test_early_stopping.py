@@ -193,7 +193,7 @@ def test_stop_is_final_and_a_resume_runs_no_step(capsys):
     again = engine.run(result, data, epochs=2)
     assert (result.step, again.step) == (3, 3)
     assert again.stopped == result.stopped
-    assert "stopped permanently at step 3" in capsys.readouterr().err
+    assert "ended with a final stop at step 3" in capsys.readouterr().err
 
 
 def test_stop_is_final_for_an_engine_that_restores_the_run():

@@ -151,7 +151,7 @@ def test_a_step_that_takes_a_key_raises_without_one():
 
 @pytest.mark.parametrize("data", [[], iter(()), lambda epoch: []], ids=["list", "iterator", "callable"])
 def test_data_without_batches_is_an_error(data):
-    with pytest.raises(ValueError, match=r"The data to evaluate on yielded no batches"):
+    with pytest.raises(ValueError, match=r"The evaluation data yielded no batches"):
         evaluate(mean, None, data)
 
 
@@ -163,7 +163,7 @@ def test_data_that_is_not_a_source_of_batches_is_an_error(data):
 
 def test_data_that_drops_examples_causes_a_warning():
     batches = Batches(np.float32([1, 2, 3, 10, 4]), 2, shuffle=False)
-    with pytest.warns(UserWarning, match=r"leaves out 1 example.* drop_last=False"):
+    with pytest.warns(UserWarning, match=r"drops 1 example.* drop_last=False"):
         assert evaluate(mean, None, batches) == {"x": 4.0}
 
 
@@ -290,7 +290,7 @@ def test_a_step_that_takes_a_key_raises_if_the_run_has_none():
 
 
 def test_empty_data_is_an_error_in_the_run():
-    with pytest.raises(ValueError, match=r"The data to evaluate on yielded no batches: list") as error:
+    with pytest.raises(ValueError, match=r"The evaluation data yielded no batches: list") as error:
         run([Evaluate(mean, [])])
     assert "val.on_step_end at step 3" in error.value.__notes__[0]
 

@@ -232,8 +232,8 @@ def test_first_of_several_errors_is_raised_with_the_others_as_notes():
     with pytest.raises(RuntimeError, match="first") as caught:
         run([*callbacks, RaiseIn("on_step_end", RuntimeError("first"))], epochs=1)
     notes = "\n".join(caught.value.__notes__)
-    assert "OSError: second" in notes
-    assert "ValueError: third" in notes
+    assert "OSError was also raised: second" in notes
+    assert "ValueError was also raised: third" in notes
     assert notes.index("second") < notes.index("third")
 
 

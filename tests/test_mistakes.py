@@ -201,7 +201,11 @@ def test_callback_class_with_a_mistake_is_refused_when_it_is_defined(methods, ma
         (lambda carry, ctx: (carry, ctx.state), TypeError, r"Half.update needs to return \(carry, ctx\)"),
         (lambda carry, ctx: (jnp.zeros(2), ctx), ValueError, r"Half.update needs to return a carry like .*\[\] became"),
         (lambda carry, ctx: (carry, ctx.replace(state=jnp.zeros(2))), ValueError, "Half.update needs .* a state like"),
-        (lambda carry, ctx: (carry, ctx.replace(batch=1)), TypeError, r"Half can replace .*, got \['batch'\]"),
+        (
+            lambda carry, ctx: (carry, ctx.replace(batch=1)),
+            TypeError,
+            r"ctx.replace of Half accepts only .*, got \['batch'\]",
+        ),
         (lambda carry, ctx: (carry, ctx.log(loss=1)), ValueError, "Half logs 'loss', which is taken"),
         (lambda carry, ctx: (carry, ctx.log(x=jnp.zeros(2))), ValueError, "Half needs to log scalars"),
         (lambda carry, ctx: (carry, ctx.log(x=ctx.rng[0])), ValueError, "Half needs a random key"),
@@ -265,7 +269,7 @@ def test_restore_outside_on_load_is_refused():
     engine = Engine(step)
     result = engine.run(jnp.float32(0), [1.0], epochs=1)
     engine.on("epoch_begin")(lambda loop: loop.restore(result.snapshot))
-    with pytest.raises(RuntimeError, match="loop.restore belongs in on_load"):
+    with pytest.raises(RuntimeError, match="loop.restore can only be called in on_load"):
         engine.run(jnp.float32(0), [1.0], epochs=1)
 
 

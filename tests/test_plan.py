@@ -104,18 +104,18 @@ Compiled into the step, in order
   3  Counts                every 10 steps  carry: 4 bytes in 1 array
 
 Steps per call: at most 9
-  at most 128 by the step: more would gain nothing
-  the first call has at most 8, later ones as many as take about 0.1 s
+  at most 128 for this step: more would gain nothing
+  the first call runs at most 8 steps, later ones about 0.1 s worth
   Checkpoint.on_save ends a call every 9 steps
   an epoch ends a call every 12 steps
   log_every=50 ends a call every 50 steps
 
 The loop
-  it stops next at step 3, for peek.on_step_begin
-  it stops by the clock for Progress.on_step_end every 5 s
-  it records train/ means every 50 steps (log_every) and epoch/ means every epoch
-  it ends at step 60
-  at most 2 compiled calls are in flight"""
+  next returns to the host at step 3 (peek.on_step_begin)
+  also returns to the host every 5 s (Progress.on_step_end)
+  records train/ means every 50 steps (log_every) and epoch/ means every epoch
+  ends at step 60
+  keeps at most 2 compiled calls in flight"""
     )
 
 
@@ -124,8 +124,8 @@ def test_plan_without_arguments_says_what_it_does_not_know():
     assert plan.events[-1] == ("on_step_end", "every epoch", "", "val (Evaluate)")
     assert plan.compiled == [("linear(state, batch)", "every step", ""), ("GradNorm", "every 10 steps", "")]
     assert plan.steps_per_call is None
-    assert plan.why == ['"auto" decides from the step and a batch: give plan the state and the data']
-    assert plan.loop[0] == "it stops next at step 20, for log_every=20"
+    assert plan.why == ['"auto" decides from the step and a batch: pass the state and the data to plan']
+    assert plan.loop[0] == "next returns to the host at step 20 (log_every=20)"
 
 
 def test_engine_without_callbacks_has_a_summary():
@@ -178,7 +178,7 @@ def test_run_after_a_plan_equals_a_run_without_one():
 def test_plan_does_not_read_data_that_can_be_read_only_once():
     data = iter(DATA)
     plan = Engine(linear).plan(fresh(), data, steps=5)
-    assert plan.why == ["the data (EpochIterator) can be read only once, so plan drew no batch to decide from"]
+    assert plan.why == ["the data (EpochIterator) can be read only once, so plan took no batch from it to decide"]
     assert len(list(data)) == 12
 
 
@@ -187,12 +187,12 @@ def test_plan_does_not_read_data_that_can_be_read_only_once():
     [
         (conv, {}, 1, "one step a call: a convolution is slower in a loop on CPUs"),
         (printing, {}, 1, "one step a call: the step has side effects, such as a print"),
-        (linear, {}, 12, "at most 128 by the step: more would gain nothing"),
+        (linear, {}, 12, "at most 128 for this step: more would gain nothing"),
         (
             linear,
             {"mesh": jax.sharding.Mesh(jax.devices()[:1], ("data",))},
             1,
-            "one step a call: blocks are not measured on many devices",
+            "one step a call: several steps per call have not been measured on many devices",
         ),
         (linear, {"steps_per_call": 1}, 1, "steps_per_call=1"),
         (linear, {"steps_per_call": 8}, 8, "steps_per_call=8"),
@@ -213,10 +213,10 @@ def test_large_batches_and_long_steps_make_short_calls():
     plan = Engine(products).plan(fresh(), [batch] * 50, epochs=1)
     assert (plan.steps_per_call, plan.why[0]) == (
         2,
-        "at most 2 by the step: a longer call would delay stops and signals",
+        "at most 2 for this step: a longer call would delay stops and signals",
     )
     plan = Engine(linear).plan(fresh(), [{"x": np.ones((10**6, 4), np.float32)}] * 50, epochs=1)
-    assert plan.why[0] == "at most 2 by the step: more batches would take too much memory at once"
+    assert plan.why[0] == "at most 2 for this step: more batches would take too much memory at once"
 
 
 def test_plan_names_what_ends_a_call_shortest_first():
@@ -235,18 +235,18 @@ def test_plan_names_what_ends_a_call_shortest_first():
 @pytest.mark.parametrize(
     ("callback", "stop"),
     [
-        (Host("on_step_end", name="a", when=7), "step 7, for a.on_step_end"),
-        (Host("on_step_begin", name="a", when=7), "step 6, for a.on_step_begin"),
-        (Host("on_step_begin", name="a"), "step 1, for a.on_step_begin"),
-        (Host("on_step_begin", name="a", when=at(1)), "step 12, for the end of epoch 1"),
-        (Host("on_save", name="a", when=at(3)), "step 3, for a.on_save"),
-        (Host("on_step_end", name="a", when=every(epochs=1)), "step 12, for the end of epoch 1, a.on_step_end"),
-        (Host("on_log", name="a"), "step 12, for the end of epoch 1"),
+        (Host("on_step_end", name="a", when=7), "step 7 (a.on_step_end)"),
+        (Host("on_step_begin", name="a", when=7), "step 6 (a.on_step_begin)"),
+        (Host("on_step_begin", name="a"), "step 1 (a.on_step_begin)"),
+        (Host("on_step_begin", name="a", when=at(1)), "step 12 (the end of epoch 1)"),
+        (Host("on_save", name="a", when=at(3)), "step 3 (a.on_save)"),
+        (Host("on_step_end", name="a", when=every(epochs=1)), "step 12 (the end of epoch 1, a.on_step_end)"),
+        (Host("on_log", name="a"), "step 12 (the end of epoch 1)"),
     ],
     ids=["after", "before", "before each", "before the first", "save", "epoch", "none"],
 )
 def test_plan_predicts_where_the_run_stops_next(callback, stop):
-    assert Engine(linear, [callback]).plan(fresh(), DATA, epochs=2).loop[0] == f"it stops next at {stop}"
+    assert Engine(linear, [callback]).plan(fresh(), DATA, epochs=2).loop[0] == f"next returns to the host at {stop}"
     for event in ("on_step_end", "on_step_begin", "on_save", "on_log"):
         if event in vars(callback):
             setattr(callback, event, lambda loop, record=None: None)
@@ -254,15 +254,15 @@ def test_plan_predicts_where_the_run_stops_next(callback, stop):
     before = engine._compiled.advance
     engine._compiled.advance = lambda *args: ends.append(args[3] + args[4]) or before(*args)
     engine.run(fresh(), DATA, epochs=2)
-    assert f"step {ends[0]}," in stop
+    assert f"step {ends[0]} " in stop
 
 
 @pytest.mark.parametrize(
     ("arguments", "end"),
     [
-        ({"epochs": 5}, "it ends at step 60"),
-        ({"epochs": 5, "steps": 20}, "it ends at step 20"),
-        ({"epochs": 5, "epoch_steps": 4}, "it ends at step 20"),
+        ({"epochs": 5}, "ends at step 60"),
+        ({"epochs": 5, "steps": 20}, "ends at step 20"),
+        ({"epochs": 5, "epoch_steps": 4}, "ends at step 20"),
     ],
     ids=["epochs", "both", "epoch_steps"],
 )
@@ -271,7 +271,7 @@ def test_plan_predicts_where_the_run_ends(arguments, end):
 
 
 def test_end_of_the_run_is_unknown_without_the_epoch_length():
-    assert "it ends with epoch 3, whose step is not known in advance" in Engine(linear).plan(epochs=3).loop
+    assert "ends with epoch 3, whose last step is not known in advance" in Engine(linear).plan(epochs=3).loop
 
 
 def test_plan_says_what_is_due_only_after_the_end():
@@ -291,8 +291,8 @@ def test_plan_of_a_resumed_run_starts_at_the_saved_step():
     first = engine().run(fresh(), DATA, steps=15)
     plan = engine().plan(first, DATA, epochs=4)
     assert ("on_step_end", "every 2 epochs", "step 24", "val (Evaluate)") in plan.events
-    assert plan.loop[0] == "it stops next at step 24, for the end of epoch 2, val.on_step_end"
-    assert "it ends at step 48" in plan.loop
+    assert plan.loop[0] == "next returns to the host at step 24 (the end of epoch 2, val.on_step_end)"
+    assert "ends at step 48" in plan.loop
 
 
 def test_plan_of_a_resumed_run_keeps_the_execution_mode():
@@ -305,7 +305,7 @@ def test_plan_of_a_resumed_run_keeps_the_execution_mode():
 
 def test_plan_names_queued_calls_and_prefetched_batches():
     plan = Engine(linear, in_flight=3, prefetch=2).plan()
-    assert plan.loop[-1] == "at most 3 compiled calls are in flight, and 2 batches are put on the device ahead"
+    assert plan.loop[-1] == "keeps at most 3 compiled calls in flight, and moves 2 batches to the device in advance"
 
 
 def test_plan_raises_the_errors_of_a_run():

@@ -127,7 +127,7 @@ def test_each_process_restores_the_position_of_its_own_loader(tmp_path):
     reports("loader_moves", tmp_path, STEPS="5")
     cut = [*reports("loader_moves", tmp_path, STEPS="7")[0]["order"]]
     (alone,) = reports("loader_moves", tmp_path, 1, STEPS="9")
-    assert "position in the data is of 2 processes, here are 1" in alone["message"]
+    assert "position in the data was saved by 2 processes, but this run has 1" in alone["message"]
     (tmp_path / "whole").mkdir()
     assert cut == reports("loader_moves", tmp_path / "whole", STEPS="7")[0]["order"][5:]
 

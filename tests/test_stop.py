@@ -149,7 +149,7 @@ def test_resuming_a_finally_stopped_result_runs_no_step_and_says_so(capsys):
     first = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
     again = engine.run(first, [1, 1, 1], epochs=5)
     assert (again.step, int(again.state), again.stopped) == (2, 2, "enough")
-    assert "stopped permanently at step 2 (enough)" in capsys.readouterr().err
+    assert "ended with a final stop at step 2 (enough)" in capsys.readouterr().err
 
 
 def test_final_stop_in_on_save_is_refused():

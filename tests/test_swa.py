@@ -174,7 +174,7 @@ def test_mean_shares_no_buffer_with_the_state():
 
 
 def test_cadence_in_epochs_of_unknown_length_raises():
-    with pytest.raises(ValueError, match="SWA.update is due every.epochs=1., which must be known before a step"):
+    with pytest.raises(ValueError, match="SWA.update is due every.epochs=1., so the length of an epoch must be known"):
         Engine(follow, [SWA(start=0)]).run({"params": 0.0}, lambda epoch: iter([1.0, 2.0]), epochs=1)
 
 

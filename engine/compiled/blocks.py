@@ -11,7 +11,7 @@ from ..trees import Batch
 from .cost import equations, product_flops
 
 MOST = 128
-"""Steps in a block: more gain nothing, whatever the step."""
+"""The most steps in a block. More gain nothing, whatever the step costs."""
 FLOPS = 4e9
 """Floating-point operations of a block, about 0.1 s on two cores: short enough to wait for."""
 BYTES = 2**25
@@ -21,8 +21,8 @@ BYTES = 2**25
 def choose_block_size(jaxpr: Any, batch: Batch) -> tuple[int, str]:
     """Return the most steps that one call should run (0 for one step a call), and why.
 
-    The choice depends only on the program and the backend, so a resumed run makes it again. On CPUs a block saves
-    the dispatch of all its steps but one. XLA, however, runs a convolution inside a loop up to 25 times slower.
+    The choice depends only on the program and the backend, so a resumed run makes the same choice. On CPUs a block
+    saves the dispatch of all its steps but one. XLA, however, runs a convolution inside a loop up to 25 times slower.
     Other backends have not been measured.
 
     Args:
@@ -31,11 +31,11 @@ def choose_block_size(jaxpr: Any, batch: Batch) -> tuple[int, str]:
     """
     config: Any = jax.config
     if jax.default_backend() != "cpu":
-        return 0, "blocks are not measured on accelerators"
+        return 0, "several steps per call have not been measured on accelerators"
     if jaxpr.effects:
         return 0, "the step has side effects, such as a print"
     if config.jax_debug_nans or config.jax_debug_infs:
-        return 0, "jax_debug_nans and jax_debug_infs look at single steps"
+        return 0, "jax_debug_nans and jax_debug_infs check one step at a time"
     if any(equation.primitive.name == "conv_general_dilated" for equation, _ in equations(jaxpr)):
         return 0, "a convolution is slower in a loop on CPUs"
     work = sum(times * product_flops(equation) for equation, times in equations(jaxpr))

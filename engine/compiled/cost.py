@@ -10,7 +10,7 @@ import jax
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yield every equation of a jaxpr and of the programs inside it, with how often it runs at least."""
+    """Yield every equation of a jaxpr and of the programs inside it, and at least how often it runs."""
     for equation in jaxpr.eqns:
         yield equation, times
         inner = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
@@ -30,7 +30,7 @@ def product_flops(equation: Any) -> int:
 def count_flops(jaxpr: Any) -> float:
     """Return the floating-point operations of the matrix products and convolutions in a jaxpr.
 
-    The body of a `scan` counts as often as it runs. (XLA's own cost analysis counts it once.)
+    The body of a `scan` is counted once per iteration. (XLA's own cost analysis counts it once.)
 
     Args:
         jaxpr: such as `loop.traced.jaxpr`, or what `jax.make_jaxpr` returns.
@@ -47,4 +47,5 @@ def _convolution_flops(equation: Any) -> float:
         return 0
     kernel, out, given = equation.invars[1].aval, equation.outvars[0].aval, equation.params
     features = kernel.shape[given["dimension_numbers"].rhs_spec[0]]
-    return 2 * out.size * kernel.size / features / math.prod(given["lhs_dilation"])  # inserted zeros are no work
+    # Multiplying inserted zeros is not counted.
+    return 2 * out.size * kernel.size / features / math.prod(given["lhs_dilation"])

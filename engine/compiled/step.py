@@ -44,18 +44,18 @@ class CompiledStep:
     Args:
         step: the user's step.
         callbacks: by name; those with an `update` are compiled in, in this order.
-        steps_per_call: the most steps of a call; "auto" leaves that to `blocks.choose_block_size`.
+        steps_per_call: maximum number of steps in a call; "auto" leaves that to `blocks.choose_block_size`.
         jit: False runs the same code uncompiled, under `jax.disable_jit()`.
         placement: where arrays are.
 
     Attributes:
-        block_size: the most steps in a block, 0 if every call runs one step, None if that is not decided yet.
-        auto: whether it is decided here.
+        block_size: the most steps in a block, 0 if every call runs one step, None if not decided yet.
+        auto: whether `steps_per_call` is "auto", decided with the first batch; False with `jit=False`.
         conditional: by name, the triggers of compiled halves that are not due at every step.
         takes_rng: whether the step takes a random key.
         needs_step: whether anything compiled needs the number of steps completed.
-        function: what is compiled.
-        jit: whether it is.
+        function: the function that is compiled.
+        jit: whether the step is compiled.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class CompiledStep:
         return state, carries, self._placement.scalar(step, state) if self.needs_step else None
 
     def begin(self, step: int, saved: dict[str, Any]) -> None:
-        """Begin a run with `step` steps completed, fresh or as `describe` once described it.
+        """Begin a run with `step` steps completed, fresh or resumed from what `describe` returned.
 
         Raises:
-            ValueError: the saved run was in another execution mode than the one that was asked for.
+            ValueError: the saved run had a different execution mode from the one that was asked for.
         """
         self._saved, self.function.expected = saved, saved["batch"]
         if self.auto:
@@ -116,7 +116,7 @@ class CompiledStep:
             trigger.start(step)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a resumed run must share, as JSON values.
+        """Return what a resumed run must have in common with this one, as JSON values.
 
         That is the execution mode, "plain" or "block", and the signature of the first batch; None if unknown.
         """
@@ -125,7 +125,7 @@ class CompiledStep:
         return {"mode": mode, "batch": self.function.expected}
 
     def prepare(self, bundle: Bundle, batch: Batch, rng: Any) -> None:
-        """Compile for the run's first batch. From now on a batch of another shape causes a warning.
+        """Compile for the run's first batch. From now on a batch of a different shape causes a warning.
 
         Raises:
             ValueError: the saved run's batches had other leaves, dtypes or ranks, or fewer rows.
@@ -164,7 +164,7 @@ class CompiledStep:
             mode: the execution mode of the saved run, None for a fresh run.
         """
         if mode is None and not self._placement.blocks_by_default:
-            return 0, "blocks are not measured on many devices"
+            return 0, "several steps per call have not been measured on many devices"
         if mode == "plain":
             return 0, "the saved run ran one step a call"
         jaxpr = self._single_step.trace(bundle, shapes, rng, np.array(self._never) if self.conditional else None).jaxpr
@@ -219,7 +219,7 @@ class CompiledStep:
     def _constant(self, value: Any) -> jax.Array:
         """Return flags or a count as an array on the device.
 
-        The same ones recur, so each is transferred only once: an explicit transfer costs about 40 µs, and an implicit
+        The same values recur, so each is transferred only once. An explicit transfer costs about 40 µs, and an implicit
         one would fail under `jax.transfer_guard("disallow")`.
         """
         if value not in self._constants:
@@ -249,7 +249,7 @@ def _run_uncompiled(function: Callable[..., Any], bundle: Bundle, batch: Batch, 
 
 
 class StepFunction:
-    """The function that is compiled. It is pure, except for what it notes while it is traced.
+    """The function that is compiled. It is pure, except for what it records while it is traced.
 
     Attributes:
         step: the user's step.
@@ -257,7 +257,7 @@ class StepFunction:
         conditional: the names of halves that are not always due, in the order of the `due` flags.
         logged: by name of such a half, the metrics that it adds.
         expected: the signature of the run's first batch.
-        times: how often it was traced.
+        times: how many times it was traced.
     """
 
     def __init__(self, step: Step, transforms: dict[str, Callback], conditional: list[str], takes_rng: bool):
@@ -282,7 +282,7 @@ class StepFunction:
         self._warn_if_reshaped(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
         new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
-        # Without this barrier, what observers compute could change how XLA fuses the step, and so its bits.
+        # Without this barrier, what observers compute could change how XLA fuses the step, and so its exact results.
         new, metrics = jax.lax.optimization_barrier((new, metrics))
         ctx = Context(count, state, new, batch, metrics, aux, folded)
         carries = dict(carries)
@@ -324,14 +324,15 @@ class StepFunction:
             shapes = jax.eval_shape(update)[2]
             self.logged[name] = [n for n in shapes if n not in ctx.metrics]
             out = jax.lax.cond(now, update, skip)
-        carry, state, metrics = jax.lax.optimization_barrier(out)  # so that no half changes the bits of another
+        # A barrier, so that halves cannot affect each other's results.
+        carry, state, metrics = jax.lax.optimization_barrier(out)
         return carry, ctx.replace(state=state, metrics=metrics)
 
     def _warn_if_reshaped(self, batch: Batch) -> None:
         if self.expected is not None and (changed := compare_signatures(self.expected, signature(batch))):
             warnings.warn(
-                f"A batch has another shape than the run's first, so the step is compiled again: {changed}. "
-                "To avoid that, give all batches one shape: drop the last short one, or pad it.",
+                f"A batch's shape differs from the first one's, so the step is compiled again: {changed}. "
+                "To avoid this, give all batches the same shape: drop the short last one, or pad it.",
                 stacklevel=2,
             )
 
@@ -345,19 +346,19 @@ def _check_unchanged(old: Any, new: Any, who: str, what: str = "state") -> Any:
 
 
 def _check_mode(saved: str | None, here: str | None) -> None:
-    """Raise if a saved run was executed in another mode."""
+    """Raise a ValueError if a saved run had a different execution mode."""
     if None not in (saved, here) and saved != here:
         raise ValueError(
-            f"The saved run has the execution mode {saved!r}, this run {here!r}, and their bits may differ. "
-            f"Give steps_per_call={'1' if saved == 'plain' else '2 or more'}, or start from scratch."
+            f"The saved run has the execution mode {saved!r}, this run {here!r}, so results may not match exactly. "
+            f"Pass steps_per_call={'1' if saved == 'plain' else '2 or more'}, or start from scratch."
         )
 
 
 def _check_batches(saved: dict[str, str] | None, here: dict[str, str]) -> None:
-    """Raise if a saved run's batches had other leaves, dtypes or ranks, or fewer rows.
+    """Raise a ValueError if a saved run's batches had other leaves, dtypes or ranks, or fewer rows.
 
-    Fewer rows here may be the last ones of an epoch, and other axes may vary, as those of sequences do. Such batches
-    are compiled for, with a warning.
+    A batch with fewer rows may be the short last batch of an epoch, and other axes may vary, as with sequences; such
+    batches are compiled for, with a warning.
     """
     if saved is not None and (changed := compare_signatures(saved, ignore_sizes(here, saved))):
         raise ValueError(f"The batches differ from those of the saved run (saved, then here): {changed}.")

@@ -24,18 +24,18 @@ class Throttle:
     Args:
         most: calls that may be in flight.
         clock: the time in seconds.
-        adapt: whether the number of steps of a call follows the clock. Several processes must run the same calls,
-            so it does not there.
+        adapt: whether the number of steps in a call depends on measured time. Off with several processes, which must
+            make identical calls.
     """
 
     def __init__(self, most: int, clock: Callable[[], float], adapt: bool):
         self._most, self._clock, self._adapt = most, clock, adapt
-        self._asked: tuple[int, float] | None = None  # steps completed at the last question, and its time
+        self._asked: tuple[int, float] | None = None  # steps completed at the last `most_steps`, and its time
 
     def most_steps(self, step: int) -> int:
-        """Return the most steps for the next call, by the duration of the steps since the last question.
+        """Return the most steps for the next call, from the duration of the steps since the last call of this method.
 
-        The division of a run into calls does not change its bytes, so a clock may decide it.
+        How a run is split into calls does not affect its results, so timing may decide it.
 
         Args:
             step: steps completed.
@@ -49,12 +49,12 @@ class Throttle:
         return max(1, int(LONG * steps / max(seconds, 1e-9)))
 
     def start(self, pending: list[Any]) -> int:
-        """Start with the metrics of these calls; return their number at which to wait."""
+        """Start with the metrics of these calls; return the number of pending calls at which to wait next."""
         self._since, self._from = self._clock(), len(pending)
         return max(self._most, len(pending)) + 1
 
     def wait(self, pending: list[Any]) -> int:
-        """Wait for all calls but the newest ones; return their number at which to wait again."""
+        """Wait for all calls but the newest ones; return the number of pending calls at which to wait next."""
         _wait(pending[~self._most])
         now, calls = self._clock(), len(pending)
         short = now - self._since < SHORT * (calls - self._from)
