@@ -200,7 +200,7 @@ def test_metric_of_the_step_with_the_same_name_raises():
 
 
 def test_invalid_when_raises():
-    with pytest.raises(ValueError, match=r"GradNorm.update_when needs a cadence .* got 0"):
+    with pytest.raises(ValueError, match=r"GradNorm.when needs a cadence .* got 0"):
         Engine(descend, [GradNorm(when=0)])
 
 
