@@ -62,7 +62,7 @@ class SingleDevice:
 
     def scalar(self, value: int, state: State) -> jax.Array:
         """Return a counter, an int32 scalar on the device of the state."""
-        return jax.device_put(np.int32(value), device_of(state))
+        return put_small(np.int32(value), device_of(state))
 
     def constant_sharding(self, bundle: Any) -> Any:
         """Return the sharding of the small constants of a call: the device of the run."""
@@ -191,7 +191,7 @@ class DataSharding:
 
     def scalar(self, value: int, state: State) -> jax.Array:
         """Return a counter, an int32 scalar on every device."""
-        return jax.device_put(np.int32(value), self.replicated)
+        return put_small(np.int32(value), self.replicated)
 
     def constant_sharding(self, bundle: Any) -> Any:
         """Return the sharding of the small constants of a call: replicated."""
@@ -389,7 +389,7 @@ def replicate(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = replicate(jax.random.key_data(array), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-    host = jax.device_get(array)
+    host = read(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
@@ -404,7 +404,27 @@ def fold_in(key: jax.Array, number: int) -> jax.Array:
     >>> bool(key == jax.random.fold_in(jax.random.key(0), 3))
     True
     """
-    return jax.random.fold_in(key, jax.device_put(np.uint32(number), key.sharding))
+    return jax.random.fold_in(key, put_small(np.uint32(number), key.sharding))
+
+
+def read(array: Any) -> np.ndarray:
+    """Return an array as a numpy array, in a read that `jax.transfer_guard` permits.
+
+    Not `jax.device_get`: with several processes of which one has failed, it kept the others from ending.
+    """
+    with jax.transfer_guard_device_to_host("allow"):
+        return np.asarray(array)
+
+
+def put_small(value: Any, sharding: Any) -> jax.Array:
+    """Return a numpy scalar or array on a device, or whole on every device, by an explicit transfer.
+
+    With several processes, `jax.device_put` would compare the value over all of them, by a collective that a failing
+    process leaves the others waiting in.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -418,7 +438,7 @@ def to_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         there: Any = array.sharding
         array = _reshard(array, NamedSharding(there.mesh, PartitionSpec()))
-    return np.asarray(jax.device_get(array))
+    return read(array)
 
 
 def replicated_bytes(tree: Any) -> dict[str, bytes]:
@@ -428,7 +448,7 @@ def replicated_bytes(tree: Any) -> dict[str, bytes]:
         return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
     whole = {name: plain(leaf) for name, leaf in named_leaves(tree).items() if leaf.is_fully_replicated}
-    return {name: jax.device_get(leaf.addressable_data(0)).tobytes() for name, leaf in whole.items()}
+    return {name: read(leaf.addressable_data(0)).tobytes() for name, leaf in whole.items()}
 
 
 def _reshard(array: jax.Array, sharding: Any) -> jax.Array:

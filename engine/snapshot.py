@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .placement import read
+
 _ARRAY, _BYTES = "__array__", "__bytes__"
 
 
@@ -88,5 +90,5 @@ def describe_key(key: Any) -> dict[str, Any] | None:
     if key is None:
         return None
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    data = jax.device_get(jax.random.key_data(key) if typed else key)
+    data = read(jax.random.key_data(key) if typed else key)
     return {"impl": str(jax.random.key_impl(key)) if typed else "raw", "data": data.tolist()}

@@ -88,7 +88,7 @@ def test_decisions_by_clock_stop_and_file_are_the_same_in_every_process(tmp_path
     assert all(whole == again for whole, again in bytes_of)
     assert first["timed"] == 200
     assert 0 < len(first["times"]) < 200
-    assert first["stopped"] == [3, "enough (asked for by process 1)"]
+    assert first["stopped"] == [3, "enough (requested by process 1)"]
     assert first["early"] == 0
     assert first["checkpoints"] == [24, 28, 30]
     assert first["loaded"]
@@ -171,6 +171,6 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     assert statuses == [0, 143], errors
     assert json.loads((tmp_path / "is_terminated-0.json").read_text()) == {
         "step": 3,
-        "stopped": "SIGTERM (asked for by process 1)",
+        "stopped": "SIGTERM (requested by process 1)",
     }
     assert checkpoints(tmp_path / "run") == [2, 3]

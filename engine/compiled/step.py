@@ -20,7 +20,7 @@ from ..data.stacking import BatchStacker
 from ..means import BlockMetrics
 from ..messages import log_duration
 from ..metrics import Metrics, as_metrics
-from ..placement import Placement
+from ..placement import Placement, put_small
 from ..trees import Batch, State, compare_signatures, difference, ignore_sizes, signature, strip_weak_types
 from . import blocks
 
@@ -226,7 +226,7 @@ class CompiledStep:
             if len(self._constants) == MOST_CONSTANTS:
                 self._constants.clear()
             array = np.int32(value) if isinstance(value, int) else np.array(value)
-            self._constants[value] = jax.device_put(array, self._device)
+            self._constants[value] = put_small(array, self._device)
         return self._constants[value]
 
     def _select_call(self, layout: Any) -> None:
