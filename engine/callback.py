@@ -60,11 +60,12 @@ class Callback:
     def on_load(self, loop: Loop) -> None:
         """Called first: restore a saved run here, and only here, with `loop.restore(...)`.
 
-        `loop.state` is the state given to `run`, and `loop.step` is 0.
+        `loop.state` is the state given to `run`, `loop.step` is 0 and `loop.metrics` is empty. If an earlier callback
+        has restored a run, or `run` was given a Result, state and step are those of that run.
         """
 
     def on_run_begin(self, loop: Loop) -> None:
-        """The run begins. From here on, `on_run_end` is guaranteed.
+        """The run begins, and `on_run_end` is guaranteed (also to a callback whose `on_load` was reached).
 
         `loop.state` and `loop.step` are those from which it begins, fresh or restored; `loop.metrics` is empty.
         """
@@ -108,13 +109,16 @@ class Callback:
         """
 
     def on_snapshot(self, loop: Loop) -> None:
-        """A snapshot is about to be made of `loop.state`, the carries and the counters. An error here prevents it."""
+        """A snapshot is about to be made of `loop.state`, the carries and the counters. An error here prevents it.
+
+        `loop.state` and `loop.metrics` are those of step `loop.step`.
+        """
 
     def on_exception(self, loop: Loop, error: BaseException) -> None:
         """The run is ending because of `error`, which `run` raises afterwards.
 
-        `loop.step` is the last complete step. If a compiled call failed while it ran, the arrays of `loop.state` were
-        donated to it and can no longer be read.
+        `loop.step` is the last complete step, and `loop.state` and `loop.metrics` are those of it. If a compiled call
+        failed while it ran, the arrays of `loop.state` were donated to it and can no longer be read.
         """
 
     def on_run_end(self, loop: Loop) -> None:

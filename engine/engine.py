@@ -178,8 +178,8 @@ class Engine:
         ...     print([loop.step for loop in steps])
         [2, 4]
         """
-        loop = self._loop(state, data, epochs, steps, epoch_steps, rng, donate)
-        return Steps(loop, as_cadence(when, "engine.steps(when=...)"))
+        cadence = as_cadence(when, "engine.steps(when=...)")
+        return Steps(self._loop(state, data, epochs, steps, epoch_steps, rng, donate), cadence)
 
     def plan(
         self,

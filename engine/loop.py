@@ -143,12 +143,20 @@ class Loop:
 
     # The loop. Its order is what docs/loop.md promises: do not reorder it.
     #
-    # The host waits for the device in four places only: in the throttle, when too many calls are in flight; when the
-    # means of a window are taken; in `log`, if a value is on the device; and in `snapshot`. A handler may wait as well.
+    # Between the first step and the last, the host waits for the device in four places: in the throttle, when too many
+    # calls are in flight; when the means of a window are taken; in `log`, if a value is on the device; and in
+    # `snapshot`. Batches that are already on a device may be read when they are stacked, or divided over processes.
+    # Handlers may wait as well. At the start and in `restore`, the random key is read, and with several processes also
+    # the state, to compare it.
 
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
-        with closing(self._stream), closing(self._group), closing(self._spans), self._events.ensure_end(self):
+        with (
+            closing(self._stream),
+            closing(self._group),
+            closing(self._spans),
+            self._events.ensure_end(self),  # on_exception, on_run_end: whatever began is ended
+        ):
             self._load()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
             while not self.over:
@@ -164,7 +172,7 @@ class Loop:
                         yield self
                     self._agree_on_stop()
                     self._save(self._events.due("on_save", self.step, self._completed))
-            self._finish()  # on_save, on_log
+            self._finish()  # on_save, on_snapshot, on_log
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
