@@ -29,9 +29,12 @@ def information(name):
 
 def sources():
     """Return the files that the wheel must hold: bytes by name."""
-    files = [*(ROOT / "engine").glob("*"), *(ROOT / "callbacks").glob("*")]
-    inside = {"engine": "onstep", "callbacks": "onstep/callbacks"}
-    return {f"{inside[path.parent.name]}/{path.name}": path.read_bytes() for path in files if path.is_file()}
+    return {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}": path.read_bytes()
+        for folder, package in (("engine", "onstep"), ("callbacks", "onstep/callbacks"))
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 @built
