@@ -145,6 +145,8 @@ class CompiledStep:
             self._select_call(layout)
         elif layout is not None:
             self._select_call(layout)
+        for count in range(1, min(self.block_size or 0, blocks.MOST) + 1):  # now, so that a run leaves no array behind
+            self._constant(count)
         if hasattr(self.call, "trace"):
             batch = BatchStacker(batch, self.block_size).batches() if self.block_size else batch
             self.call.trace(bundle, batch, rng, self._due((self._never,), 1)).lower().compile()
