@@ -93,7 +93,7 @@ def test_signal_to_the_launcher_saves_and_another_number_of_processes_resumes(tm
     assert "held-out" not in out
     status, out, err = run(tmp_path / "run", "--processes", "1", "--devices", "2", "--layout", "replicated")
     assert status == 0, err
-    assert re.search(r"resuming from step \d+, epoch \d of 6", err), err
+    assert re.search(r"resuming from step \d+ \(epoch \d of 6\)", err), err
     assert "held-out accuracy" in out
 
 
