@@ -185,6 +185,7 @@ class Loop:
         self._check_epoch_length()
         if self._restored:
             log_user(self._resume_message())
+        self._agree_on_stop()  # with several processes also on the time, before the first deadline is set
         self._compiled.begin(self.step, self._saved)
         self._events.begin(self)
         self._agree_on_stop()

@@ -92,7 +92,7 @@ def test_decisions_by_clock_stop_and_file_are_the_same_in_every_process(tmp_path
     assert first["early"] == 0
     assert first["checkpoints"] == [24, 28, 30]
     assert first["loaded"]
-    assert "the number of batches to an epoch is 8 in process 0, 7 in process 1" in first["lengths"]
+    assert "the number of batches in an epoch is 8 in process 0, 7 in process 1" in first["lengths"]
     assert "the checksum of the state at params/w" in first["seeds"]
     assert "the list of callbacks is {} in process 0, {'GradNorm'" in first["lists"]
     assert "Several processes need a mesh" in first["meshes"]
