@@ -171,7 +171,8 @@ def test_random_key_in_the_state_is_copied():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bit_floats_are_averaged_in_32_bits_and_returned_in_16(dtype):
     ema = EMA(0.99)
-    points = [jnp.asarray(1, dtype)] + [jnp.asarray(1 + jnp.finfo(dtype).eps, dtype)] * 10  # in numpy 2.0 the sum is float32
+    next_to_one = jnp.asarray(1 + jnp.finfo(dtype).eps, dtype)  # in numpy 2.0 the sum is float32
+    points = [jnp.asarray(1, dtype)] + [next_to_one] * 10
     result = Engine(follow, [ema]).run({"params": points[0]}, points[1:], epochs=1)
     kept = result.carry(ema).average
     assert (kept.dtype, ema.params(result).dtype) == (jnp.float32, dtype)

@@ -97,7 +97,9 @@ def test_decisions_by_clock_stop_and_file_are_the_same_in_every_process(tmp_path
     assert "the list of callbacks is {} in process 0, {'GradNorm'" in first["lists"]
     assert "Several processes need a mesh" in first["meshes"]
     assert "holds step 0" in first["used"]
-    assert "divide into 8 parts along the mesh's axes ('data',) (8 devices), got a batch with 60" in first["indivisible"]
+    assert (
+        "divide into 8 parts along the mesh's axes ('data',) (8 devices), got a batch with 60" in first["indivisible"]
+    )
     assert len(list((tmp_path / "events").iterdir())) == 1
     assert len(list((tmp_path / "png").iterdir())) == 1
 
