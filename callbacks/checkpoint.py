@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from onstep import Cadence, Callback, Loop, Record, Snapshot, every, processes
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
-from onstep.tools import check_int, check_mode, require_metric, warn_missing_metric
+from onstep.tools import check_int, check_mode, warn_missing_metric
 
 __all__ = ["Checkpoint", "load", "save"]
 
@@ -45,8 +45,7 @@ class Checkpoint(Callback):
         FileNotFoundError: there is no checkpoint of the requested step.
         RuntimeError: another live process is writing to the directory; no checkpoint is intact; or a save failed,
             raised at the next save or at the end of the run.
-        ValueError: an argument is out of range; the checkpoint is damaged, or of another run; or the metric `best`
-            was never recorded, raised at the end of the run. Saved checkpoints are kept in every case.
+        ValueError: an argument is out of range, or the checkpoint is damaged or of another run.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -75,7 +74,7 @@ class Checkpoint(Callback):
 
     def __post_init__(self) -> None:
         check_int("Checkpoint", "keep", self.keep, 1)
-        check_mode("Checkpoint", self.mode)
+        check_mode("Checkpoint", self.mode, self.best)
         if not isinstance(self.resume, (bool, int)) and not (self.resume == "best" and self.best):
             raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {self.resume!r}.")
         self.directory = os.path.abspath(self.directory)
@@ -94,11 +93,13 @@ class Checkpoint(Callback):
         self._recorded, self._saved = None, False
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        if self.best:
+            warn_missing_metric("Checkpoint", self.best, loop, record)
         if self.best in record.values:
             self._recorded = (record.step, record.values[self.best])
 
     def on_epoch_end(self, loop: Loop) -> None:
-        if self.best:
+        if self.best and not loop.over:  # otherwise on_run_end follows
             warn_missing_metric("Checkpoint", self.best, loop)
 
     def on_save(self, loop: Loop) -> None:
@@ -114,7 +115,7 @@ class Checkpoint(Callback):
         try:
             self._writer.close()
             if self.best:
-                require_metric("Checkpoint", self.best, loop)
+                warn_missing_metric("Checkpoint", self.best, loop)
                 self._warn_if_none_is_best(loop, self.best)
         finally:
             self._lock.release()

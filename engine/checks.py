@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from .messages import warn_user
 
 
 def check_int(who: str, name: str, value: Any, least: int) -> int:
@@ -34,12 +37,13 @@ def check_int(who: str, name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def check_mode(who: str, mode: str) -> str:
-    """Return `mode` if it is `"min"` or `"max"`.
+def check_mode(who: str, mode: str, metric: str | None = None) -> str:
+    """Return `mode` if it is `"min"` or `"max"`, and warn about `"min"` for a metric such as an accuracy.
 
     Args:
         who: the callback, for the error.
         mode: whether lower (`"min"`) or higher (`"max"`) values are better.
+        metric: the name of the metric, such as `"val/accuracy"`.
 
     Raises:
         ValueError: it is neither.
@@ -51,7 +55,30 @@ def check_mode(who: str, mode: str) -> str:
     """
     if mode not in ("min", "max"):
         raise ValueError(f"{who} needs mode 'min' or 'max', got {mode!r}.")
+    words = set(re.split(r"[^a-z0-9]+", (metric or "").lower()))
+    if mode == "min" and words & HIGHER_IS_BETTER and not words & LOWER_IS_BETTER:
+        warn_user(
+            f"{who} takes lower values of {metric!r} as better (mode='min'). Pass mode='max' if higher is better."
+        )
     return mode
+
+
+HIGHER_IS_BETTER = {
+    "acc",
+    "accuracy",
+    "auc",
+    "auroc",
+    "bleu",
+    "f1",
+    "iou",
+    "precision",
+    "psnr",
+    "recall",
+    "reward",
+    "ssim",
+}
+LOWER_IS_BETTER = {"err", "error", "loss"}
+"""Words in the names of metrics that suggest a mode. The second set wins, as in `accuracy_loss`."""
 
 
 def did_you_mean(name: str, among: Iterable[str]) -> str:

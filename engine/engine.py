@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from .cadence import Cadence, as_cadence
-from .callback import Callback, FunctionCallback, name_callbacks, reset
+from .callback import Callback, FunctionCallback, check_when, name_callbacks, reset
 from .checks import check_int
 from .compiled.step import CompiledStep, Step
 from .data.source import Data
@@ -81,7 +81,7 @@ class Engine:
             check_int("Engine", "steps_per_call", steps_per_call, 1)
         self._callbacks = name_callbacks(callbacks)
         for name, callback in self._callbacks.items():
-            as_cadence(callback.when, f"{name}.when")
+            check_when(callback, name)
         reset(self._callbacks)
         self._given = {"step": step, "log_every": log_every, "steps_per_call": steps_per_call, "in_flight": in_flight}
         self._given |= {"prefetch": prefetch, "mesh": mesh, "jit": jit, "clock": clock}
@@ -99,7 +99,11 @@ class Engine:
 
         Args:
             event: the name of the event, with or without `on_`.
-            when: as `Callback.when`.
+            when: as `Callback.when`; only for `step_begin`, `step_end` and `save`.
+
+        Raises:
+            TypeError: the function has the wrong arguments for the event, or there is no event.
+            ValueError: there is no such event, or `when` has no effect on it.
 
         >>> engine = Engine(lambda state, batch: (state + batch, {}))
         >>> @engine.on("epoch_end")
@@ -109,6 +113,8 @@ class Engine:
         epoch 1 ends at step 3
         epoch 2 ends at step 6
         """
+        if callable(event):
+            raise TypeError(f'engine.on needs an event: write @engine.on("step_end") above {event.__name__}.')
 
         def add(function: Callable[..., None]) -> Callable[..., None]:
             added = FunctionCallback(event, function, when)
@@ -213,6 +219,10 @@ class Engine:
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle an engine as the call that made it. Its compiled step is not part of a copy."""
+        return _from_call, ({**self._given, "callbacks": list(self._callbacks.values())},)
+
     def __repr__(self) -> str:
         return call_text(Engine, {**self._given, "callbacks": list(self._callbacks.values())})
 
@@ -243,3 +253,7 @@ class Engine:
             rng=rng,
             donate=donate,
         )
+
+
+def _from_call(given: dict[str, Any]) -> Engine:
+    return Engine(**given)

@@ -7,7 +7,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from .data.source import Data
 from .data.stacking import last_batch
 from .data.stream import BatchStream
 from .events import Events, Handler
+from .exclusive import exclusive
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
@@ -37,6 +38,10 @@ from .trees import Batch, State, compare_signatures, difference, signature
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
+
+
+MOST_PENDING = 4096
+"""Calls whose metrics may wait on the device to be read, so that their memory is bounded in a long window."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,6 @@ class Loop:
     ):
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, needed=compiled.takes_rng)
-        reset(callbacks)
         earlier = state if isinstance(state, Result) else None
         state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
 
@@ -124,6 +128,8 @@ class Loop:
         self._stream = BatchStream(data, epoch_steps, placement, options.prefetch, placement.prefetcher(self._bundle))
         self._signature = signature({"state": self.state, "carries": self.carries})
         self._batch: tuple[Batch, int] = (None, 0)  # of the last call; for a block, how many of its batches were used
+        self._choosing = False  # whether on_step_begin may replace the batch of the next step
+        self._next_batch: list[Batch] = []  # that batch, once a handler has read or replaced it
         self._windows = Windows()
         self._group = ProcessGroup(options.clock)
         self._events = Events(callbacks, self._group)
@@ -136,10 +142,9 @@ class Loop:
         self._restored = self._saving = self._prepared = False
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
         self._completed = 0  # the epoch that the last step completed, 0 if none
+        self._earlier = earlier  # the result from which the run resumes
         self._final_snapshot: Snapshot | None = None
-        if earlier:
-            self.restore(earlier.snapshot)
-            self._stream = earlier._stream.resume_as(self._stream)
+        self._failed: str | None = None  # the error that ended the run
 
     # The loop. Its order is what docs/loop.md promises: do not reorder it.
     #
@@ -152,10 +157,11 @@ class Loop:
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
+            exclusive({"This engine": self._compiled, **self.callbacks}),
             closing(self._stream),
             closing(self._group),
             closing(self._spans),
-            self._events.ensure_end(self),  # on_exception, on_run_end: whatever began is ended
+            self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
         ):
             self._load()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
@@ -178,6 +184,11 @@ class Loop:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
         self._group.begin(self._current_step)
         self._check_processes()
+        reset(self.callbacks)
+        earlier, self._earlier = self._earlier, None  # so that its arrays can be freed
+        if earlier:
+            self.restore(earlier.snapshot)
+            self._stream = earlier._stream.resume_as(self._stream)
         self._events.load(self)
         self._loading, self.start_step = False, self.step
         epoch = self.epoch + (self.epoch_step > 0)
@@ -202,16 +213,34 @@ class Loop:
         """Call the handlers that are due before the next step, with its batch. Compile before the first step."""
         completes = self.epoch + 1 if self.epoch_step + 1 == self.epoch_length else 0
         if due := self._events.due("on_step_begin", self.step + 1, completes):
-            self.batch = self._stream.peek()
-            for handler in due:
-                handler.call(self)
+            self._choosing = True
+            try:
+                for handler in due:
+                    handler.call(self)
+            finally:
+                chosen, self._next_batch, self._choosing = self._next_batch, [], False
             self._agree_on_stop()
-            if not self.over:
-                self._stream.replace(self.batch)
+            if chosen and not self.over:
+                self._stream.replace(chosen[0])
         if not (self._prepared or self.over):
             with self._spans.span(COMPILE):
                 self._compiled.prepare(self._bundle, self._stream.peek(), self._call_rng)
             self._prepared = True
+
+    def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
+        """Return when anything is next due.
+
+        Returns:
+            The number of steps up to the next due one; the step that ends the epoch (infinity if its length is
+            unknown); and the time of the next deadline (infinity if there is none).
+        """
+        step, length = self.step, self._stream.length
+        epoch_end = math.inf if length is None else step + length - self.epoch_step
+        next_log = (step // self._log_every + 1) * self._log_every
+        next_read = step + MOST_PENDING - len(self._windows.pending)
+        next_handler = self._events.next(step, epoch_end)
+        next_due = min(next_handler, trigger.next_step, next_log, next_read, epoch_end, self.steps or sys.maxsize)
+        return int(next_due) - step, epoch_end, min(self._events.deadline(), trigger.deadline)
 
     def _run_steps(self, trigger: Trigger) -> bool:
         """Run steps up to the next one at which anything is due; return whether that one ends the epoch.
@@ -228,12 +257,8 @@ class Loop:
         step, bundle, metrics, batch, count = self.step, self._bundle, self.metrics, *self._batch
         compiled, throttle, clock, pending = self._compiled, self._throttle, self._group.clock, self._windows.pending
         stream, rng, block_size = self._stream, self._call_rng, self._compiled.block_size
-        length, next_log = stream.length, (step // self._log_every + 1) * self._log_every
-        epoch_end = math.inf if length is None else step + length - self.epoch_step
-        next_handler = self._events.next(step, epoch_end)
-        next_due = min(next_handler, trigger.next_step, next_log, epoch_end, self.steps or sys.maxsize)
-        deadline = min(self._events.deadline(), trigger.deadline)
-        has_deadline, steps = deadline < math.inf, int(next_due) - step
+        steps, epoch_end, deadline = self._until_due(trigger)
+        has_deadline = deadline < math.inf
         wait_at, most_steps = throttle.start(pending), throttle.most_steps(step)
         simple = not (block_size or compiled.conditional)  # one step a call, and every compiled half is due
         call, advance, wait = compiled.call, compiled.advance, throttle.wait
@@ -270,6 +295,8 @@ class Loop:
             handler.call(self)
         if self.step % self._log_every == 0:
             self.log(self._windows.take_means("train"))
+        elif len(self._windows.pending) >= MOST_PENDING:
+            self._windows.read()
         if epoch_done:
             self.log(self._windows.take_means("epoch"))
             self._events.fire("on_epoch_end", self)
@@ -282,18 +309,28 @@ class Loop:
         self._saving = False
 
     def _finish(self) -> None:
-        """Save with every handler that has not saved this step, and record the last partial window."""
-        ran = self.step > self.start_step
-        if ran:
+        """Save with every handler that has not saved this step, and record the last partial window.
+
+        The record is not in the snapshot, because a later target continues the window. A run that resumes at its target
+        records it again: it may have been killed between the two.
+        """
+        if self.step > self.start_step:
             self._save([h for h in self._events.handlers["on_save"] if h.called_at != self.step])
         self._final_snapshot = self.snapshot()
-        if ran and self.finished:
+        if self.finished:
             self.log(self._windows.take_means("train"))
 
     def result(self) -> Result:
-        """Return how the run ended."""
+        """Return how the run ended. After an error, the run is one that a resumable stop ended at its last step.
+
+        Raises:
+            RuntimeError: the run has not ended, or its last call failed after its arrays had been donated.
+        """
         if self._final_snapshot is None:
-            raise RuntimeError("A run has a result only after its end.")
+            if self._failed is None:
+                raise RuntimeError("A run has a result only after its end.")
+            self.stopped, self._final = self._failed, False
+            self._final_snapshot = self._make_snapshot()
         now = (self.state, self.step, self.epoch, self.stopped, self.history, self.latest)
         return Result(*now, self._final_snapshot, self.callbacks, self._stream)
 
@@ -316,12 +353,20 @@ class Loop:
     @property
     def batch(self) -> Batch:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
+        if self._choosing:
+            if not self._next_batch:
+                self._next_batch = [self._stream.peek()]
+            return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
 
     @batch.setter
     def batch(self, new: Batch) -> None:
-        self._batch = new, 0
+        if not self._choosing:
+            raise RuntimeError(
+                "loop.batch can only be replaced in on_step_begin, before its step. Here it is too late."
+            )
+        self._next_batch = [new]
 
     @property
     def carries(self) -> dict[str, Carry]:
@@ -426,6 +471,9 @@ class Loop:
         Its arrays are not copies: write or copy them before the event returns.
         """
         self._events.fire("on_snapshot", self)
+        return self._make_snapshot()
+
+    def _make_snapshot(self) -> Snapshot:
         host = {
             "rng": describe_key(self.rng),
             "tree": self._signature,
@@ -487,6 +535,24 @@ class Loop:
                 )
 
     # Details of the above.
+
+    @contextmanager
+    def _ensure_end(self) -> Iterator[None]:
+        """Guarantee the events that end a run, and remember the error that ended it.
+
+        A StopIteration becomes a RuntimeError that says where it was raised. Otherwise Python would replace it by
+        "generator raised StopIteration", without its notes.
+        """
+        try:
+            with self._events.ensure_end(self):
+                yield
+        except BaseException as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            if isinstance(error, StopIteration):
+                notes = [note.removeprefix("onstep: ") for note in getattr(error, "__notes__", ()) if "onstep:" in note]
+                where = "; ".join(notes) or f"raised by the step, or by the body of the `for`, at step {self.step}"
+                raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
+            raise
 
     def _load_tree(self, snapshot: Snapshot, host: dict[str, Any], strict: bool) -> tuple[State, dict[str, Carry]]:
         """Return the state and the carries of a snapshot, on this run's devices."""

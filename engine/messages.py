@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+import warnings
 
 import jax
 
@@ -46,3 +48,22 @@ def log_duration(what: str, seconds: float) -> None:
         log_user(text)
     else:
         log.info(text)
+
+
+def warn_user(text: str) -> None:
+    """Warn the user with the line of their own code that called into onstep, not a line of the engine.
+
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     warn_user("a batch has another shape")
+    >>> print(caught[0].message)
+    a batch has another shape
+    """
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+_OURS = ("onstep", "contextlib")
+"""Packages whose frames stand between the user's code and a warning."""

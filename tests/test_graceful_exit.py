@@ -211,7 +211,7 @@ def test_a_final_stop_at_the_same_step_keeps_its_reason():
     send(engine, "save", signal.SIGINT, at=8)
     engine.on("run_end")(lambda loop: reasons.append((loop.stopped, loop.finished)))
     interrupted(engine)
-    assert reasons == [("epoch/loss has not improved on 1 in 1 evaluations", True)]
+    assert reasons == [("epoch/loss has not fallen below 1 in 1 evaluation (mode='min')", True)]
 
 
 @BOTH

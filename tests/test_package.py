@@ -58,7 +58,8 @@ LAYERS = """
     placement sharding
     processes
     config
-    messages checks redact state
+    checks exclusive redact state
+    messages
     trees
 """
 """The modules of `onstep` from top to bottom. Imports point downwards, to a line further below."""

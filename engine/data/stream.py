@@ -153,7 +153,8 @@ class BatchStream:
         return self._ahead[0]
 
     def replace(self, batch: Batch) -> None:
-        """Replace the next batch, the one that `peek` returned."""
+        """Replace the next batch."""
+        self.peek()  # so that it is drawn, and the position in the data includes it
         self._ahead[0], self._replaced = batch, True
 
     def position(self) -> dict[str, Any]:
