@@ -15,7 +15,7 @@ from .checks import check_int
 from .compiled.step import CompiledStep, Step
 from .data.source import Data
 from .loop import Loop, Options
-from .placement import make_placement
+from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
 from .representation import call_text
 from .result import Result
@@ -43,7 +43,8 @@ class Engine:
         mesh: the devices to use. Batches are sharded over the axis "data" (or "fsdp", or the only axis); pass a
             NamedSharding to choose. The state keeps its sharding, or is replicated if it is on one device. See
             `onstep.sharding`.
-        jit: False runs the same loop uncompiled, so that you can step through it in a debugger.
+        jit: False runs the same loop uncompiled, so that you can step through it in a debugger. `JAX_DISABLE_JIT=1`,
+            and a run that begins inside `jax.disable_jit()`, have the same effect, also on evaluation.
         clock: the time in seconds, for cadences in seconds. Tests pass an `onstep.testing.FakeClock`.
 
     Raises:
@@ -87,7 +88,7 @@ class Engine:
         self._given |= {"prefetch": prefetch, "mesh": mesh, "jit": jit, "clock": clock}
         self._options = Options(log_every, in_flight, prefetch, clock)
         self._placement = make_placement(mesh)
-        self._compiled = self._compile()
+        self._compiled = self._compile(jit)
 
     @property
     def callbacks(self) -> dict[str, Callback]:
@@ -215,7 +216,7 @@ class Engine:
         >>> plan.loop[-2:]
         ['ends at step 12', 'keeps at most 2 compiled calls in flight']
         """
-        compiled = self._compile()  # a separate copy, so that planning does not affect this engine
+        compiled = self._compile(self._jit)  # a separate copy, so that planning does not affect this engine
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 
@@ -226,9 +227,14 @@ class Engine:
     def __repr__(self) -> str:
         return call_text(Engine, {**self._given, "callbacks": list(self._callbacks.values())})
 
-    def _compile(self) -> CompiledStep:
-        given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call", "jit")}
-        return CompiledStep(callbacks=self._callbacks, placement=self._placement, **given)
+    @property
+    def _jit(self) -> bool:
+        """Whether a run that begins now is compiled: JAX_DISABLE_JIT and `jax.disable_jit()` act as `jit=False`."""
+        return self._given["jit"] and not jit_is_disabled()
+
+    def _compile(self, jit: bool) -> CompiledStep:
+        given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call")}
+        return CompiledStep(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
 
     def _loop(
         self,
@@ -241,7 +247,7 @@ class Engine:
         donate: bool,
     ) -> Loop:
         return Loop(
-            self._compiled,
+            self._compiled if self._jit == self._given["jit"] else self._compile(self._jit),
             self._callbacks,
             self._options,
             self._placement,

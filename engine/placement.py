@@ -86,6 +86,8 @@ class SingleDevice:
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled evaluation step. JAX caches by function, so wrapping again is free."""
+        if jit_is_disabled():  # then `jax.jit` would pass on arrays of numpy as they are
+            return lambda state, batch, *key: step(state, jax.tree.map(jnp.asarray, batch), *key)
         return jax.jit(step)
 
     def rows(self, start: int, stop: int) -> Any:
@@ -291,6 +293,12 @@ class DataSharding:
         if part.ndim > int(stacked):
             shape[int(stacked)] = shape[int(stacked)] // len(self.own_shards) * self.shards
         return jax.make_array_from_process_local_data(where, part, tuple(shape))
+
+
+def jit_is_disabled() -> bool:
+    """Return whether JAX runs everything uncompiled now, because of `JAX_DISABLE_JIT` or `jax.disable_jit()`."""
+    config: Any = jax.config  # its attributes have no types
+    return config.jax_disable_jit
 
 
 Placement = SingleDevice | DataSharding

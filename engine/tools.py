@@ -13,16 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .callback import Callback, Carry
 from .checks import check_int, check_mode, check_signature, did_you_mean, takes_rng
 from .compiled.cost import count_flops
 from .event_files import close_event_writer, event_writer
+from .fields import get_field, get_fields, set_field, set_fields
 from .loop import Loop
 from .messages import log_user, warn_user
 from .placement import fold_in, to_host
 from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
+from .result import Result
 from .spans import Observer, Span
-from .trees import difference, get_field, named_leaves, set_field, signature
+from .trees import difference, named_leaves, signature
 
 __all__ = [
     "Observer",
@@ -40,6 +43,7 @@ __all__ = [
     "event_writer",
     "exit_status",
     "fold_in",
+    "get_carry",
     "get_field",
     "get_fields",
     "has_training_metrics",
@@ -124,6 +128,28 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
         warn_user(f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}.{similar}")
 
 
+def get_carry(source: Loop | Result, callback: Callback) -> Carry:
+    """Return the carry of a callback in a run or in its result; the arrays of a run are donated to its next step.
+
+    Args:
+        source: the loop or the result, as the user passed it to a method such as `ema.params(result)`.
+        callback: one of the run's, with a compiled half.
+
+    Raises:
+        TypeError: `source` is something else, such as a state.
+        ValueError: the callback is not one of the run's, or has no compiled half.
+
+    >>> get_carry({"params": 1.0}, Callback())
+    Traceback (most recent call last):
+    ...
+    TypeError: Callback needs the loop or the result of a run, got dict.
+    """
+    if not isinstance(source, (Loop, Result)):
+        who = callback.name or type(callback).__name__
+        raise TypeError(f"{who} needs the loop or the result of a run, got {type(source).__name__}.")
+    return source.carry(callback)
+
+
 def widen(leaf: jax.Array) -> jax.Array:
     """Return 16-bit and 8-bit floats as float32, and anything else unchanged.
 
@@ -186,43 +212,3 @@ def leaves_of_type(tree: Any, kind: Any) -> dict[str, Any]:
     {'params/scale': 2.0, 'params/w': 1.5}
     """
     return {name: leaf for name, leaf in named_leaves(tree).items() if jnp.issubdtype(jnp.result_type(leaf), kind)}
-
-
-def get_fields(tree: Any, of: str | tuple[str, ...] | None, who: str) -> Any:
-    """Return the part of a state that a callback's argument `of` names.
-
-    Args:
-        tree: the state.
-        of: a field, `"gen.params"` for a nested one; a tuple of them; or None for the whole state.
-        who: the callback, for the error.
-
-    Returns:
-        The field; for a tuple of names, a tuple of fields.
-
-    Raises:
-        ValueError: the state has no such field; the message lists the fields that it has.
-
-    >>> get_fields({"gen": {"params": 1}, "disc": 2}, ("gen.params", "disc"), "EMA")
-    (1, 2)
-    """
-    if of is None:
-        return tree
-    return get_field(tree, of, who) if isinstance(of, str) else tuple(get_field(tree, path, who) for path in of)
-
-
-def set_fields(tree: Any, of: str | tuple[str, ...] | None, value: Any) -> Any:
-    """Return a copy of a state in which the part that `of` names is replaced.
-
-    Args:
-        tree: the state, which is not changed.
-        of: as for `get_fields`.
-        value: the new part, with the structure that `get_fields` returns.
-
-    >>> set_fields({"gen": {"params": 1}, "disc": 2}, ("gen.params", "disc"), (3, 4))
-    {'disc': 4, 'gen': {'params': 3}}
-    """
-    if of is None:
-        return value
-    for path, part in [(of, value)] if isinstance(of, str) else zip(of, value, strict=True):
-        tree = set_field(tree, path, part)
-    return tree

@@ -57,7 +57,7 @@ LAYERS = """
     records snapshot representation spans
     placement sharding
     processes
-    config
+    config fields
     checks exclusive redact state
     messages
     trees
