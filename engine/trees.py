@@ -103,6 +103,20 @@ def as_array(leaf: Any) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
+def copy_containers(tree: Any) -> Any:
+    """Return the tree with the same leaves in new containers.
+
+    User code may change a dict, a list or an NNX module in place. With a copy, nothing else sees the change.
+
+    >>> tree = {"w": 1.0}
+    >>> copy_containers(tree).update(w=2.0)
+    >>> tree
+    {'w': 1.0}
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, leaves)
+
+
 def copy_numpy(batch: Batch) -> Batch:
     """Return the batch with its numpy arrays copied.
 
