@@ -316,6 +316,9 @@ class Context:
     aux: dict[str, Any]
     _key: Any = None
     _who: str = ""
+    _logged: list[str] = dataclasses.field(
+        default_factory=list, init=False, repr=False
+    )  # by calls of `log` on this one
 
     @property
     def rng(self) -> jax.Array:
@@ -323,6 +326,11 @@ class Context:
         if self._key is None:
             raise ValueError(f"{self._who} needs a random key. Pass one to the run: rng=jax.random.key(0).")
         return jax.random.fold_in(self._key, zlib.crc32(self._who.encode()))
+
+    @property
+    def dropped(self) -> list[str]:
+        """The names that were logged with this context, and are therefore missing from it."""
+        return list(self._logged)
 
     def replace(self, **changes: Any) -> Context:
         """Return the context with another `state`, `metrics` or `aux`.
@@ -347,4 +355,5 @@ class Context:
                 raise ValueError(f"{self._who} logs {name!r}, which is taken. The metrics are {sorted(self.metrics)}.")
             if value.ndim:
                 raise ValueError(f"{self._who} needs to log scalars, got shape {value.shape} for {name!r}.")
+        self._logged.extend(new)
         return dataclasses.replace(self, metrics={**self.metrics, **new})

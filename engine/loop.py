@@ -34,7 +34,7 @@ from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, difference, signature
+from .trees import Batch, State, compare_signatures, copy_containers, difference, signature
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
@@ -340,9 +340,10 @@ class Loop:
     def state(self) -> State:
         """The state after the last step. The next step donates it, so copy anything you need after the event.
 
-        You may assign a tree of the same structure, shapes and dtypes.
+        You may assign a tree of the same structure, shapes and dtypes. The containers are copies: changing a dict or
+        an NNX module in place (`model.eval()`) does not change the run.
         """
-        return self._bundle[0]
+        return copy_containers(self._bundle[0])
 
     @state.setter
     def state(self, new: State) -> None:

@@ -39,7 +39,7 @@ LAYERS = """
     evaluate
     compiled.step
     compiled.blocks compiled.throttle
-    compiled.cost compiled.__init__
+    compiled.cost compiled.origin compiled.__init__
     data.stream
     data.source data.prefetch
     data.batches
