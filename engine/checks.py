@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from .trees import named_leaves
 
 
 def check_int(who: str, name: str, value: Any, least: int) -> int:
@@ -117,6 +120,56 @@ def check_rng(rng: Any, needed: bool) -> None:
     kind = getattr(rng, "dtype", None)
     if rng is not None and not (kind == jnp.uint32 or (kind and jnp.issubdtype(kind, jax.dtypes.prng_key))):
         raise TypeError(f"rng needs a random key such as jax.random.key(0), got {rng!r:.80}.")
+
+
+def check_leaves(tree: Any, what: str, remedy: str) -> None:
+    """Raise a TypeError unless all leaves of a tree are arrays that JAX can use, and numbers.
+
+    Args:
+        tree: the tree.
+        what: its name, for the error.
+        remedy: what to do.
+
+    >>> check_leaves({"x": 1.0, "label": "cat"}, "The state", "Leave it out.")
+    Traceback (most recent call last):
+    ...
+    TypeError: The state needs arrays and numbers as leaves, got str at 'label'. Leave it out.
+    """
+    for name, leaf in named_leaves(tree).items():
+        if not _usable(leaf):
+            raise TypeError(f"{what} needs arrays and numbers as leaves, got {_kind(leaf)} at {name!r}. {remedy}")
+
+
+def check_batch(batch: Any) -> None:
+    """Raise a TypeError unless all leaves of a batch are arrays that JAX can use, and numbers.
+
+    >>> check_batch({"x": 1.0, "label": "cat"})
+    Traceback (most recent call last):
+    ...
+    TypeError: A batch needs arrays and numbers as leaves, got str at 'label'. Encode it as numbers, or leave it out.
+    """
+    if all(map(_usable, jax.tree.leaves(batch))):
+        return
+    path, leaf = next(pair for pair in jax.tree_util.tree_leaves_with_path(batch) if not _usable(pair[1]))
+    where = "batch" + jax.tree_util.keystr(path).replace("'", '"')
+    remedy = "Encode it as numbers, or leave it out."
+    if hasattr(leaf, "numpy"):  # a tensor of PyTorch or TensorFlow
+        remedy = f"Convert it: {where}.numpy()."
+    elif hasattr(leaf, "__array__") and not isinstance(leaf, (np.ndarray, np.generic)):
+        remedy = f"Convert it: np.asarray({where})."
+    check_leaves(batch, "A batch", remedy)
+
+
+def _usable(leaf: Any) -> bool:
+    """Return whether a leaf is a number, or an array that JAX can use."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind in "biufc" or (leaf.dtype.kind == "V" and jnp.issubdtype(leaf.dtype, jnp.number))
+    return isinstance(leaf, (jax.Array, int, float, complex)) or hasattr(leaf, "__jax_array__")
+
+
+def _kind(leaf: Any) -> str:
+    kind = type(leaf).__name__
+    return f"{kind} of dtype {leaf.dtype}" if isinstance(leaf, (np.ndarray, np.generic)) else kind
 
 
 def check_targets(epochs: Any, steps: Any, epoch_steps: Any) -> None:

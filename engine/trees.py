@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -96,6 +97,11 @@ def strip_weak_types(tree: Any) -> Any:
         return jax.lax.convert_element_type(array, array.dtype) if weak else array
 
     return jax.tree.map(strip, tree)
+
+
+def same_objects(one: list[Any], other: list[Any]) -> bool:
+    """Return whether two lists hold the same objects."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def as_array(leaf: Any) -> jax.Array:
