@@ -138,6 +138,8 @@ class GracefulExit(Callback):
             with contextlib.suppress(Exception):  # such as a signal during another write to stderr
                 text = f"{name}: finishing this step and saving before stopping. Send it again to stop immediately."
                 log_user(text, everywhere=True)
+            if self._loop is not None:
+                self._loop.interrupt(name)  # last, because it raises if the run is waiting for a batch
         elif not here or now - self._at >= ECHO:  # not here: in a forked child, such as a loader's worker
             self._restore(self._previous)
             signal.raise_signal(number)

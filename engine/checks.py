@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .messages import warn_user
+from .trees import named_leaves
 
 
 def check_int(who: str, name: str, value: Any, least: int) -> int:
@@ -144,6 +146,68 @@ def check_rng(rng: Any, needed: bool) -> None:
     kind = getattr(rng, "dtype", None)
     if rng is not None and not (kind == jnp.uint32 or (kind and jnp.issubdtype(kind, jax.dtypes.prng_key))):
         raise TypeError(f"rng needs a random key such as jax.random.key(0), got {rng!r:.80}.")
+
+
+def check_state(tree: Any, what: str) -> None:
+    """Raise a TypeError unless all leaves of a state are arrays that JAX can use, and numbers.
+
+    Args:
+        tree: a state or carries.
+        what: its name, for the error.
+
+    >>> check_state({"x": 1.0, "label": "cat"}, "The state")
+    Traceback (most recent call last):
+    ...
+    TypeError: The state needs arrays and numbers as leaves, got str at 'label'. Keep it out of the tree: ...
+    """
+
+    def remedy(path: str, leaf: Any) -> str:
+        if callable(leaf):
+            return "Keep it out of the tree: for an Equinox model, params, static = eqx.partition(model, eqx.is_array)."
+        return "Keep it out of the tree: a closure, or a field with flax.struct.field(pytree_node=False)."
+
+    _check_leaves(tree, what, remedy)
+
+
+def check_batch(batch: Any) -> None:
+    """Raise a TypeError unless all leaves of a batch are arrays that JAX can use, and numbers.
+
+    >>> check_batch({"x": 1.0, "label": "cat"})
+    Traceback (most recent call last):
+    ...
+    TypeError: A batch needs arrays and numbers as leaves, got str at 'label'. Encode it as numbers, or leave it out.
+    """
+
+    def remedy(path: str, leaf: Any) -> str:
+        where = "batch" + path.replace("'", '"')
+        if hasattr(leaf, "numpy"):  # a tensor of PyTorch or TensorFlow
+            return f"Convert it: {where}.numpy()."
+        if hasattr(leaf, "__array__") and not isinstance(leaf, (np.ndarray, np.generic)):
+            return f"Convert it: np.asarray({where})."
+        return "Encode it as numbers, or leave it out."
+
+    _check_leaves(batch, "A batch", remedy)
+
+
+def _check_leaves(tree: Any, what: str, remedy: Callable[[str, Any], str]) -> None:
+    if all(map(_usable, jax.tree.leaves(tree))):
+        return
+    for (path, leaf), name in zip(jax.tree_util.tree_leaves_with_path(tree), named_leaves(tree), strict=True):
+        if not _usable(leaf):
+            advice = remedy(jax.tree_util.keystr(path), leaf)
+            raise TypeError(f"{what} needs arrays and numbers as leaves, got {_kind(leaf)} at {name!r}. {advice}")
+
+
+def _usable(leaf: Any) -> bool:
+    """Return whether a leaf is a number, or an array that JAX can use."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind in "biufc" or (leaf.dtype.kind == "V" and jnp.issubdtype(leaf.dtype, jnp.number))
+    return isinstance(leaf, (jax.Array, int, float, complex)) or hasattr(leaf, "__jax_array__")
+
+
+def _kind(leaf: Any) -> str:
+    kind = type(leaf).__name__
+    return f"{kind} of dtype {leaf.dtype}" if isinstance(leaf, (np.ndarray, np.generic)) else kind
 
 
 def check_targets(epochs: Any, steps: Any, epoch_steps: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from .compiled.throttle import Throttle
 from .data.batches import Batches
 from .data.source import Data
 from .data.stacking import last_batch
-from .data.stream import BatchStream
+from .data.stream import BatchStream, WaitInterrupted
 from .events import Events, Handler
 from .exclusive import exclusive
 from .means import to_float
@@ -165,19 +165,23 @@ class Loop:
         ):
             self._load()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
-            while not self.over:
-                self._begin_epoch()  # on_epoch_begin
-                epoch_done = False
-                while not (epoch_done or self.over):
-                    self._before_step()  # on_step_begin
-                    if self.over:
-                        break
-                    epoch_done = self._run_steps(trigger)  # compiled calls, and nothing else
-                    self._after_step(epoch_done)  # on_step_end, on_log, on_epoch_end
-                    if trigger.fires(self.step, self._completed):
-                        yield self
-                    self._agree_on_stop()
-                    self._save(self._events.due("on_save", self.step, self._completed))
+            with suppress(WaitInterrupted):  # a stop that ended the wait for a batch
+                while not self.over:
+                    self._begin_epoch()  # on_epoch_begin
+                    epoch_done = False
+                    while not (epoch_done or self.over):
+                        epoch_done = self._data_ended()
+                        if not epoch_done:
+                            self._before_step()  # on_step_begin
+                            if self.over:
+                                break
+                            epoch_done = self._run_steps(trigger)  # compiled calls, and nothing else
+                        self._after_step(epoch_done)  # on_step_end, on_log, on_epoch_end
+                        if trigger.fires(self.step, self._completed):
+                            yield self
+                        self._agree_on_stop()
+                        if epoch_done or self.over or not self._data_ended():  # else first the end of the epoch
+                            self._save(self._events.due("on_save", self.step, self._completed))
             self._finish()  # on_save, on_snapshot, on_log
 
     def _load(self) -> None:
@@ -196,10 +200,22 @@ class Loop:
         self._check_epoch_length()
         if self._restored:
             log_user(self._resume_message())
+        self._skip_used()
         self._agree_on_stop()  # with several processes also on the time, before the first deadline is set
         self._compiled.begin(self.step, self._saved)
         self._events.begin(self)
         self._agree_on_stop()
+
+    def _skip_used(self) -> None:
+        """Draw the batches that a resumed run has used, if its data has no other way to continue.
+
+        That must not change what callbacks have restored, such as a random generator from which the data draws.
+        """
+        if self._stream.must_skip and not self.over:
+            kept = self._callback_states()
+            self._stream.skip()
+            for name, state in kept.items():
+                self.callbacks[name].set_state(state)
 
     def _begin_epoch(self) -> None:
         """Begin an epoch, unless a resumed run continues it, and draw its first batch."""
@@ -207,7 +223,15 @@ class Loop:
             self._events.fire("on_epoch_begin", self)
             self._agree_on_stop()
         if not self.over:
-            self._stream.begin_epoch(self.epoch)
+            total = self.total
+            self._stream.begin_epoch(self.epoch, math.inf if total is None else total - self.step)
+
+    def _data_ended(self) -> bool:
+        """Return whether data without a length has ended with the last step. That takes a batch, so it may wait.
+
+        It is asked only when everything else that is due at a step is done, and no stop is requested.
+        """
+        return self.epoch_length is None and self._stream.ended()
 
     def _before_step(self) -> None:
         """Call the handlers that are due before the next step, with its batch. Compile before the first step."""
@@ -288,8 +312,8 @@ class Loop:
     def _after_step(self, epoch_done: bool) -> None:
         """Count the epoch, and call the handlers that are due after the step."""
         if epoch_done:
+            self._stream.end_epoch(not self.over)
             self.epoch, self.epoch_step = self.epoch + 1, 0
-            self._stream.end_epoch()
         self._completed = self.epoch if epoch_done else 0
         for handler in self._events.due("on_step_end", self.step, self._completed):
             handler.call(self)
@@ -304,7 +328,7 @@ class Loop:
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. A final stop is refused here, because the save would not include it."""
         self._saving = True
-        for handler in handlers:
+        for handler in handlers if self.step > self.start_step else ():  # else a resumed run found its epoch complete
             handler.call(self)
         self._saving = False
 
@@ -435,6 +459,20 @@ class Loop:
         if self._group.count == 1:
             self._agree_on_stop()
 
+    def interrupt(self, reason: str) -> None:
+        """Stop, even if the run is waiting for a batch. For signal handlers, in the thread of the run.
+
+        This is a resumable stop. A batch that is being drawn is abandoned: an exception ends the wait inside the code
+        of the data, after which everything up to the last complete step is saved. If the run is not waiting, or has
+        several processes, this is the same as `loop.stop(reason, final=False)`.
+
+        Args:
+            reason: becomes `result.stopped`, as for `stop`.
+        """
+        self.stop(reason, final=False)
+        if self._group.count == 1:  # otherwise the other processes could be waiting for the step of this batch
+            self._stream.interrupt()
+
     def log(self, values: dict[str, Any]) -> None:
         """Record numbers under their full names, and pass them to every `on_log` immediately.
 
@@ -489,7 +527,7 @@ class Loop:
             "latest": self.latest,
             "stopped": self.stopped,
             "final": self._final,
-            "callbacks": {name: cb.get_state() for name, cb in self.callbacks.items() if overridden(cb, "get_state")},
+            "callbacks": self._callback_states(),
         }
         return Snapshot(self.step, {"state": self.state, "carries": self.carries}, pack(host, "A snapshot"))
 
@@ -555,6 +593,10 @@ class Loop:
                 raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
             raise
 
+    def _callback_states(self) -> dict[str, Any]:
+        """Return what callbacks keep on the host, by name."""
+        return {name: cb.get_state() for name, cb in self.callbacks.items() if overridden(cb, "get_state")}
+
     def _load_tree(self, snapshot: Snapshot, host: dict[str, Any], strict: bool) -> tuple[State, dict[str, Carry]]:
         """Return the state and the carries of a snapshot, on this run's devices."""
         saved, here, carries = host["tree"], self._signature, dict(self.carries)
@@ -585,7 +627,7 @@ class Loop:
         self._requested = None
 
     def _resume_message(self) -> str:
-        if self.stopped is not None:
+        if self.stopped is not None and self._final:
             return f"the run ended with a final stop at step {self.step} ({self.stopped}): nothing to do"
         epoch = f"epoch {self.epoch}" + ("" if self.epochs is None else f" of {self.epochs}")
         step = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
@@ -597,8 +639,11 @@ class Loop:
         """Check cadences in epochs, if the length of epochs is unknown or an epoch may never end.
 
         Raises:
-            ValueError: a handler of `on_step_begin`, or a compiled half, is due by epochs.
+            ValueError: a handler of `on_step_begin`, or a compiled half, is due by epochs; or data that can be read
+                only once is needed for several epochs.
         """
+        if self.epochs is not None and self.steps is None and not self.over:
+            self._stream.check_epochs(self.epochs - self.epoch)
         if self.epoch_length is not None:
             return
         kind, handlers = type(self._stream.data).__name__, self._events.handlers

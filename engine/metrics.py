@@ -51,6 +51,8 @@ def _scalar(value: Any, name: str, who: str) -> jax.Array:
         raise TypeError(f"{who} needs scalar metrics, got {type(value).__name__} for {name!r}.") from None
     if array.ndim:
         raise ValueError(f"{who} needs scalar metrics, got shape {array.shape} for {name!r}. Reduce it, e.g. .mean().")
+    if jnp.iscomplexobj(array):
+        raise ValueError(f"{who} needs real metrics, got {array.dtype} for {name!r}. Return its .real or its jnp.abs.")
     return array
 
 

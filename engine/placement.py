@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .checks import check_state
 from .trees import Batch, State, check_not_shared, named_leaves, strip_weak_types
 
 DATA_AXES = ("data", "fsdp")
@@ -363,15 +364,7 @@ class ShardedCall:
 
 def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], jax.Array], like: Any) -> Any:
     """Return a tree of arrays not shared with the caller, each placed by `settle(array, sharding in like)`."""
-    for name, leaf in named_leaves(tree).items():
-        if not isinstance(leaf, (jax.Array, int, float, complex)) and getattr(leaf, "dtype", None) is None:
-            advice = "a closure, or a field with flax.struct.field(pytree_node=False)"
-            if callable(leaf):
-                advice = "a closure; for an Equinox model, params, static = eqx.partition(model, eqx.is_array)"
-            raise TypeError(
-                f"{what} needs arrays and numbers as leaves, got {type(leaf).__name__} at {name!r}. "
-                f"Keep it out of the tree: {advice}."
-            )
+    check_state(tree, what)
     check_not_shared(tree, what)
     flat, structure = jax.tree.flatten(tree)
     shardings = [None] * len(flat) if like is None else [leaf.sharding for leaf in jax.tree.leaves(like)]

@@ -153,6 +153,8 @@ def make_plan(
     if isinstance(state, Result):
         saved, state = unpack(state.snapshot.host), state.state
     stream = None if data is None else BatchStream(data, epoch_steps, placement)
+    if stream is not None and epochs is not None and steps is None:
+        stream.check_epochs(epochs - saved["epoch"])
     length = epoch_steps if stream is None else stream.length
     where = Where(saved["step"], saved["epoch"], saved["epoch_step"], length, steps, epochs)
     shapes = None if state is None else jax.eval_shape(strip_weak_types, state)
