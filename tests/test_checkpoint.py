@@ -1,8 +1,10 @@
 """Checkpoints: what is saved, what is resumed, and what is refused."""
 
+import json
 import os
 import shutil
 import threading
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from models import fresh_state
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint
 from onstep.storage import Checkpoints, CheckpointWriter, load, save
+from onstep.storage.manifest import write_manifest
 from onstep.testing import StopAt, counting_step, same_bytes
 
 
@@ -301,6 +304,131 @@ def test_leaf_of_size_0_with_another_dtype_does_not_fit(tmp_path):
     save(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3))})
     with pytest.raises(ValueError, match=r"state/none: float32\[0,3\] became int32\[0,3\]"):
         load(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3), jnp.int32)})
+
+
+def on_missing_devices(directory):
+    """Change a checkpoint so that it was saved on more devices than there are."""
+    file = directory / "state" / "_sharding"
+    file.write_text(file.read_text().replace('\\"id\\": ', '\\"id\\": 9'))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest |= {"files": manifest["files"] | {"state/_sharding": [file.stat().st_size, zlib.crc32(file.read_bytes())]}}
+    del manifest["checksum"]
+    write_manifest(directory, manifest)
+
+
+@pytest.mark.parametrize("kind", ["no like", "arrays", "shapes", "numpy", "8 devices"])
+def test_checkpoint_of_many_devices_is_loaded_on_one(kind, tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    tree = {"w": jnp.arange(16.0), "n": jnp.int32(3), "key": jax.random.key(1)}
+    save(tmp_path, tree | {"w": jax.device_put(tree["w"], divided)})
+    on_missing_devices(tmp_path / "0")
+    likes = {
+        "no like": None,
+        "arrays": tree,
+        "shapes": jax.eval_shape(lambda: tree),
+        "numpy": tree | {"w": np.zeros(16, np.float32), "n": np.int32(0)},
+        "8 devices": jax.eval_shape(lambda: tree) | {"w": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=divided)},
+    }
+    loaded = load(tmp_path, likes[kind])
+    assert same_bytes(loaded, tree)
+    assert isinstance(loaded["w"], np.ndarray if kind == "numpy" else jax.Array)
+    assert getattr(loaded["w"], "sharding", divided).num_devices == (8 if kind in ("8 devices", "numpy") else 1)
+
+
+@pytest.mark.parametrize("tree", ["state", "carry"])
+@pytest.mark.parametrize("dtype", ["uint4", "uint2"])
+def test_dtype_that_cannot_be_stored_is_refused_before_the_first_step(dtype, tree, tmp_path):
+    seen = []
+
+    class Codes(Callback):
+        def init(self, state):
+            return {"codes": jnp.zeros(3, dtype)}
+
+        def update(self, carry, ctx):
+            return carry, ctx
+
+    state = {"w": jnp.zeros(2), "codes": jnp.zeros(3, dtype)}
+    extra, state = ([], state) if tree == "state" else ([Codes()], {"w": jnp.zeros(2)})
+    engine = Engine(lambda s, b: (s, {}), [*extra, Checkpoint(tmp_path / "run")])
+    engine.on("step_end")(lambda loop: seen.append(loop.step))
+    name = "state/codes" if tree == "state" else "carries/Codes/codes"
+    with pytest.raises(TypeError, match=f"A checkpoint cannot hold the leaf '{name}' of dtype {dtype}. Convert it"):
+        engine.run(state, range(3), epochs=1)
+    assert seen == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        jnp.zeros(2, "uint4"),
+        np.array(["a"]),
+        np.array([None]),
+        "text",
+        np.datetime64("2020-01-01"),
+        np.zeros(1, "i4,i4"),
+    ],
+    ids=lambda leaf: str(getattr(leaf, "dtype", leaf)),
+)
+def test_leaf_that_cannot_be_stored_is_refused_by_name(leaf, tmp_path):
+    for use in (
+        lambda tree: save(tmp_path / "run", tree),
+        lambda tree: CheckpointWriter(tmp_path).save(0, {"a": tree}),
+    ):
+        with pytest.raises(TypeError, match=r"A checkpoint cannot hold the leaf '(a/)?w/0' of dtype .+\. Convert it"):
+            use({"v": jnp.zeros(2), "w": [leaf]})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["int4", "float8_e4m3fn", "bfloat16", "complex64", "bool"])
+def test_every_dtype_that_can_be_stored_is(dtype, tmp_path):
+    tree = {"w": jnp.arange(4).astype(dtype)}
+    save(tmp_path, tree)
+    assert same_bytes(load(tmp_path, tree), tree)
+
+
+def delete(directory, step):
+    """Delete a checkpoint as a run does."""
+    (directory / str(step)).rename(directory / f"{step}.0123abcd.trash")
+    shutil.rmtree(directory / f"{step}.0123abcd.trash")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["steps", "damage", "host", "load"])
+def test_checkpoint_that_a_run_deletes_while_it_is_loaded_gives_way_to_a_newer_one(name, when, tmp_path, monkeypatch):
+    save(tmp_path / "run", {"w": jnp.ones(2)}, step=1)
+    method, newer = getattr(Checkpoints, name), [2, 3]
+
+    def meanwhile(*args, **options):
+        found = None if when == "before" else method(*args, **options)
+        if newer:
+            step = newer.pop(0)  # first, because the writer calls the method as well
+            writer = CheckpointWriter(tmp_path / "run")
+            writer.save(step, {"state": {"w": jnp.full(2, 1.0 * step)}})
+            writer.close()
+            delete(tmp_path / "run", step - 1)
+        return method(*args, **options) if when == "before" else found
+
+    monkeypatch.setattr(Checkpoints, name, meanwhile)
+    assert load(tmp_path / "run", {"w": jnp.zeros(2)})["w"].tolist() == [3, 3]
+    assert os.listdir(tmp_path / "run") == ["3"]
+
+
+def test_requested_step_that_a_run_deletes_while_it_is_loaded_is_missing(tmp_path, monkeypatch):
+    save(tmp_path, {"w": jnp.ones(2)}, step=1)
+    save(tmp_path, {"w": jnp.ones(2)}, step=2)
+    host = Checkpoints.host
+    monkeypatch.setattr(Checkpoints, "host", lambda self, step: delete(tmp_path, step) or host(self, step))
+    with pytest.raises(FileNotFoundError, match=r"no step 1 in .*; it holds \[2\]"):
+        load(tmp_path, step=1)
+
+
+def test_load_gives_up_if_every_checkpoint_is_deleted_while_it_is_loaded(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: tried.append(len(tried)) or list(tried))
+    with pytest.raises(RuntimeError, match=f"load: a run deletes the checkpoints in {tmp_path} before they are read"):
+        load(tmp_path)
 
 
 def test_numpy_arrays_are_loaded_where_like_has_them(tmp_path):
