@@ -26,6 +26,7 @@ import pytest
 from faults import FLIPS, KILLS, SEEDS
 from onstep import Callback, Engine, at
 from onstep.callbacks import EMA, Checkpoint
+from onstep.snapshot import Snapshot
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
 from onstep.testing import LogValues, RaiseIn, StopAt
 
@@ -577,9 +578,7 @@ def test_directory_that_a_live_run_writes_to_is_refused(saved):
     other = Lock(str(saved))
     other.acquire()
     for _ in range(2):
-        with pytest.raises(
-            RuntimeError, match="Another run of this process is writing to .*/run. Use"
-        ):
+        with pytest.raises(RuntimeError, match="Another run of this process is writing to .*/run. Use"):
             run(saved, 16)
     other.release()
     assert run(saved, 16).step == 16
@@ -976,6 +975,136 @@ def test_error_of_a_failed_save_is_raised_once(tmp_path):
         run(tmp_path, 12, state=BIG)
     assert "could not be saved" not in "".join(caught.value.__notes__)
     assert "step 8" in str(caught.value)
+
+
+def test_writer_reports_a_failed_save_once_and_can_save_again(tmp_path):
+    writer = CheckpointWriter(tmp_path)
+    with files_up_to(1 << 16):
+        writer.save(1, {"state": BIG})
+        with pytest.raises(RuntimeError, match="checkpoint of step 1 .* could not be saved"):
+            writer.wait()
+    writer.wait()
+    writer.save(2, {"state": BIG})
+    writer.close()
+    assert writer.checkpoints.steps() == [2]
+
+
+def test_orbax_is_not_asked_to_save_where_a_folder_cannot_be_created(saved, monkeypatch):
+    asked, makedirs = [], os.makedirs
+
+    def refuse(path, *args, **options):
+        if ".saving" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        makedirs(path, *args, **options)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", lambda *args, **options: asked.append(args))
+    with pytest.raises(RuntimeError, match=r"checkpoint of step 16 in .* could not be saved: .*Read-only file system"):
+        run(saved, 16)
+    assert asked == []
+
+
+def test_what_seals_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    fsync, rename, synced, sealed = os.fsync, os.rename, set(), []
+
+    def record_rename(old, new):
+        if new == str(tmp_path / "4"):
+            sealed.extend(name for name in ("host.npz", "manifest.json") if os.stat(f"{old}/{name}").st_ino in synced)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "rename", record_rename)
+    run(tmp_path, 4)
+    assert sealed == ["host.npz", "manifest.json"]
+
+
+def test_arrays_that_were_loaded_for_a_resume_are_not_copied_again(saved):
+    class Restores(Callback):
+        def on_load(self, loop):
+            checkpoints = Checkpoints(saved)
+
+            def tree(like):
+                loaded.update(checkpoints.load(12, like))
+                return loaded
+
+            loop.restore(Snapshot(12, tree, checkpoints.host(12)))
+            assert loop.state is loaded["state"]
+
+    loaded = {}
+    assert int(Engine(step, [Restores()], log_every=4).run(jnp.int32(0), range(12), steps=16).state) == sum_at(16)
+
+
+def test_run_can_be_resumed_twice_from_one_result():
+    engine = Engine(step, log_every=4)
+    first = engine.run(jnp.zeros(1000, jnp.int32), range(12), steps=4)
+    for _ in range(2):
+        assert int(engine.run(first, range(12), steps=8).state[0]) == sum_at(8)
+    assert int(first.state[0]) == sum_at(4)
+
+
+def test_two_threads_do_not_use_orbax_at_once(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    save_, wait_ = ocp.AsyncCheckpointer.save, ocp.AsyncCheckpointer.wait_until_finished
+    using, both, tries = [], threading.Event(), threading.Event()
+
+    def saves(*args, **options):
+        using.append(1)
+        if len(using) > 1:
+            both.set()
+        save_(*args, **options)
+
+    def waits(*args):
+        if threading.current_thread().name == "onstep-commit":
+            tries.wait(5)
+            both.wait(0.1)  # time for the other thread to get in, if it can
+            wait_(*args)
+            using.pop()
+        else:
+            wait_(*args)
+
+    def other():
+        tries.set()
+        second.save(1, {"state": jnp.ones(2)})
+        second.close()
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", saves)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waits)
+    first, second = CheckpointWriter(tmp_path / "a"), CheckpointWriter(tmp_path / "b")
+    first.save(1, {"state": jnp.ones(2)})
+    thread = threading.Thread(target=other)
+    thread.start()
+    first.close()
+    thread.join()
+    assert not both.is_set()
+    assert (steps_in(tmp_path / "a"), steps_in(tmp_path / "b")) == ([1], [1])
+
+
+def test_loading_waits_for_a_save_in_another_thread(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    wait_, restore, happened, loads = ocp.AsyncCheckpointer.wait_until_finished, ocp.Checkpointer.restore, [], []
+
+    def waits(*args):
+        if threading.current_thread().name == "onstep-commit":
+            loads[0].start()
+            loads[0].join(0.1)
+            wait_(*args)
+            happened.append("saved")
+        else:
+            wait_(*args)
+
+    def restores(*args, **options):
+        happened.append("loads")
+        return restore(*args, **options)
+
+    save(tmp_path / "a", jnp.ones(2))
+    loads.append(threading.Thread(target=load, args=(tmp_path / "a",)))
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waits)
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restores)
+    save(tmp_path / "b", jnp.ones(2))
+    loads[0].join()
+    assert happened == ["saved", "loads"]
 
 
 def test_numbers_in_the_docs_are_those_of_the_tests():
