@@ -140,6 +140,7 @@ class Loop:
         self._final = True  # whether the stop is final
         self._loading = True
         self._restored = self._saving = self._prepared = False
+        self._restored_from = ""  # the directory of the checkpoint, for messages
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
         self._completed = 0  # the epoch that the last step completed, 0 if none
         self._earlier = earlier  # the result from which the run resumes
@@ -557,6 +558,7 @@ class Loop:
         self._bundle = self._compiled.bundle(state, carries, host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
         self.latest, self._restored, self._saved = host["latest"], True, host["program"]
+        self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped = host["stopped"]
         self._windows.set_state(host["windows"])
@@ -627,13 +629,19 @@ class Loop:
         self._requested = None
 
     def _resume_message(self) -> str:
-        if self.stopped is not None and self._final:
-            return f"the run ended with a final stop at step {self.step} ({self.stopped}): nothing to do"
         epoch = f"epoch {self.epoch}" + ("" if self.epochs is None else f" of {self.epochs}")
         step = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
-        if self.over:
-            return f"already at {step} ({epoch}): nothing to do"
-        return f"resuming from {step} ({epoch})"
+        if not self.finished:
+            return f"resuming from {step} ({epoch})"
+        if self.stopped is None:
+            found, remedy = f"already at {step} ({epoch})", "raise the target to train further"
+        else:
+            found = f"the run ended with a final stop at step {self.step} ({self.stopped})"
+            remedy = "resume from an earlier checkpoint with Checkpoint(..., resume=step)"
+        if not self._restored_from:
+            return f"{found}: nothing to do"
+        again = "start from scratch with Checkpoint(..., overwrite=True)"
+        return f"{found}: nothing to do in {self._restored_from}; {remedy}, or {again}"
 
     def _check_epoch_length(self) -> None:
         """Check cadences in epochs, if the length of epochs is unknown or an epoch may never end.
