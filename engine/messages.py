@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+from typing import TextIO
 
 import jax
 
@@ -30,7 +33,7 @@ def log_user(text: str, *, everywhere: bool = False) -> None:
     if log.isEnabledFor(logging.INFO):
         log.info(text)
     elif not log.disabled:
-        print(f"onstep: {text}", file=sys.stderr)
+        print_text(f"onstep: {text}", sys.stderr)
 
 
 def log_duration(what: str, seconds: float) -> None:
@@ -46,3 +49,46 @@ def log_duration(what: str, seconds: float) -> None:
         log_user(text)
     else:
         log.info(text)
+
+
+def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
+    r"""Print a text for the user to read, without ever ending a run.
+
+    Characters that the file's encoding lacks are replaced. If nobody can read the file any more, as in
+    `python train.py 2>&1 | head`, or the disk under it is full, the text is dropped.
+
+    Args:
+        text: what to print.
+        file: where to print it, such as `sys.stderr`, which is None in some programs with windows.
+        end: printed after it.
+
+    >>> import io
+    >>> file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    >>> print_text("loss→ 0.5", file)
+    >>> file.buffer.getvalue()
+    b'loss? 0.5\n'
+    """
+    if file is None:
+        return
+    try:
+        try:
+            print(text, end=end, file=file, flush=True)
+        except UnicodeEncodeError as error:
+            text = text.encode(error.encoding, "replace").decode(error.encoding)
+            print(text, end=end, file=file, flush=True)
+    except BrokenPipeError:
+        _discard(file)
+    except OSError:
+        pass
+
+
+def _discard(file: TextIO) -> None:
+    """Send what is written to a standard stream from now on nowhere, because no process can read it any more.
+
+    Otherwise the text that is left in its buffer fails again when Python exits, with status 120.
+    """
+    with contextlib.suppress(OSError, ValueError):  # not a file of the operating system
+        if (number := file.fileno()) in (1, 2):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ..checks import check_mode
+from ..checks import check_mode, local_path
 from ..records import improves
 from .files import names_in
 from .manifest import MANIFEST, find_damage, read_manifest
@@ -53,7 +53,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike[str], *, best: str | None = None, mode: str = "min"):
         check_mode("Checkpoints", mode)
-        self.directory: str = os.path.abspath(directory)
+        self.directory: str = local_path("Checkpoints", directory)
         self.best: str | None = best
         self.mode: str = mode
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from ..checks import local_path
+
 LOCK = ".lock"
 
 
@@ -29,7 +31,7 @@ class Lock:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory: str = os.path.abspath(directory)
+        self.directory: str = local_path("Lock", directory)
         self._file: int | None = None
         self._created: list[str] = []  # folders, the innermost first
 
