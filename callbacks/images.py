@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from onstep import Cadence, Callback, Loop, every, processes
 from onstep.tools import close_event_writer, event_writer, local_path, to_host
 
 from ._support.event_files import image_summary
+
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+"""What a file name may not contain on every system."""
 
 
 @dataclass(eq=False, repr=False)
@@ -73,7 +77,7 @@ class Images(Callback):
             png = _png(image)
             if self._png is not None and processes.writes():
                 os.makedirs(self._png, exist_ok=True)
-                path = os.path.join(self._png, f"step-{loop.step:06d}-{name.replace('/', '-')}.png")
+                path = os.path.join(self._png, f"step-{loop.step:06d}-{_FORBIDDEN.sub('-', name)}.png")
                 with open(path, "wb") as file:
                     file.write(png)
             if self._events is not None:

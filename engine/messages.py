@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from typing import TextIO
 
 import jax
@@ -55,7 +56,8 @@ def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
     r"""Print a text for the user to read, without ever ending a run.
 
     Characters that the file's encoding lacks are replaced. If nobody can read the file any more, as in
-    `python train.py 2>&1 | head`, or the disk under it is full, the text is dropped.
+    `python train.py 2>&1 | head`, the text is dropped. After any other error, such as a full disk, it is dropped with
+    a warning.
 
     Args:
         text: what to print.
@@ -78,8 +80,8 @@ def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
             print(text, end=end, file=file, flush=True)
     except BrokenPipeError:
         _discard(file)
-    except OSError:
-        pass
+    except OSError as error:
+        warnings.warn(f"A text could not be printed, and the run continues without it: {error}.", stacklevel=2)
 
 
 def _discard(file: TextIO) -> None:

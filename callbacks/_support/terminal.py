@@ -123,7 +123,8 @@ class _Watch:
         finally:
             self._drawing = False
         if text:
-            self.line_begun = not text.endswith("\n")
+            rest = text.rpartition("\n")[2]
+            self.line_begun = rest != "" and "\r" not in rest  # another library's moving line may be overwritten
 
 
 _watch = _Watch()
