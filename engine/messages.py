@@ -1,10 +1,8 @@
-"""Messages for the user: one line each, to the log or to stderr."""
+"""Texts for the user to read: messages to the log or to stderr, and what callbacks print."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
 import warnings
 from typing import TextIO
@@ -75,22 +73,11 @@ def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
     try:
         try:
             print(text, end=end, file=file, flush=True)
-        except UnicodeEncodeError as error:
-            text = text.encode(error.encoding, "replace").decode(error.encoding)
+        except UnicodeEncodeError:
+            encoding = getattr(file, "encoding", None) or "ascii"  # that of the error may be just "charmap"
+            text = text.encode(encoding, "replace").decode(encoding)
             print(text, end=end, file=file, flush=True)
     except BrokenPipeError:
-        _discard(file)
+        pass
     except OSError as error:
         warnings.warn(f"A text could not be printed, and the run continues without it: {error}.", stacklevel=2)
-
-
-def _discard(file: TextIO) -> None:
-    """Send what is written to a standard stream from now on nowhere, because no process can read it any more.
-
-    Otherwise the text that is left in its buffer fails again when Python exits, with status 120.
-    """
-    with contextlib.suppress(OSError, ValueError):  # not a file of the operating system
-        if (number := file.fileno()) in (1, 2):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)

@@ -617,9 +617,9 @@ def test_a_name_that_the_console_cannot_show_is_shown_with_question_marks(monkey
 
     monkeypatch.setenv("COLUMNS", "150")
     file = Console(io.BytesIO(), encoding="cp1252")
-    engine = Engine(lambda state, batch: (state, {"loss→é": batch}), [callback(file=file)])
+    engine = Engine(lambda state, batch: (state, {"loss→€\x81": batch}), [callback(file=file)])
     assert engine.run(jnp.int32(0), [1, 3], epochs=1).step == 2
-    assert "/loss?é" in file.buffer.getvalue().decode("cp1252")
+    assert "/loss?€?" in file.buffer.getvalue().decode("cp1252")
 
 
 def test_a_run_whose_first_step_fails_shows_no_bar(clock, screen):
