@@ -15,7 +15,7 @@ import onstep
 from onstep import Cadence, Callback, Loop, Record, Snapshot, every, processes
 from onstep.redact import without_secrets
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, check_storable, load, save
-from onstep.tools import check_int, check_mode, log_user, warn_missing_metric
+from onstep.tools import check_int, check_mode, local_path, log_user, warn_missing_metric
 
 __all__ = ["Checkpoint", "load", "save"]
 
@@ -88,7 +88,7 @@ class Checkpoint(Callback):
         check_mode("Checkpoint", self.mode, self.best)
         if not isinstance(self.resume, (bool, int)) and not (self.resume == "best" and self.best):
             raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {self.resume!r}.")
-        self.directory = os.path.abspath(self.directory)
+        self.directory = local_path("Checkpoint", self.directory)
         self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
     def on_load(self, loop: Loop) -> None:

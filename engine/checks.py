@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 
 from .messages import warn_user
 from .trees import named_leaves
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash, because pathlib leaves only one
 
 
 def check_int(who: str, name: str, value: Any, least: int) -> int:
@@ -65,22 +68,73 @@ def check_mode(who: str, mode: str, metric: str | None = None) -> str:
     return mode
 
 
-HIGHER_IS_BETTER = {
-    "acc",
-    "accuracy",
-    "auc",
-    "auroc",
-    "bleu",
-    "f1",
-    "iou",
-    "precision",
-    "psnr",
-    "recall",
-    "reward",
-    "ssim",
-}
+HIGHER_IS_BETTER = set(
+    ["acc", "accuracy", "auc", "auroc", "bleu", "f1", "iou", "precision", "psnr", "recall", "reward", "ssim"]
+)
 LOWER_IS_BETTER = {"err", "error", "loss"}
 """Words in the names of metrics that suggest a mode. The second set wins, as in `accuracy_loss`."""
+
+
+def check_list(who: str, name: str, value: Iterable[str] | None) -> None:
+    """Check that an argument that takes several names is not one string, whose letters Python would take as names.
+
+    Raises:
+        ValueError: it is.
+
+    >>> check_list("Progress", "metrics", "train/loss")
+    Traceback (most recent call last):
+    ...
+    ValueError: Progress needs metrics to be a list of names, got 'train/loss'. Pass metrics=['train/loss'].
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{who} needs {name} to be a list of names, got {value!r}. Pass {name}=[{value!r}].")
+
+
+def local_path(who: str, path: str | os.PathLike[str]) -> str:
+    """Return an absolute path in a local or mounted file system, with `~` expanded.
+
+    Call it when your callback is made, so that a relative path keeps its meaning if the working directory changes.
+
+    Args:
+        who: the callback or function, for the error.
+        path: a file or directory, which need not exist.
+
+    Raises:
+        ValueError: it is empty, or a URL.
+
+    >>> local_path("Checkpoint", "~/run") == os.path.join(os.path.expanduser("~"), "run")
+    True
+    >>> local_path("Checkpoint", "gs://bucket/run")
+    Traceback (most recent call last):
+    ...
+    ValueError: Checkpoint needs a path in a local or mounted file system, got 'gs://bucket/run'. ...
+    """
+    text = os.fsdecode(path)
+    if not text:
+        raise ValueError(f"{who} needs a path, got ''. Pass '.' for the current directory.")
+    if _URL.match(text):
+        raise ValueError(
+            f"{who} needs a path in a local or mounted file system, got {text!r}. "
+            "Mount the storage, or use a local path and copy the files afterwards."
+        )
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def local_file(who: str, path: str | os.PathLike[str]) -> str:
+    """Return the path of a file, as `local_path` does.
+
+    Raises:
+        ValueError: it is empty, a URL, or an existing directory.
+
+    >>> local_file("CSV", ".")
+    Traceback (most recent call last):
+    ...
+    ValueError: CSV needs the path of a file, but ... is a directory.
+    """
+    text = local_path(who, path)
+    if os.path.isdir(text):
+        raise ValueError(f"{who} needs the path of a file, but {text} is a directory.")
+    return text
 
 
 def did_you_mean(name: str, among: Iterable[str]) -> str:

@@ -14,12 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from .callback import Callback, Carry
-from .checks import check_int, check_mode, check_signature, did_you_mean, takes_rng
+from .checks import (
+    check_int,
+    check_list,
+    check_mode,
+    check_signature,
+    did_you_mean,
+    local_file,
+    local_path,
+    takes_rng,
+)
 from .compiled.cost import count_flops
 from .event_files import close_event_writer, event_writer
 from .fields import get_field, get_fields, set_field, set_fields
 from .loop import Loop
-from .messages import log_user, warn_user
+from .messages import log_user, print_text, warn_user
 from .placement import fold_in, to_host
 from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
@@ -33,6 +42,7 @@ __all__ = [
     "Span",
     "cast_like",
     "check_int",
+    "check_list",
     "check_mode",
     "check_package",
     "check_signature",
@@ -49,9 +59,12 @@ __all__ = [
     "has_training_metrics",
     "leaves_of_type",
     "lines_to_keep",
+    "local_file",
+    "local_path",
     "log_user",
     "map_floats",
     "named_leaves",
+    "print_text",
     "replace_file",
     "set_field",
     "set_fields",
