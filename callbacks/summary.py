@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 from onstep import Callback, Loop, processes
-from onstep.tools import get_fields, named_leaves, print_text
+from onstep.tools import get_fields, named_leaves, print_text, to_host
 
 
 @dataclass(eq=False, repr=False)

@@ -68,9 +68,7 @@ def check_mode(who: str, mode: str, metric: str | None = None) -> str:
     return mode
 
 
-HIGHER_IS_BETTER = set(
-    ["acc", "accuracy", "auc", "auroc", "bleu", "f1", "iou", "precision", "psnr", "recall", "reward", "ssim"]
-)
+HIGHER_IS_BETTER = {"acc", "accuracy", "auc", "auroc", "bleu", "f1", "iou", "precision", "psnr", "recall", "reward"}
 LOWER_IS_BETTER = {"err", "error", "loss"}
 """Words in the names of metrics that suggest a mode. The second set wins, as in `accuracy_loss`."""
 

@@ -13,7 +13,7 @@ from .cadence import Cadence, as_cadence
 from .callback import Callback, FunctionCallback, check_when, name_callbacks, reset
 from .checks import check_int
 from .compiled.step import CompiledStep, Step
-from .data.source import Data
+from .data.source import NO_DATA, Data
 from .loop import Loop, Options
 from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
@@ -127,7 +127,7 @@ class Engine:
     def run(
         self,
         state: State | Result,
-        data: Data,
+        data: Data = None,
         *,
         epochs: int | None = None,
         steps: int | None = None,
@@ -140,7 +140,8 @@ class Engine:
         Args:
             state: any pytree of arrays. It is copied, so yours stays valid. Or the Result of an earlier run, to
                 continue that run from its end.
-            data: an iterable of batches, a callable `epoch -> iterable`, or a loader.
+            data: an iterable of batches, a callable `epoch -> iterable`, or a loader. Without data, every batch is None
+                unless a callback assigns `loop.batch` in `on_step_begin`.
             epochs, steps: the target, counted from the beginning of the first run; whichever is reached first. At
                 least one is needed.
             epoch_steps: batches in an epoch, if an epoch is not one pass over the data.
@@ -148,8 +149,9 @@ class Engine:
             donate: True skips the copy and donates your arrays.
 
         Raises:
-            ValueError: there is no target, or the run is already beyond it; the data is empty or exhausted; or the
-                step returns a different tree from the one it received. The message says which.
+            ValueError: there is no target, or the run is already beyond it; the data is empty or exhausted; there is
+                no data, so epochs never end; or the step returns a different tree from the one it received. The
+                message says which.
 
         >>> import jax.numpy as jnp
         >>> engine = Engine(lambda state, batch: (state + batch, {"loss": batch}))
@@ -164,7 +166,7 @@ class Engine:
     def steps(
         self,
         state: State | Result,
-        data: Data,
+        data: Data = None,
         *,
         when: Cadence | int = 1,
         epochs: int | None = None,
@@ -246,13 +248,18 @@ class Engine:
         rng: jax.Array | None,
         donate: bool,
     ) -> Loop:
+        if data is None and epochs is not None and epoch_steps is None:
+            raise ValueError(
+                "A run without data needs the length of an epoch to reach epochs=. Pass epoch_steps=, use steps= "
+                "instead, or pass the data."
+            )
         return Loop(
             self._compiled if self._jit == self._given["jit"] else self._compile(self._jit),
             self._callbacks,
             self._options,
             self._placement,
             state,
-            data,
+            NO_DATA if data is None else data,
             epochs=epochs,
             steps=steps,
             epoch_steps=epoch_steps,
