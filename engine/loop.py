@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from .exclusive import exclusive
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
-from .placement import Placement, replicated_bytes
+from .placement import Placement, replicated_checksums
 from .processes import ProcessGroup, check_same
 from .records import History, Record
+from .representation import plain_arguments
 from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
@@ -188,6 +188,7 @@ class Loop:
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
         self._group.begin(self._current_step)
+        self._placement.begin("training")
         self._check_processes()
         reset(self.callbacks)
         earlier, self._earlier = self._earlier, None  # so that its arrays can be freed
@@ -281,6 +282,7 @@ class Loop:
         """
         step, bundle, metrics, batch, count = self.step, self._bundle, self.metrics, *self._batch
         compiled, throttle, clock, pending = self._compiled, self._throttle, self._group.clock, self._windows.pending
+        several, should_stop = self._group.count > 1, self._group.should_stop
         stream, rng, block_size = self._stream, self._call_rng, self._compiled.block_size
         steps, epoch_end, deadline = self._until_due(trigger)
         has_deadline = deadline < math.inf
@@ -303,6 +305,8 @@ class Loop:
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
                 if self.stopped is not None or (has_deadline and clock() >= deadline):  # a signal may request a stop
+                    break
+                if several and should_stop():
                     break
         finally:
             self.epoch_step += step - self.step
@@ -617,12 +621,14 @@ class Loop:
         return tree["state"], new | tree["carries"]
 
     def _current_step(self) -> int:
-        """Return the number of the step in progress if the data has no length, else 0."""
-        return self.step - self.epoch_step + self._stream.used if self._stream.length is None else 0
+        """Return the number of the step in progress, as far as it is known between two host stops."""
+        stream = self._stream
+        return self.step if stream.epoch_steps is not None else self.step - self.epoch_step + stream.used
 
     def _agree_on_stop(self) -> None:
         """Act on a stop that any process requested. All processes call this at the same steps."""
         if self._group.count > 1:
+            self._group.should_stop()
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
@@ -679,11 +685,17 @@ class Loop:
         if self.mesh is None:
             raise ValueError("Several processes need a mesh: Engine(..., mesh=onstep.sharding.make_mesh()).")
         cadences = {name: f"{type(cb).__name__} {cb.when} {cb.update_when}" for name, cb in self.callbacks.items()}
-        checksums = {name: zlib.crc32(data) for name, data in replicated_bytes(self.state).items()}
+        arguments = {f"the arguments of {name}": plain_arguments(cb) for name, cb in self.callbacks.items()}
+        data, checksums = self._stream.data, replicated_checksums(self.state)
         check_same(
             {
                 "the list of callbacks": cadences,
+                **arguments,
+                "the versions of JAX and onstep": [jax.__version__, sys.modules[__package__].__version__],
                 "log_every": self._log_every,
+                "steps_per_call": self._compiled.block_size,
+                "the random key (rng)": describe_key(self.rng),
+                "the data": repr(data) if isinstance(data, Batches) else type(data).__name__,
                 "the target": f"epochs={self.epochs}, steps={self.steps}",
                 "the number of batches in an epoch": self.epoch_length,
                 "the mesh": str(self.mesh),

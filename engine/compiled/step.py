@@ -23,6 +23,7 @@ from ..means import BlockMetrics, NoMetrics
 from ..messages import log_duration
 from ..metrics import Metrics, as_metrics, describe_result
 from ..placement import Placement, put_small
+from ..processes import check_same
 from ..trees import (
     Batch,
     State,
@@ -161,7 +162,10 @@ class CompiledStep:
             self._constant(count)
         if hasattr(self.call, "trace"):
             batch = BatchStacker(batch, self.block_size).batches() if self.block_size else batch
-            self.call.trace(bundle, batch, rng, self._due((self._never,), 1)).lower().compile()
+            lowered = self.call.trace(bundle, batch, rng, self._due((self._never,), 1)).lower()
+            if self._placement.processes > 1:
+                check_same({"the first batch": here, "the compiled step": lowered.as_text()})
+            lowered.compile()
             if self.function.times > traced:
                 several = f", up to {self.block_size} steps a call," if self.block_size else ""
                 log_duration(f"compiled the step{several}", time.perf_counter() - began)
