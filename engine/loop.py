@@ -15,7 +15,7 @@ import jax
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
-from .checks import check_reachable, check_rng, check_targets
+from .checks import check_batch, check_reachable, check_rng, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import Throttle
 from .data.batches import Batches
@@ -234,8 +234,9 @@ class Loop:
             if not (self.over or same_objects(leaves, jax.tree.leaves(self.batch))):
                 self._stream.replace(self.batch)
         if not (self._prepared or self.over):
+            check_batch(batch := self._stream.peek())
             with self._spans.span(COMPILE):
-                self._compiled.prepare(self._bundle, self._stream.peek(), self._call_rng)
+                self._compiled.prepare(self._bundle, batch, self._call_rng)
             self._prepared = True
 
     def _run_steps(self, trigger: Trigger) -> bool:
