@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from .data.stacking import last_batch
 from .data.stream import BatchStream, WaitInterrupted
 from .events import Events, Handler
 from .exclusive import exclusive
+from .interrupts import deferred_interrupts
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
@@ -138,6 +139,8 @@ class Loop:
 
         self._requested: tuple[str, bool] | None = None  # a stop that the processes have not agreed on yet
         self._final = True  # whether the stop is final
+        self._leave = False  # whether _run_steps must return after the call in progress
+        self._interrupted = False  # whether it must raise a KeyboardInterrupt then
         self._loading = True
         self._restored = self._saving = self._prepared = False
         self._restored_from = ""  # the directory of the checkpoint, for messages
@@ -161,6 +164,7 @@ class Loop:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
             exclusive({"This engine": self._compiled, **self.callbacks}),
+            self._deferred_interrupts(),
             closing(self._stream),
             closing(self._group),
             closing(self._spans),
@@ -316,12 +320,14 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self.stopped is not None or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                if self._leave or (has_deadline and clock() >= deadline) or (several and should_stop()):
                     break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
             self._batch = batch, count if block_size else 0
+        if self._interrupted:
+            raise KeyboardInterrupt
         return stream.epoch_done(self.epoch_step)
 
     def _after_step(self) -> None:
@@ -596,6 +602,15 @@ class Loop:
 
     # Details of the above.
 
+    def _deferred_interrupts(self) -> AbstractContextManager[None]:
+        """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
+        code = Loop._run_steps.__code__
+        return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
+
+    def _interrupt_later(self) -> bool:
+        first, self._interrupted, self._leave = not self._interrupted, True, True
+        return first
+
     @contextmanager
     def _ensure_end(self) -> Iterator[None]:
         """Guarantee the events that end a run, and remember the error that ended it.
@@ -647,6 +662,7 @@ class Loop:
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
+            self._leave = True
         self._requested = None
 
     def _resume_message(self) -> str:

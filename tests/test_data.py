@@ -162,7 +162,9 @@ def test_data_without_a_length_is_asked_for_a_batch_only_after_everything_due_at
     drawn, counts = [], []
     engine = Engine(add, log_every=when)
     for event in ("step_end", "log", "save"):
-        engine.on(event, when=1 if event == "log" else when)(lambda loop, *record, event=event: counts.append((event, loop.step, len(drawn))))
+        engine.on(event, when=1 if event == "log" else when)(
+            lambda loop, *record, event=event: counts.append((event, loop.step, len(drawn)))
+        )
     engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=8)
     assert counts == [
         line
