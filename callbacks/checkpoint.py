@@ -154,7 +154,7 @@ class Checkpoint(Callback):
                 "To start from scratch, pass overwrite=True or another directory."
             ) from error
         self._saved_config = checkpoints.manifest(step).get("config") or {}
-        saved, here = self._saved_config.get("callbacks", {}), self._config["callbacks"]
+        saved, here = self._saved_part("callbacks"), self._config["callbacks"]
         if changed := [
             f"{saved[name]} is now {here[name]}" for name in here if saved.get(name, here[name]) != here[name]
         ]:
@@ -165,10 +165,15 @@ class Checkpoint(Callback):
         if "step" in self._config or loop.step == loop.start_step or not processes.writes():
             return
         self._config["step"] = here = _fingerprint(loop.traced)
-        saved = self._saved_config.get("step")
-        if saved and here and saved["program"] != here["program"] and saved["inputs"] == here["inputs"]:
+        saved = self._saved_part("step")
+        if here and saved.get("inputs") == here["inputs"] and saved.get("program") != here["program"]:
             path = self._writer.checkpoints.path(loop.start_step)
             log_user(f"changed since {path} was saved: the step function, the optimizer or a compiled half")
+
+    def _saved_part(self, name: str) -> dict[str, str]:
+        """Return a part of the configuration of the saved run, empty if it is unknown."""
+        part = self._saved_config.get(name)
+        return part if isinstance(part, dict) else {}
 
     def _warn_if_none_is_best(self, loop: Loop, best: str) -> None:
         checkpoints, over = self._writer.checkpoints, loop.error is None and loop.finished and self._saved

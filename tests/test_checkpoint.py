@@ -301,10 +301,14 @@ def test_resume_at_a_short_batch_does_not_say_that_the_step_changed(tmp_path, ca
     assert said(capsys) == []
 
 
-def test_run_of_a_version_without_a_configuration_in_its_manifest_resumes(tmp_path, capsys):
+@pytest.mark.parametrize("config", [None, {}, {"step": 3, "callbacks": ["Counts()"]}, {"step": {"inputs": 1}}])
+def test_run_without_a_known_configuration_in_its_manifest_resumes(config, tmp_path, capsys):
     run(tmp_path, steps=4)
     manifest = Checkpoints(tmp_path).manifest(4)
-    del manifest["config"]
+    if config is None:
+        del manifest["config"]
+    else:
+        manifest["config"] = config
     write_manifest(tmp_path / "4", manifest)
     assert run(tmp_path, steps=6, extra=[Counts()]).step == 6
     assert said(capsys) == []

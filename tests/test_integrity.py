@@ -629,6 +629,9 @@ def test_file_system_that_cannot_lock_is_named_with_the_way_around(number, saved
         with pytest.raises(OSError, match=message) as caught:
             use()
         assert caught.value.errno == number
+    with pytest.raises(OSError, match="cannot be locked"):
+        save(saved / "new" / "folder", jnp.int32(0))
+    assert not (saved / "new").exists()
     assert run(saved, 16, lock=False).step == 16
     save(saved, jnp.int32(0), 20, lock=False)
     assert steps_in(saved) == [4, 8, 12, 16, 20]
