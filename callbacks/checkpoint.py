@@ -15,7 +15,7 @@ import onstep
 from onstep import Cadence, Callback, Loop, Record, Snapshot, every, processes
 from onstep.redact import without_secrets
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, check_storable, load, save
-from onstep.tools import check_int, check_mode, log_user, require_metric, warn_missing_metric
+from onstep.tools import check_int, check_mode, local_path, log_user, warn_missing_metric
 
 __all__ = ["Checkpoint", "load", "save"]
 
@@ -55,8 +55,7 @@ class Checkpoint(Callback):
         RuntimeError: another live process is writing to the directory; no checkpoint is intact; or a save failed,
             raised at the next save or at the end of the run.
         TypeError: a leaf of the state, or of a carry, cannot be stored.
-        ValueError: an argument is out of range; the checkpoint is damaged, or of another run; or the metric `best`
-            was never recorded, raised at the end of the run. Saved checkpoints are kept in every case.
+        ValueError: an argument is out of range, or the checkpoint is damaged or of another run.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -86,10 +85,10 @@ class Checkpoint(Callback):
 
     def __post_init__(self) -> None:
         check_int("Checkpoint", "keep", self.keep, 1)
-        check_mode("Checkpoint", self.mode)
+        check_mode("Checkpoint", self.mode, self.best)
         if not isinstance(self.resume, (bool, int)) and not (self.resume == "best" and self.best):
             raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {self.resume!r}.")
-        self.directory = os.path.abspath(self.directory)
+        self.directory = local_path("Checkpoint", self.directory)
         self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
     def on_load(self, loop: Loop) -> None:
@@ -116,11 +115,13 @@ class Checkpoint(Callback):
 
     def on_log(self, loop: Loop, record: Record) -> None:
         self._compare_step(loop)
+        if self.best:
+            warn_missing_metric("Checkpoint", self.best, loop, record)
         if self.best in record.values:
             self._recorded = (record.step, record.values[self.best])
 
     def on_epoch_end(self, loop: Loop) -> None:
-        if self.best:
+        if self.best and not loop.over:  # otherwise on_run_end follows
             warn_missing_metric("Checkpoint", self.best, loop)
 
     def on_save(self, loop: Loop) -> None:
@@ -137,7 +138,7 @@ class Checkpoint(Callback):
         try:
             self._writer.close()
             if self.best:
-                require_metric("Checkpoint", self.best, loop)
+                warn_missing_metric("Checkpoint", self.best, loop)
                 self._warn_if_none_is_best(loop, self.best)
         finally:
             self._lock.release()

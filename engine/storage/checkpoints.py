@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ..checks import check_mode
+from ..checks import check_mode, local_path
 from ..placement import device_of
 from ..records import improves
 from .files import names_in
@@ -54,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike[str], *, best: str | None = None, mode: str = "min"):
         check_mode("Checkpoints", mode)
-        self.directory: str = os.path.abspath(directory)
+        self.directory: str = local_path("Checkpoints", directory)
         self.best: str | None = best
         self.mode: str = mode
 

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 
+from ..checks import local_path
+
 LOCK = ".lock"
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN)
 """The errors that mean that somebody else holds the lock."""
@@ -36,7 +38,7 @@ class Lock:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory: str = os.path.abspath(directory)
+        self.directory: str = local_path("Lock", directory)
         self._file: int | None = None
         self._created: list[str] = []  # folders, the innermost first
 
