@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from faults import FLIPS, KILLS, SEEDS
 from onstep import Callback, Engine, at
-from onstep.callbacks import EMA, Checkpoint
+from onstep.callbacks import CSV, EMA, Checkpoint, JSONLines
 from onstep.snapshot import Snapshot
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
 from onstep.testing import LogValues, RaiseIn, StopAt
@@ -690,10 +690,13 @@ def test_lock_whose_file_cannot_be_removed_is_released(saved, monkeypatch):
 
 
 FORKS = """
-import importlib.util, os, signal, sys, time
-spec = importlib.util.spec_from_file_location("lock", sys.argv[1])
+import importlib.util, os, signal, sys, time, types
+for name in ("onstep", "onstep.storage", "onstep.checks"):  # alone, because importing all of onstep takes seconds
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["onstep.checks"].local_path = lambda who, path: path
+spec = importlib.util.spec_from_file_location("onstep.storage.lock", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)  # alone, because importing all of onstep takes seconds
+spec.loader.exec_module(module)
 lock = module.Lock(sys.argv[2])
 lock.acquire()
 """
@@ -1019,6 +1022,19 @@ def test_what_seals_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, mo
     monkeypatch.setattr(os, "rename", record_rename)
     run(tmp_path, 4)
     assert sealed == ["host.npz", "manifest.json"]
+
+
+def test_rewritten_records_are_on_disk_before_they_replace_the_old_ones(tmp_path, monkeypatch):
+    fsync, replace, synced, replaced = os.fsync, os.replace, set(), []
+
+    def record_replace(old, new):
+        replaced.append((os.path.basename(new), os.stat(old).st_ino in synced))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", record_replace)
+    run(tmp_path / "run", 4, extra=[JSONLines(tmp_path / "records.jsonl"), CSV(tmp_path / "records.csv")])
+    assert replaced[:2] == [("records.jsonl", True), ("records.csv", True)]
 
 
 def test_arrays_that_were_loaded_for_a_resume_are_not_copied_again(saved):
