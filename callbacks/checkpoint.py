@@ -104,8 +104,7 @@ class Checkpoint(Callback):
             processes.first(self._lock.acquire)
         step = processes.first(self._find_resume_step, loop.step)
         others = {name: each for name, each in loop.callbacks.items() if not isinstance(each, Checkpoint)}
-        texts = {name: _stable(without_secrets(repr(each))) for name, each in others.items()}
-        self._config: dict[str, Any] = {"callbacks": texts}
+        self._config: dict[str, Any] = {"callbacks": {name: _describe(each) for name, each in others.items()}}
         self._saved_config: dict[str, Any] = {}
         if step is not None and not loop.step:
             self._restore(loop, step)
@@ -225,6 +224,15 @@ class Checkpoint(Callback):
         if damage := checkpoints.damage(step):
             raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
         return step
+
+
+def _describe(callback: Callback) -> str:
+    """Return the call that makes a callback, the same in every process that makes it."""
+    try:
+        with jax.transfer_guard_device_to_host("allow"):  # an argument may be an array
+            return _stable(without_secrets(repr(callback)))
+    except Exception:  # a repr of the user's that fails must not end the run
+        return type(callback).__name__
 
 
 def _fingerprint(traced: Any) -> dict[str, str] | None:

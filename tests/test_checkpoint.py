@@ -250,6 +250,15 @@ def test_arguments_that_differ_in_each_process_or_session_are_not_said(tmp_path,
     assert said(capsys) == []
 
 
+def test_callback_whose_repr_fails_is_saved_by_its_class(tmp_path):
+    class Broken(Callback):
+        def __repr__(self):
+            raise ZeroDivisionError
+
+    run(tmp_path, steps=2, extra=[Broken()])
+    assert Checkpoints(tmp_path).manifest(2)["config"]["callbacks"] == {"Broken": "Broken"}
+
+
 def test_manifest_has_no_secret_of_a_callback(tmp_path):
     class Sends(Callback):
         def __init__(self, *, password):

@@ -995,6 +995,24 @@ def test_writer_reports_a_failed_save_once_and_can_save_again(tmp_path):
     assert writer.checkpoints.steps() == [2]
 
 
+def test_save_for_which_no_thread_is_left_does_not_block_the_next_one(tmp_path, monkeypatch):
+    start = threading.Thread.start
+
+    def fail(thread):
+        if thread.name == "onstep-commit":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    writer = CheckpointWriter(tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            writer.save(1, {"state": jnp.ones(2)})
+    writer.close()
+    save(tmp_path / "b", jnp.ones(2))
+    assert steps_in(tmp_path / "b") == [0]
+
+
 def test_orbax_is_not_asked_to_save_where_a_folder_cannot_be_created(saved, monkeypatch):
     asked, makedirs = [], os.makedirs
 
