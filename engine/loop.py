@@ -14,7 +14,7 @@ import jax
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
-from .checks import check_reachable, check_rng, check_targets
+from .checks import check_batch, check_reachable, check_rng, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import Throttle
 from .data.batches import Batches
@@ -142,7 +142,8 @@ class Loop:
         self._restored = self._saving = self._prepared = False
         self._restored_from = ""  # the directory of the checkpoint, for messages
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
-        self._completed = 0  # the epoch that the last step completed, 0 if none
+        self._epoch_done = False  # whether the last step completed its epoch
+        self._completed = 0  # that epoch, 0 if none
         self._earlier = earlier  # the result from which the run resumes
         self._final_snapshot: Snapshot | None = None
         self._failed: str | None = None  # the error that ended the run
@@ -169,20 +170,12 @@ class Loop:
             with suppress(WaitInterrupted):  # a stop that ended the wait for a batch
                 while not self.over:
                     self._begin_epoch()  # on_epoch_begin
-                    epoch_done = False
-                    while not (epoch_done or self.over):
-                        epoch_done = self._data_ended()
-                        if not epoch_done:
-                            self._before_step()  # on_step_begin
-                            if self.over:
-                                break
-                            epoch_done = self._run_steps(trigger)  # compiled calls, and nothing else
-                        self._after_step(epoch_done)  # on_step_end, on_log, on_epoch_end
+                    while self._advance(trigger):  # on_step_begin, then compiled calls and nothing else
+                        self._after_step()  # on_step_end, on_log, on_epoch_end
                         if trigger.fires(self.step, self._completed):
                             yield self
                         self._agree_on_stop()
-                        if epoch_done or self.over or not self._data_ended():  # else first the end of the epoch
-                            self._save(self._events.due("on_save", self.step, self._completed))
+                        self._save_due()  # on_save
             self._finish()  # on_save, on_snapshot, on_log
 
     def _load(self) -> None:
@@ -221,12 +214,29 @@ class Loop:
 
     def _begin_epoch(self) -> None:
         """Begin an epoch, unless a resumed run continues it, and draw its first batch."""
+        self._epoch_done = False
         if self.epoch_step == 0:
             self._events.fire("on_epoch_begin", self)
             self._agree_on_stop()
         if not self.over:
             total = self.total
             self._stream.begin_epoch(self.epoch, math.inf if total is None else total - self.step)
+
+    def _advance(self, trigger: Trigger) -> bool:
+        """Run steps up to the next one at which anything is due; return False if the epoch or the run is over instead.
+
+        If data without a length has ended with the last step, only the end of the epoch is due, without another step.
+        """
+        if self._epoch_done or self.over:
+            return False
+        if self._data_ended():
+            self._epoch_done = True
+            return True
+        self._before_step()
+        if self.over:
+            return False
+        self._epoch_done = self._run_steps(trigger)
+        return True
 
     def _data_ended(self) -> bool:
         """Return whether data without a length has ended with the last step. That takes a batch, so it may wait.
@@ -249,8 +259,9 @@ class Loop:
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
         if not (self._prepared or self.over):
+            check_batch(batch := self._stream.peek())
             with self._spans.span(COMPILE):
-                self._compiled.prepare(self._bundle, self._stream.peek(), self._call_rng)
+                self._compiled.prepare(self._bundle, batch, self._call_rng)
             self._prepared = True
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
@@ -304,31 +315,34 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self.stopped is not None or (has_deadline and clock() >= deadline):  # a signal may request a stop
-                    break
-                if several and should_stop():
-                    break
+                if self.stopped is not None or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                    break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
             self._batch = batch, count if block_size else 0
         return stream.epoch_done(self.epoch_step)
 
-    def _after_step(self, epoch_done: bool) -> None:
+    def _after_step(self) -> None:
         """Count the epoch, and call the handlers that are due after the step."""
-        if epoch_done:
+        if self._epoch_done:
             self._stream.end_epoch(not self.over)
             self.epoch, self.epoch_step = self.epoch + 1, 0
-        self._completed = self.epoch if epoch_done else 0
+        self._completed = self.epoch if self._epoch_done else 0
         for handler in self._events.due("on_step_end", self.step, self._completed):
             handler.call(self)
         if self.step % self._log_every == 0:
             self.log(self._windows.take_means("train"))
         elif len(self._windows.pending) >= MOST_PENDING:
             self._windows.read()
-        if epoch_done:
+        if self._epoch_done:
             self.log(self._windows.take_means("epoch"))
             self._events.fire("on_epoch_end", self)
+
+    def _save_due(self) -> None:
+        """Save with the handlers that are due, unless the end of the epoch comes first."""
+        if self._epoch_done or self.over or not self._data_ended():
+            self._save(self._events.due("on_save", self.step, self._completed))
 
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. A final stop is refused here, because the save would not include it."""

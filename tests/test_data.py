@@ -36,6 +36,21 @@ class EndsOnce:
         return answer
 
 
+class Live:
+    """A live source of so many batches. It fails if it is asked for more, where a real one would block."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        assert self.left, "asked for a batch that no step needs"
+        self.left -= 1
+        return 1
+
+
 class SizedLoader(FakeLoader):
     def __len__(self):
         return len(self.batches)
@@ -154,6 +169,93 @@ def test_data_without_a_length_is_asked_for_a_batch_only_after_everything_due_at
         for step in range(when, 9, when)
         for line in [("step_end", step, step), ("log", step, step), ("save", step, step + (step < 8))]
     ]
+
+
+@pytest.mark.parametrize("epoch_steps", [None, 3, 7])
+@pytest.mark.parametrize("when", [1, 3])
+@pytest.mark.parametrize("options", [{"steps_per_call": 1}, {"steps_per_call": 4}, {"prefetch": 3}], ids=str)
+@pytest.mark.parametrize("kind", [lambda live: live, lambda live: lambda epoch: live], ids=["iterator", "callable"])
+def test_run_to_a_number_of_steps_draws_no_further_batch(kind, options, when, epoch_steps):
+    live, engine = Live(7), Engine(add, [saves_and_epochs(when)], **options)
+    result = engine.run(jnp.int32(0), kind(live), steps=7, epoch_steps=epoch_steps)
+    assert (int(result.state), live.left) == (7, 0)
+
+
+def test_run_to_a_number_of_epochs_of_epoch_steps_draws_no_further_batch():
+    for prefetch in (0, 3):
+        assert Engine(add, prefetch=prefetch).run(jnp.int32(0), Live(6), epochs=2, epoch_steps=3).step == 6
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_resumed_run_draws_what_its_new_target_needs(prefetch):
+    live, engine = Live(9), Engine(add, prefetch=prefetch)
+    result = engine.run(jnp.int32(0), live, steps=3)
+    for target in (4, 9):
+        result = engine.run(result, live, steps=target)
+    assert (int(result.state), live.left) == (9, 0)
+
+
+@pytest.mark.parametrize("ends", ["stop", "error", "break"])
+def test_source_that_has_no_further_batch_yet_does_not_delay_the_end_of_a_run(ends):
+    def train():
+        engine = Engine(add)
+
+        @engine.on("step_end")
+        def end(loop):
+            if loop.step == 3 and ends != "break":
+                loop.stop("enough") if ends == "stop" else int("enough")
+
+        with engine.steps(jnp.int32(0), Live(3), steps=7) as steps:
+            for loop in steps:
+                if loop.step == 3:
+                    break
+        return steps.result.stopped
+
+    if ends == "error":
+        with pytest.raises(ValueError, match="invalid literal") as caught:
+            train()
+        assert caught.value.__notes__ == ["onstep: raised by end.on_step_end at step 3"]
+    else:
+        assert train() == ("enough" if ends == "stop" else "the for loop was left early")
+
+
+def test_iterator_that_has_ended_is_not_asked_again():
+    events = saves_and_epochs(when=2)
+    Engine(add, [events]).run(jnp.int32(0), EndsOnce([1, 2, 3, 4]), epochs=1)
+    Engine(add, [events]).run(jnp.int32(0), EndsOnce([1, 2, 3]), epochs=1)
+    assert events.steps("epoch_end") == [4, 3]
+
+
+@pytest.mark.parametrize("through", ["result", "other data"])
+def test_target_at_the_last_batch_of_an_epoch_leaves_its_end_to_the_resumed_run(through):
+    def data(epoch):
+        yield from [1, 2, 3]
+
+    whole, parts = saves_and_epochs(every(epochs=1)), saves_and_epochs(every(epochs=1))
+    uninterrupted = Engine(add, [whole], log_every=2).run(jnp.int32(0), data, epochs=3)
+    engine = Engine(add, [parts], log_every=2)
+    part = engine.run(jnp.int32(0), data, steps=6)
+    assert (part.epoch, parts.steps("epoch_end"), parts.steps("save")) == (1, [3], [3, 6])
+    yielded = []
+    here = data if through == "result" else lambda epoch: data(epoch)
+    with engine.steps(part, here, epochs=3, when=every(epochs=1)) as steps:
+        yielded = [loop.step for loop in steps]
+    assert yielded == [6, 9]
+    assert parts.steps("epoch_end") == whole.steps("epoch_end") == [3, 6, 9]
+    assert parts.steps("save") == [3, 6, 9]
+    assert (steps.result.epoch, int(steps.result.state)) == (3, int(uninterrupted.state))
+    assert steps.result.history["epoch/loss"] == [2, 2]
+    assert steps.result.latest == uninterrupted.latest
+
+
+def test_handler_by_steps_and_epochs_is_due_once_at_a_step_that_ends_an_epoch_of_unknown_length():
+    noted = []
+    engine = Engine(add)
+    for event in ("step_end", "save"):
+        engine.on(event, when=every(3) | every(epochs=1))(lambda loop, event=event: noted.append((event, loop.step)))
+    with engine.steps(jnp.int32(0), lambda n: iter([1] * 3), epochs=2, when=every(3) | every(epochs=1)) as steps:
+        assert [loop.step for loop in steps] == [3, 6]
+    assert noted == [("step_end", 3), ("save", 3), ("step_end", 6), ("save", 6)]
 
 
 @pytest.mark.parametrize("event", ["load", "run_begin", "epoch_begin"])

@@ -74,7 +74,6 @@ class BatchStream:
         self._ahead: list[Batch] = []  # at most one batch, drawn but not returned yet
         self._replaced = False  # whether a callback replaced that batch
         self._failure: Exception | None = None  # an error in drawing it, raised when the batch is due
-        self._checked = False  # whether the first batch was checked
         self._ended = False  # whether the pass has ended: its iterator is not asked again
         # A state of the loader, and how many batches of the pass come before it. As a rule that of the next batch.
         self._before: tuple[Any, int] = None, 0
@@ -198,6 +197,9 @@ class BatchStream:
                 self._ahead.clear()
         except WaitInterrupted:  # the run ends after the steps of these batches
             pass
+        except TypeError:
+            check_batch(first)  # which says it in the user's words, if that is why
+            raise
         return stack.batches(), stack.count
 
     def _check_end(self, missing: int) -> None:
@@ -342,9 +344,6 @@ class BatchStream:
             if batch is _END:
                 self._ended = True
                 return False
-            if not self._checked:
-                check_batch(batch)
-                self._checked = True
             self._ahead.append(batch)
         except Exception as error:  # raised once the batches before it are used
             self._failure = self._add_note(not_the_end(error), unused)
