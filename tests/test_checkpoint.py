@@ -283,7 +283,7 @@ def test_changed_step_is_said_at_the_first_record(change, steps_per_call, tmp_pa
         callbacks = [ClipWeights(-clip, clip, of="w"), Checkpoint(tmp_path)]
         engine = Engine(step, callbacks, log_every=1, steps_per_call=steps_per_call)
         engine.on("log")(lambda loop, record: seen.append((loop.step, *said(capsys))))
-        return engine.run(state, np.arange(9, dtype=np.float32), steps=steps)
+        return engine.run(state, list(np.arange(9, dtype=np.float32)), steps=steps)
 
     seen = []
     go(2)
@@ -555,6 +555,13 @@ def test_checkpoint_that_a_run_deletes_while_it_is_loaded_gives_way_to_a_newer_o
     monkeypatch.setattr(Checkpoints, name, meanwhile)
     assert load(tmp_path / "run", {"w": jnp.zeros(2)})["w"].tolist() == [3, 3]
     assert os.listdir(tmp_path / "run") == ["3"]
+
+
+def test_load_looks_again_if_checkpoints_come_and_go_while_it_lists_them(tmp_path, monkeypatch):
+    save(tmp_path, {"w": jnp.ones(2)}, step=1)
+    steps, seen = Checkpoints.steps, [[]]
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: seen.pop() if seen else steps(self))
+    assert load(tmp_path, {"w": jnp.zeros(2)})["w"].tolist() == [1, 1]
 
 
 def test_requested_step_that_a_run_deletes_while_it_is_loaded_is_missing(tmp_path, monkeypatch):
