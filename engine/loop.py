@@ -144,7 +144,8 @@ class Loop:
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
         self._epoch_done = False  # whether the last step completed its epoch
         self._completed = 0  # that epoch, 0 if none
-        self._earlier = earlier  # the result from which the run resumes
+        self._earlier = earlier  # the result from which the run resumes, until it has begun
+        self._reported = earlier is not None  # whether the record of the last window cannot have been lost
         self._final_snapshot: Snapshot | None = None
         self._failed: str | None = None  # the error that ended the run
 
@@ -354,13 +355,13 @@ class Loop:
     def _finish(self) -> None:
         """Save with every handler that has not saved this step, and record the last partial window.
 
-        The record is not in the snapshot, because a later target continues the window. A run that resumes at its target
-        records it again: it may have been killed between the two.
+        The record is not in the snapshot, because a later target continues the window. A run that resumes from a
+        checkpoint at its target records it again, because the run before may have been killed between the two.
         """
         if self.step > self.start_step:
             self._save([h for h in self._events.handlers["on_save"] if h.called_at != self.step])
         self._final_snapshot = self.snapshot()
-        if self.finished:
+        if self.finished and (self.step > self.start_step or not self._reported):
             self.log(self._windows.take_means("train"))
 
     def result(self) -> Result:
@@ -578,7 +579,7 @@ class Loop:
         self.latest, self._restored, self._saved = host["latest"], True, host["program"]
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
-            self.stopped = host["stopped"]
+            self.stopped, self._final = host["stopped"], True
         self._windows.set_state(host["windows"])
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])
