@@ -241,7 +241,10 @@ def test_arguments_that_differ_in_each_process_or_session_are_not_said(tmp_path,
             self.what, self.folder = what, folder
 
     def watches(folder):
-        return [Watches(object(), str(tmp_path / folder / "events")), Counts()]
+        alive.append(object())  # so that the next one has another address
+        return [Watches(alive[-1], str(tmp_path / folder / "events")), Counts()]
+
+    alive = []
 
     run(tmp_path, steps=4, extra=watches("old"))
     run(tmp_path, steps=6, extra=watches("new"), keep=5, when=2)
