@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -121,7 +122,9 @@ class BatchStream:
         if self._has_next():
             self.peek()
             if self.length == 0:
-                raise ValueError(f"The data has len 0, but pass {self.pass_index + 1} yielded batch 1. Fix its __len__.")
+                raise ValueError(
+                    f"The data has len 0, but pass {self.pass_index + 1} yielded batch 1. Fix its __len__."
+                )
         elif self.used and self.length is None:
             return  # a resumed run, whose epoch was complete
         elif self.one_shot:
@@ -191,14 +194,13 @@ class BatchStream:
         first, self._replaced = self._ahead.pop(), False
         try:
             stack = BatchStacker(first, block_size)
-            while stack.count < most and self._draw(stack.count) and self._ahead and stack.add(self._ahead[0]):
-                self._ahead.clear()
-        except WaitInterrupted:  # the run ends after the steps of these batches
-            pass
+            with suppress(WaitInterrupted):  # the run ends after the steps of the batches drawn before
+                while stack.count < most and self._draw(stack.count) and self._ahead and stack.add(self._ahead[0]):
+                    self._ahead.clear()
+            return stack.batches(), stack.count
         except TypeError:
             check_batch(first)  # which says it in the user's words, if that is why
             raise
-        return stack.batches(), stack.count
 
     def _check_end(self, missing: int) -> None:
         if missing and self.length is not None and self.epoch_steps is None:
