@@ -151,12 +151,8 @@ class Loop:
 
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
-        with (
-            closing(self._stream),
-            closing(self._group),
-            closing(self._spans),
-            self._events.ensure_end(self),  # on_exception, on_run_end: whatever began is ended
-        ):
+        # on_exception, on_run_end: whatever began is ended
+        with closing(self._stream), closing(self._group), closing(self._spans), self._events.ensure_end(self):
             self._load()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
             with suppress(WaitInterrupted):  # a stop that ended the wait for a batch
