@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from .cadence import ALWAYS, Cadence, as_cadence, every
-from .callback import EVENTS, Callback, FunctionCallback, overridden
+from .callback import BY_CADENCE, EVENTS, Callback, FunctionCallback, overridden
 from .checks import check_rng, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import FIRST, LONG
 from .data.source import Data
 from .data.stream import BatchStream
-from .events import BY_CADENCE
 from .loop import Options
 from .placement import Placement
 from .result import Result

@@ -94,14 +94,21 @@ def test_saved_position_does_not_change_with_a_loader_that_returns_its_live_stat
 
 def test_thread_that_is_stuck_in_the_source_is_left_behind_with_a_warning(monkeypatch):
     monkeypatch.setattr("onstep.data.prefetch.PATIENCE", 0.05)
-    go = threading.Event()
+    stuck, go = threading.Event(), threading.Event()
 
     def source():
         yield from [1, 2, 3]
+        stuck.set()
         go.wait(30)
         yield from [4, 5]
 
-    engine = Engine(add, [RaiseIn("step_end", RuntimeError("enough"), step=3)], prefetch=2)
+    engine = Engine(add, prefetch=2)
+
+    @engine.on("step_end", when=3)
+    def fail(loop):
+        assert stuck.wait(30)
+        raise RuntimeError("enough")
+
     warning = pytest.warns(UserWarning, match=r"waited more than 0.05 s for the next batch of the data \(generator\)")
     with warning, pytest.raises(RuntimeError, match="enough"):
         engine.run(jnp.int32(0), source(), epochs=1)
@@ -114,15 +121,17 @@ def test_thread_that_is_stuck_in_the_source_is_left_behind_with_a_warning(monkey
 
 def test_thread_that_was_left_behind_is_used_again(monkeypatch):
     monkeypatch.setattr("onstep.data.prefetch.PATIENCE", 0.05)
-    go = threading.Event()
+    stuck, go = threading.Event(), threading.Event()
 
     def source():
         yield 1
+        stuck.set()
         go.wait(30)
         yield from [2, 3]
 
     batches = Prefetch(source(), 2)
     assert int(next(batches)) == 1
+    assert stuck.wait(30)
     with pytest.warns(UserWarning, match="left behind"):
         batches.close()
     threading.Timer(0.05, go.set).start()
@@ -200,6 +209,7 @@ def test_user_iterator_loses_no_batch_between_two_runs():
     first = engine.run(jnp.int32(0), numbers, steps=4)
     second = engine.run(first, numbers, steps=10)
     assert (int(first.state), int(second.state)) == (10, 55)
+    assert not threads()
 
 
 def test_thread_ends_when_the_run_raises():

@@ -17,6 +17,26 @@ Data = Any
 """An iterable of batches, a callable `epoch -> iterable`, or a loader (its iterator has `get_state`, `set_state`)."""
 
 
+class NoData:
+    """The source of a run without data: one endless pass, in which every batch is None."""
+
+    def __iter__(self) -> Iterator[None]:
+        return self
+
+    def __next__(self) -> None:
+        return None
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position: nothing, because all batches are equal."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+
+
+NO_DATA = NoData()
+
+
 def length(data: Data) -> int | None:
     """Return the number of batches in a pass over the data, or None if it has no length."""
     try:
