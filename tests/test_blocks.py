@@ -286,6 +286,20 @@ def test_callback_that_only_looks_at_batches_keeps_the_gather_of_whole_blocks(mo
     assert len(stacks) == 1  # of the batch that was replaced
 
 
+def test_replaced_batch_ends_the_gather_of_whole_blocks_only_for_its_own_block(monkeypatch):
+    stacks = []
+    monkeypatch.setattr("onstep.data.stream.BatchStacker", lambda *args: stacks.append(args) or BatchStacker(*args))
+    engine = Engine(total, steps_per_call=4)
+
+    @engine.on("step_begin", when=at(2))
+    def replace(loop):
+        loop.batch = loop.batch * 10
+
+    result = engine.run(0.0, Batches(np.arange(12.0), 2, shuffle=False), epochs=2)
+    assert float(result.state) == 2 * np.arange(12).sum() + 9 * (2 + 3)
+    assert len(stacks) == 1
+
+
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_batch_changed_in_place_is_the_one_that_the_step_gets(steps_per_call):
     engine = Engine(lambda state, batch: (state + batch["x"].sum(), {}), steps_per_call=steps_per_call)

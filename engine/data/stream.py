@@ -194,7 +194,7 @@ class BatchStream:
             self._iterator.set_state(self._before[0])  # so that the block begins with the batch drawn ahead
             self._ahead.clear()
             return self._iterator.block(most, block_size)
-        first, self._replaced = self._ahead.pop(), False
+        first = self._ahead.pop()
         try:
             stack = BatchStacker(first, block_size)
             with suppress(WaitInterrupted):  # the run ends after the steps of the batches drawn before
@@ -349,6 +349,7 @@ class BatchStream:
                 self._ended = True
                 return False
             self._ahead.append(batch)
+            self._replaced = False
         except Exception as error:  # raised once the batches before it are used
             self._failure = self._add_note(not_the_end(error), unused)
         finally:
