@@ -164,8 +164,11 @@ class Loop:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
             exclusive({"This engine": self._compiled, **self.callbacks}),
+<<<<<<< HEAD
             self._deferred_interrupts(),
             closing(self._stream),
+=======
+>>>>>>> data
             closing(self._group),
             closing(self._spans),
             self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
@@ -406,7 +409,7 @@ class Loop:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
         if self._choosing:
             if not self._next_batch:
-                self._next_batch = [self._stream.peek()]
+                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
             return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
@@ -628,6 +631,8 @@ class Loop:
                 where = "; ".join(notes) or f"raised by the step, or by the body of the `for`, at step {self.step}"
                 raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
             raise
+        finally:
+            self._stream.close()  # here, because a run that continues takes over the stream of the earlier run
 
     def _callback_states(self) -> dict[str, Any]:
         """Return what callbacks keep on the host, by name."""
