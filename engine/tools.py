@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from .checks import check_int, check_mode, check_signature, did_you_mean, takes_rng
 from .compiled.cost import count_flops
+from .evaluate import check_evaluation
 from .event_files import close_event_writer, event_writer
 from .loop import Loop
 from .messages import log_user
@@ -30,6 +31,7 @@ __all__ = [
     "RecordFile",
     "Span",
     "cast_like",
+    "check_evaluation",
     "check_int",
     "check_mode",
     "check_package",
