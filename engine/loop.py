@@ -164,11 +164,7 @@ class Loop:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
             exclusive({"This engine": self._compiled, **self.callbacks}),
-<<<<<<< HEAD
             self._deferred_interrupts(),
-            closing(self._stream),
-=======
->>>>>>> data
             closing(self._group),
             closing(self._spans),
             self._ensure_end(),  # on_exception, on_run_end: whatever began is ended

@@ -164,14 +164,8 @@ def test_data_without_a_length_is_asked_for_a_batch_only_after_everything_due_at
     drawn, counts = [], []
     engine = Engine(add, log_every=when)
     for event in ("step_end", "log", "save"):
-<<<<<<< HEAD
-        engine.on(event, when=1 if event == "log" else when)(
-            lambda loop, *record, event=event: counts.append((event, loop.step, len(drawn)))
-        )
-=======
         note = functools.partial(lambda event, loop, *record: counts.append((event, loop.step, len(drawn))), event)
         engine.on(event, when=1 if event == "log" else when)(note)
->>>>>>> data
     engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=8)
     assert counts == [
         line
