@@ -155,6 +155,13 @@ class Callback:
                 self._initial = pack(self.get_state(), who)
             self.set_state(unpack(self._initial))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("when", "update_when"):  # an error in the line that makes the callback
+            who = f"{type(self).__name__}.{name}"
+            if as_cadence(value, who).seconds and name == "update_when":
+                raise ValueError(f"{who} needs steps or epochs, got {value}: it is compiled in.")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
         return call_text(type(self), {name: getattr(self, name) for name in names})

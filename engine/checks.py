@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import numbers
@@ -10,6 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+DONATED = "An earlier call, such as a run with donate=True, has donated it. Create it again, or do not donate it."
+"""What to do about a deleted array."""
 
 
 def check_int(who: str, name: str, value: Any, least: int) -> int:
@@ -117,6 +122,8 @@ def check_rng(rng: Any, needed: bool) -> None:
     kind = getattr(rng, "dtype", None)
     if rng is not None and not (kind == jnp.uint32 or (kind and jnp.issubdtype(kind, jax.dtypes.prng_key))):
         raise TypeError(f"rng needs a random key such as jax.random.key(0), got {rng!r:.80}.")
+    if isinstance(rng, jax.Array) and rng.is_deleted():
+        raise ValueError(f"rng is a deleted array. {DONATED}")
 
 
 def check_targets(epochs: Any, steps: Any, epoch_steps: Any) -> None:
@@ -134,3 +141,60 @@ def check_reachable(*, step: int, epoch: int, steps: int | None, epochs: int | N
         if target is not None and at > target:
             plural = "" if target == 1 else "s"
             raise ValueError(f"The saved run is at {unit} {at}, beyond the target of {target} {unit}{plural}.")
+
+
+def check_leaves(tree: Any, what: str) -> None:
+    """Check that the leaves of a tree are arrays and numbers.
+
+    Args:
+        tree: any pytree.
+        what: its name, for the error.
+
+    Raises:
+        TypeError: a leaf is something else; the message has its place, and how to keep it out of the tree.
+        ValueError: an array was donated and can no longer be read.
+
+    >>> check_leaves({"w": 1.0, "f": "relu"}, "The state")
+    Traceback (most recent call last):
+    ...
+    TypeError: The state needs arrays and numbers as leaves, got str at 'f'. Keep it out of the tree: ...
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        where = f" at {name!r}" if path else ""
+        if not _is_numeric(leaf):
+            kind = f"an array of {leaf.dtype}" if isinstance(leaf, (np.ndarray, np.generic)) else type(leaf).__name__
+            advice = f" {_how_to_keep_out(tree, path, leaf)}" if path else ""
+            raise TypeError(f"{what} needs arrays and numbers as leaves, got {kind}{where}.{advice}")
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(f"{what} holds a deleted array{where}. {DONATED}")
+
+
+def _is_numeric(leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "SUOMm" and leaf.dtype.names is None  # strings, objects, dates, records
+    return isinstance(leaf, (jax.Array, int, float, complex)) or hasattr(leaf, "__jax_array__")
+
+
+def _how_to_keep_out(tree: Any, path: tuple[Any, ...], leaf: Any) -> str:
+    """Return the line of code that keeps a leaf out of the state."""
+    key, parent = path[-1], _parent(tree, path)
+    if isinstance(key, jax.tree_util.DictKey):
+        name = key.key if str(key.key).isidentifier() else "value"
+        return f"Keep it out of the tree: {name} = state{jax.tree_util.keystr(path[:-1])}.pop({key.key!r})."
+    if any(base.__module__.startswith("equinox.") for base in type(parent).__mro__):
+        return "Keep it out of the tree: arrays, rest = eqx.partition(model, eqx.is_array)."
+    if isinstance(key, jax.tree_util.GetAttrKey) and dataclasses.is_dataclass(parent):
+        kind = "Callable" if callable(leaf) else type(leaf).__name__
+        flax = hasattr(parent, "_flax_dataclass")
+        field = "flax.struct.field(pytree_node=False)" if flax else "dataclasses.field(metadata={'static': True})"
+        return f"Keep it out of the tree: {key.name}: {kind} = {field}."
+    return "Keep it out of the tree (a static field, a closure)."
+
+
+def _parent(tree: Any, path: tuple[Any, ...]) -> Any:
+    """Return the node that holds the leaf at a path."""
+    for key in path[:-1]:
+        nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node, root=tree: node is not root)[0]
+        tree = next(node for start, node in nodes if start == (key,))
+    return tree

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .checks import check_leaves
 from .trees import Batch, State, named_leaves, strip_weak_types
 
 DATA_AXES = ("data", "fsdp")
@@ -363,12 +364,7 @@ class ShardedCall:
 
 def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], jax.Array], like: Any) -> Any:
     """Return a tree of arrays not shared with the caller, each placed by `settle(array, sharding in like)`."""
-    for name, leaf in named_leaves(tree).items():
-        if not isinstance(leaf, (jax.Array, int, float, complex)) and getattr(leaf, "dtype", None) is None:
-            raise TypeError(
-                f"{what} needs arrays and numbers as leaves, got {type(leaf).__name__} at {name!r}. "
-                "Keep it out of the tree (a static field, a closure)."
-            )
+    check_leaves(tree, what)
     flat, structure = jax.tree.flatten(tree)
     shardings = [None] * len(flat) if like is None else [leaf.sharding for leaf in jax.tree.leaves(like)]
     seen: set[int] = set()

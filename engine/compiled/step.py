@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,16 @@ from ..means import BlockMetrics
 from ..messages import log_duration
 from ..metrics import Metrics, as_metrics
 from ..placement import Placement, put_small
-from ..trees import Batch, State, compare_signatures, difference, ignore_sizes, signature, strip_weak_types
+from ..trees import (
+    Batch,
+    State,
+    compare_signatures,
+    difference,
+    dtype_advice,
+    ignore_sizes,
+    signature,
+    strip_weak_types,
+)
 from . import blocks
 
 Step = Callable[..., Any]
@@ -260,6 +270,7 @@ class StepFunction:
         logged: by name of such a half, the metrics that it adds.
         expected: the signature of the run's first batch.
         times: how many times it was traced.
+        weak: the dtypes, by name, that leaves of the state got because the caller gave them none.
     """
 
     def __init__(self, step: Step, transforms: dict[str, Callback], conditional: list[str], takes_rng: bool):
@@ -270,6 +281,7 @@ class StepFunction:
         self.logged: dict[str, list[str]] = {}
         self.expected: dict[str, str] | None = None
         self.times: int = 0
+        self.weak: dict[str, str] = {}
 
     def init(self, state: State) -> dict[str, Carry]:
         """Return the first carries."""
@@ -283,7 +295,8 @@ class StepFunction:
         state, carries, count = bundle
         self._warn_if_reshaped(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
-        new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
+        with _note_weak_types(self.weak):
+            new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
         # Without this barrier, what observers compute could change how XLA fuses the step, and so its exact results.
         new, metrics = jax.lax.optimization_barrier((new, metrics))
         ctx = Context(count, state, new, batch, metrics, aux, folded)
@@ -339,11 +352,27 @@ class StepFunction:
             )
 
 
+@contextlib.contextmanager
+def _note_weak_types(weak: dict[str, str]) -> Iterator[None]:
+    """Add a note to an error about types, if leaves of the state had no dtype of their own."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        others = [f"{name} ({dtype})" for name, dtype in weak.items() if f"{name}: " not in message]
+        if others and ("types" in message or "became" in message):
+            error.add_note(
+                f"onstep: the state began with Python numbers, which have no dtype, at {', '.join(others)}. "
+                "Start them as arrays with the dtype that the step computes with, such as jnp.bfloat16(0.5)."
+            )
+        raise
+
+
 def _check_unchanged(old: Any, new: Any, who: str, what: str = "state") -> Any:
     """Return a new state or carry, which must have the tree, shapes and dtypes of the old one."""
     new = strip_weak_types(new)
     if changed := difference(old, new):
-        raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.")
+        raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.{dtype_advice(old, new)}")
     return new
 
 
