@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Context, Loop, every
-from onstep.tools import close_event_writer, difference, event_writer, get_fields, leaves_of_type, to_host
+from onstep.tools import close_event_writer, difference, event_writer, get_fields, leaves_of_type, local_path, to_host
 
 BINS = 64
 
@@ -54,8 +54,8 @@ class Histograms(Callback):
         name: the callback's name.
 
     Raises:
-        ValueError: the state has no such field (when the run begins), or the step returns no such gradients
-            (at the first step).
+        ValueError: `directory` is a URL, the state has no such field (when the run begins), or the step returns no
+            such gradients (at the first step).
 
     >>> import os, tempfile
     >>> import jax.numpy as jnp
@@ -78,6 +78,7 @@ class Histograms(Callback):
         name: str | None = None,
     ):
         self.directory: str = os.fspath(directory)
+        self._path = local_path("Histograms", directory)
         self.of: str | int | tuple[str | int, ...] | None = of
         self.grads: bool = grads
         self.when: Cadence | int = when
@@ -114,11 +115,11 @@ class Histograms(Callback):
                 low, high = low - 0.5, high + 0.5
             if n := sum(counts):
                 limits = np.linspace(low, high, BINS + 1)[1:].tolist()
-                writer = event_writer(loop, self.directory)
+                writer = event_writer(loop, self._path)
                 writer.add_histogram_raw(name, low, high, n, total, squares, limits, counts, loop.step)
 
     def on_run_end(self, loop: Loop) -> None:
-        close_event_writer(loop, self.directory)
+        close_event_writer(loop, self._path)
 
     def _params(self, state: Any) -> Any:
         return get_fields(state, self.of, "Histograms")

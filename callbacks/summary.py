@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 from onstep import Callback, Loop, processes
-from onstep.tools import get_fields, named_leaves, to_host
+from onstep.tools import get_fields, named_leaves, print_text, to_host
 
 
 @dataclass(eq=False, repr=False)
@@ -66,7 +66,7 @@ class Summary(Callback):
             [{"field": name, **_size(field)} for name, field in fields.items()],
         )
         if processes.writes():
-            print(*map(_table, tables), sep="\n", file=self.file or sys.stderr, flush=True)
+            print_text("\n".join(map(_table, tables)), self.file or sys.stderr)
 
     def _row(self, leaf: jax.Array) -> dict[str, Any]:
         row = {"dtype": str(leaf.dtype), **_size([leaf])}

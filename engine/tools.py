@@ -7,7 +7,6 @@ your callbacks can do everything that they can do.
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from .callback import Callback, Carry
-from .checks import check_int, check_mode, check_signature, did_you_mean, takes_rng
+from .checks import (
+    check_int,
+    check_list,
+    check_mode,
+    check_signature,
+    did_you_mean,
+    local_file,
+    local_path,
+    takes_rng,
+)
 from .compiled.cost import count_flops
 from .event_files import close_event_writer, event_writer
 from .fields import get_field, get_fields, set_field, set_fields
 from .loop import Loop
-from .messages import log_user
+from .messages import log_user, print_text, warn_user
 from .placement import fold_in, to_host
 from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
@@ -34,6 +42,7 @@ __all__ = [
     "Span",
     "cast_like",
     "check_int",
+    "check_list",
     "check_mode",
     "check_package",
     "check_signature",
@@ -50,11 +59,13 @@ __all__ = [
     "has_training_metrics",
     "leaves_of_type",
     "lines_to_keep",
+    "local_file",
+    "local_path",
     "log_user",
     "map_floats",
     "named_leaves",
+    "print_text",
     "replace_file",
-    "require_metric",
     "set_field",
     "set_fields",
     "signature",
@@ -89,65 +100,45 @@ def has_training_metrics(record: Record) -> bool:
     return any(name.startswith("train/") for name in record.values)
 
 
-def warn_missing_metric(who: str, metric: str, loop: Loop) -> None:
-    """Warn after the first epoch if a metric that a callback watches was not recorded; call it in `on_epoch_end`.
+def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None = None) -> None:
+    """Warn if a metric that a callback watches is not recorded. Call it in `on_log`, `on_epoch_end` and `on_run_end`.
 
-    There is no warning while the metric may still appear: before the first evaluation of the callback that its name
-    begins with, and while its training window is open.
+    It warns at the end of the first epoch, unless the metric may still come from an evaluation that was not due; after
+    the first evaluation that did not record it; and at the end of a run that reached its target. In `on_epoch_end`,
+    call it unless `loop.over`.
 
     Args:
         who: the callback, for the message.
         metric: the name in the records, such as `"val/loss"`.
         loop: the run.
+        record: in `on_log`, the record.
 
     >>> from onstep import Engine
-    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}))
-    >>> engine.on("epoch_end")(lambda loop: warn_missing_metric("EarlyStopping", "val/los", loop))
+    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}), log_every=2)
+    >>> engine.on("log")(lambda loop, record: warn_missing_metric("EarlyStopping", "train/los", loop, record))
     <function <lambda> at ...>
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
-    ...     _ = engine.run(0, [1, 2], epochs=1)
+    ...     _ = engine.run(0, [1, 2, 3, 4], epochs=1)
     >>> print(caught[0].message)
-    EarlyStopping watches 'val/los', but the records hold ['epoch/loss']. Add Evaluate(...) or watch one of these.
+    EarlyStopping watches 'train/los', but the records hold ['train/loss']. Did you mean train/loss?
     """
+    if metric in loop.latest:
+        return
     first, _, rest = metric.partition("/")
-    silent = first in loop.callbacks and not any(name.startswith(f"{first}/") for name in loop.latest)
-    opened = first == "train" and f"epoch/{rest}" in loop.latest
-    if loop.epoch == 1 and metric not in loop.latest and not (silent or opened):
-        warnings.warn(_missing(who, metric, loop), stacklevel=3)
-
-
-def require_metric(who: str, metric: str, loop: Loop) -> None:
-    """Check that a metric appeared in a run that reached its target; call it in `on_run_end`.
-
-    Args:
-        who: the callback, for the message.
-        metric: the name in the records, such as `"val/loss"`.
-        loop: the run.
-
-    Raises:
-        ValueError: it never appeared; the message lists what did.
-
-    >>> from onstep import Engine
-    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}))
-    >>> engine.on("run_end")(lambda loop: require_metric("EarlyStopping", "epoch/los", loop))
-    <function <lambda> at ...>
-    >>> engine.run(0, [1, 2], epochs=1)
-    Traceback (most recent call last):
-    ...
-    ValueError: EarlyStopping watches 'epoch/los', but the records hold [...]. Did you mean epoch/loss?
-    onstep: raised by <lambda>.on_run_end at step 2
-    """
-    reached = loop.step > loop.start_step and loop.finished and loop.stopped is None and loop.error is None
-    if reached and metric not in loop.latest:
-        raise ValueError(_missing(who, metric, loop))
-
-
-def _missing(who: str, metric: str, loop: Loop) -> str:
-    first = metric.partition("/")[0]
     siblings = [name for name in loop.latest if name.startswith(f"{first}/")]  # recorded by the same callback
-    similar = did_you_mean(metric, siblings) or " Add Evaluate(...) or watch one of these."
-    return f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}.{similar}"
+    if record is not None:  # the second such record, because another callback may log at the step of the first
+        missing = any(len(loop.history[name]) == 2 for name in siblings if name in record.values)
+    elif loop.over:
+        missing = loop.finished and loop.stopped is None and loop.error is None and loop.step > loop.start_step
+    elif siblings:
+        missing = any(loop.history.steps(name) == [loop.step] for name in siblings if name in loop.history)
+    else:
+        opened = first == "train" and f"epoch/{rest}" in loop.latest  # its window is longer than an epoch
+        missing = loop.epoch == 1 and first not in loop.callbacks and not opened
+    if missing:
+        similar = did_you_mean(metric, siblings) or " Add Evaluate(...) or watch one of these."
+        warn_user(f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}.{similar}")
 
 
 def get_carry(source: Loop | Result, callback: Callback) -> Carry:

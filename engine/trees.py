@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import jax
@@ -130,6 +131,41 @@ def strip_weak_types(tree: Any) -> Any:
 def as_array(leaf: Any) -> jax.Array:
     """Return a leaf as a JAX array; a JAX array is returned unchanged."""
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def copy_containers(tree: Any) -> Any:
+    """Return the tree with the same leaves in new containers.
+
+    User code may change a dict, a list or an NNX module in place. With a copy, nothing else sees the change.
+
+    >>> tree = {"w": 1.0}
+    >>> copy_containers(tree).update(w=2.0)
+    >>> tree
+    {'w': 1.0}
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def check_not_shared(tree: Any, what: str) -> None:
+    """Raise a ValueError if a tree holds one NNX variable twice, as a model with tied weights does.
+
+    As a pytree, it would be two variables from the first step on.
+    """
+    nnx: Any = sys.modules.get("flax.nnx")  # if it is not imported, the tree holds no variable
+    if nnx is None:
+        return
+    variables = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    seen: dict[int, str] = {}
+    for path, node in variables:
+        if isinstance(node, nnx.Variable):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if (first := seen.setdefault(id(node), name)) != name:
+                raise ValueError(
+                    f"{what} holds one NNX {type(node).__name__} at {first!r} and {name!r}, which would be trained as "
+                    "two. Make the arrays the state: graph, state = nnx.split(model), and "
+                    "model = nnx.merge(graph, state) in the step."
+                )
 
 
 def copy_numpy(batch: Batch) -> Batch:
