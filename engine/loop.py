@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
@@ -35,7 +36,7 @@ from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, copy_containers, difference, signature
+from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
@@ -105,7 +106,9 @@ class Loop:
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, needed=compiled.takes_rng)
         earlier = state if isinstance(state, Result) else None
-        state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
+        given = earlier.state if earlier else state
+        state = placement.place(given, "The state", copy=not (donate or earlier))
+        compiled.function.weak = weak_leaves(given)
 
         self.step: int = 0
         self.epoch: int = 0
@@ -118,7 +121,8 @@ class Loop:
         self.error: BaseException | None = None
         self.steps: int | None = steps
         self.epochs: int | None = epochs
-        self.rng: Any = placement.key(rng)
+        # A copy if the state is donated, because a leaf of it may share the key's memory.
+        self.rng: Any = placement.key(jnp.copy(rng) if donate and rng is not None else rng)
         self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
