@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .checks import check_state
 from .processes import SameShapes
-from .trees import Batch, State, named_leaves, signature, strip_weak_types
+from .trees import Batch, State, check_not_shared, named_leaves, signature, strip_weak_types
 
 DATA_AXES = ("data", "fsdp")
 """Axes of a mesh over which batches are divided, if it has more than one axis."""
@@ -91,6 +92,8 @@ class SingleDevice:
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled evaluation step. JAX caches by function, so wrapping again is free."""
+        if jit_is_disabled():  # then `jax.jit` would pass on arrays of numpy as they are
+            return lambda state, batch, *key: step(state, jax.tree.map(jnp.asarray, batch), *key)
         return jax.jit(step)
 
     def rows(self, start: int, stop: int) -> Any:
@@ -308,6 +311,12 @@ class DataSharding:
         return jax.make_array_from_process_local_data(where, part, tuple(shape))
 
 
+def jit_is_disabled() -> bool:
+    """Return whether JAX runs everything uncompiled now, because of `JAX_DISABLE_JIT` or `jax.disable_jit()`."""
+    config: Any = jax.config  # its attributes have no types
+    return config.jax_disable_jit
+
+
 Placement = SingleDevice | DataSharding
 
 
@@ -370,12 +379,8 @@ class ShardedCall:
 
 def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], jax.Array], like: Any) -> Any:
     """Return a tree of arrays not shared with the caller, each placed by `settle(array, sharding in like)`."""
-    for name, leaf in named_leaves(tree).items():
-        if not isinstance(leaf, (jax.Array, int, float, complex)) and getattr(leaf, "dtype", None) is None:
-            raise TypeError(
-                f"{what} needs arrays and numbers as leaves, got {type(leaf).__name__} at {name!r}. "
-                "Keep it out of the tree (a static field, a closure)."
-            )
+    check_state(tree, what)
+    check_not_shared(tree, what)
     flat, structure = jax.tree.flatten(tree)
     shardings = [None] * len(flat) if like is None else [leaf.sharding for leaf in jax.tree.leaves(like)]
     seen: set[int] = set()

@@ -36,6 +36,21 @@ class EndsOnce:
         return answer
 
 
+class Live:
+    """A live source of so many batches. It fails if it is asked for more, where a real one would block."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        assert self.left, "asked for a batch that no step needs"
+        self.left -= 1
+        return 1
+
+
 class SizedLoader(FakeLoader):
     def __len__(self):
         return len(self.batches)
@@ -55,7 +70,6 @@ def saves_and_epochs(when=1):
         [1, 2, 3],
         (1, 2, 3),
         range(1, 4),
-        np.arange(1, 4),
         SizedData([1, 2, 3], TypeError("no len")),
         SizedData([1, 2, 3], NotImplementedError()),
         lambda epoch: [1, 2, 3],
@@ -67,7 +81,6 @@ def saves_and_epochs(when=1):
         "list",
         "tuple",
         "range",
-        "array",
         "len raises TypeError",
         "len raises NotImplementedError",
         "callable to a list",
@@ -144,28 +157,105 @@ def test_no_batch_is_drawn_ahead_if_len_is_known():
     assert counts == [(n, n) for n in range(1, 7)]
 
 
-def test_one_batch_is_drawn_ahead_if_len_is_unknown():
+@pytest.mark.parametrize("when", [1, 4])
+def test_data_without_a_length_is_asked_for_a_batch_only_after_everything_due_at_the_step(when):
     drawn, counts = [], []
-    engine = Engine(add)
-
-    @engine.on("step_end")
-    def note(loop):
-        counts.append((loop.step, len(drawn)))
-
-    engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=3)
-    assert counts == [(1, 2), (2, 3), (3, 4)]
-
-
-def test_no_second_batch_is_drawn_ahead_between_due_steps():
-    drawn, counts = [], []
-    engine = Engine(add)
-
-    @engine.on("step_end", when=4)
-    def note(loop):
-        counts.append((loop.step, len(drawn)))
-
+    engine = Engine(add, log_every=when)
+    for event in ("step_end", "log", "save"):
+        engine.on(event, when=when)(lambda loop, *record, event=event: counts.append((event, loop.step, len(drawn))))
     engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=8)
-    assert counts == [(4, 5), (8, 9)]
+    assert counts == [
+        line
+        for step in range(when, 9, when)
+        for line in [("step_end", step, step), ("log", step, step), ("save", step, step + (step < 8))]
+    ]
+
+
+@pytest.mark.parametrize("epoch_steps", [None, 3, 7])
+@pytest.mark.parametrize("when", [1, 3])
+@pytest.mark.parametrize("options", [{"steps_per_call": 1}, {"steps_per_call": 4}, {"prefetch": 3}], ids=str)
+@pytest.mark.parametrize("kind", [lambda live: live, lambda live: lambda epoch: live], ids=["iterator", "callable"])
+def test_run_to_a_number_of_steps_draws_no_further_batch(kind, options, when, epoch_steps):
+    live, engine = Live(7), Engine(add, [saves_and_epochs(when)], **options)
+    result = engine.run(jnp.int32(0), kind(live), steps=7, epoch_steps=epoch_steps)
+    assert (int(result.state), live.left) == (7, 0)
+
+
+def test_run_to_a_number_of_epochs_of_epoch_steps_draws_no_further_batch():
+    for prefetch in (0, 3):
+        assert Engine(add, prefetch=prefetch).run(jnp.int32(0), Live(6), epochs=2, epoch_steps=3).step == 6
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_resumed_run_draws_what_its_new_target_needs(prefetch):
+    live, engine = Live(9), Engine(add, prefetch=prefetch)
+    result = engine.run(jnp.int32(0), live, steps=3)
+    for target in (4, 9):
+        result = engine.run(result, live, steps=target)
+    assert (int(result.state), live.left) == (9, 0)
+
+
+@pytest.mark.parametrize("ends", ["stop", "error", "break"])
+def test_source_that_has_no_further_batch_yet_does_not_delay_the_end_of_a_run(ends):
+    def train():
+        engine = Engine(add)
+
+        @engine.on("step_end")
+        def end(loop):
+            if loop.step == 3 and ends != "break":
+                loop.stop("enough") if ends == "stop" else int("enough")
+
+        with engine.steps(jnp.int32(0), Live(3), steps=7) as steps:
+            for loop in steps:
+                if loop.step == 3:
+                    break
+        return steps.result.stopped
+
+    if ends == "error":
+        with pytest.raises(ValueError, match="invalid literal") as caught:
+            train()
+        assert caught.value.__notes__ == ["onstep: raised by end.on_step_end at step 3"]
+    else:
+        assert train() == ("enough" if ends == "stop" else "the for loop was left early")
+
+
+def test_iterator_that_has_ended_is_not_asked_again():
+    events = saves_and_epochs(when=2)
+    Engine(add, [events]).run(jnp.int32(0), EndsOnce([1, 2, 3, 4]), epochs=1)
+    Engine(add, [events]).run(jnp.int32(0), EndsOnce([1, 2, 3]), epochs=1)
+    assert events.steps("epoch_end") == [4, 3]
+
+
+@pytest.mark.parametrize("through", ["result", "other data"])
+def test_target_at_the_last_batch_of_an_epoch_leaves_its_end_to_the_resumed_run(through):
+    def data(epoch):
+        yield from [1, 2, 3]
+
+    whole, parts = saves_and_epochs(every(epochs=1)), saves_and_epochs(every(epochs=1))
+    uninterrupted = Engine(add, [whole], log_every=2).run(jnp.int32(0), data, epochs=3)
+    engine = Engine(add, [parts], log_every=2)
+    part = engine.run(jnp.int32(0), data, steps=6)
+    assert (part.epoch, parts.steps("epoch_end"), parts.steps("save")) == (1, [3], [3, 6])
+    yielded = []
+    here = data if through == "result" else lambda epoch: data(epoch)
+    with engine.steps(part, here, epochs=3, when=every(epochs=1)) as steps:
+        yielded = [loop.step for loop in steps]
+    assert yielded == [6, 9]
+    assert parts.steps("epoch_end") == whole.steps("epoch_end") == [3, 6, 9]
+    assert parts.steps("save") == [3, 6, 9]
+    assert (steps.result.epoch, int(steps.result.state)) == (3, int(uninterrupted.state))
+    assert steps.result.history["epoch/loss"] == [2, 2]
+    assert steps.result.latest == uninterrupted.latest
+
+
+def test_handler_by_steps_and_epochs_is_due_once_at_a_step_that_ends_an_epoch_of_unknown_length():
+    noted = []
+    engine = Engine(add)
+    for event in ("step_end", "save"):
+        engine.on(event, when=every(3) | every(epochs=1))(lambda loop, event=event: noted.append((event, loop.step)))
+    with engine.steps(jnp.int32(0), lambda n: iter([1] * 3), epochs=2, when=every(3) | every(epochs=1)) as steps:
+        assert [loop.step for loop in steps] == [3, 6]
+    assert noted == [("step_end", 3), ("save", 3), ("step_end", 6), ("save", 6)]
 
 
 @pytest.mark.parametrize("event", ["load", "run_begin", "epoch_begin"])
@@ -193,7 +283,7 @@ def test_saved_position_does_not_depend_on_batches_drawn_ahead(kind):
     data = kind([1, 2, 3])
     engine.run(jnp.int32(0), data, steps=2)
     assert [(place["used"], place["loader"]) for place in positions] == [(1, {"next": 1}), (2, {"next": 2})]
-    assert len(data.drawn) == (3 if kind is FakeLoader else 2)
+    assert len(data.drawn) == 2
 
 
 # Resuming in the middle of the data.
@@ -278,7 +368,7 @@ def test_generator_resumes_where_the_previous_run_left_it(steps):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), data, steps=steps)
     rest = engine.run(part, data, steps=7)
-    assert (int(rest.state), drawn) == (28, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert (int(rest.state), drawn) == (28, [1, 2, 3, 4, 5, 6, 7])
 
 
 def test_generator_resumes_through_any_number_of_runs():
@@ -373,12 +463,25 @@ def test_callable_without_batches_in_a_later_epoch_is_an_error_in_that_epoch():
     assert (events.steps("save"), events.steps("epoch_end")) == ([1, 2], [2])
 
 
-@pytest.mark.parametrize("targets", [{"epochs": 2}, {"steps": 24}], ids=str)
-def test_generator_is_exhausted_at_its_second_epoch(targets):
+def test_generator_is_exhausted_at_its_second_epoch():
     events = saves_and_epochs()
     with pytest.raises(ValueError, match="exhausted at the start of epoch 2: a generator can be read only once"):
-        Engine(add, [events]).run(jnp.int32(0), (n for n in range(12)), **targets)
+        Engine(add, [events]).run(jnp.int32(0), (n for n in range(12)), steps=24)
     assert (events.steps("save"), events.steps("epoch_end")) == (list(range(1, 13)), [12])
+
+
+@pytest.mark.parametrize("make", [Engine.run, Engine.plan], ids=["run", "plan"])
+def test_generator_for_several_epochs_is_refused_before_the_first_step(make):
+    drawn = []
+    match = "needs 5 passes over the data, but a generator can be read only once. Pass a list or a callable"
+    with pytest.raises(ValueError, match=match):
+        make(Engine(add), jnp.int32(0), recorded(range(12), drawn), epochs=5)
+    assert drawn == []
+
+
+@pytest.mark.parametrize("targets", [{"epochs": 5, "steps": 12}, {"epochs": 3, "epoch_steps": 4}], ids=str)
+def test_generator_serves_several_epochs_if_it_is_known_to_suffice(targets):
+    assert Engine(add).run(jnp.int32(0), iter(range(12)), **targets).step == 12
 
 
 def test_generator_shorter_than_one_epoch_is_an_error():

@@ -39,7 +39,7 @@ LAYERS = """
     evaluate
     compiled.step
     compiled.blocks compiled.throttle
-    compiled.cost compiled.__init__
+    compiled.cost compiled.origin compiled.__init__
     data.stream
     data.source data.prefetch
     data.batches
@@ -57,8 +57,9 @@ LAYERS = """
     records snapshot representation spans
     placement sharding
     processes
-    config
-    messages checks redact state activity
+    config fields
+    checks exclusive redact state
+    messages activity
     trees
 """
 """The modules of `onstep` from top to bottom. Imports point downwards, to a line further below."""
