@@ -32,6 +32,10 @@ Bundle = tuple[State, dict[str, Carry], Any]
 completed, an int32 scalar, or None if nothing compiled asks for it."""
 
 
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+"""Compiler options for CPUs. Before jax 0.12, XLA's CPU compiler removes optimization barriers before it fuses, so they
+would not do what `StepFunction` needs them for; this keeps them. Later versions remove them after fusion."""
+
 MOST_CONSTANTS = 1024
 """Flags and counts that are kept on the device."""
 
@@ -92,7 +96,6 @@ class CompiledStep:
         self._example_signature: dict[str, str] = {}
         if not self.auto:
             self.block_size = 0 if steps_per_call == 1 or not jit else int(steps_per_call)
-            self._select_call(None)
 
     def init(self, state: State) -> dict[str, Carry]:
         """Return the first carries, on the devices of the state."""
@@ -137,13 +140,14 @@ class CompiledStep:
         self.function.expected = saved["batch"] or here
         if self._example is None or self._example_signature != here:
             self._example, self._example_signature = jax.eval_shape(lambda x: x, whole), here
-        if self._device != (device := self._placement.constant_sharding(bundle)):
+        earlier, device = self._device, self._placement.constant_sharding(bundle)
+        if earlier != device:
             self._device, self._constants = device, {}
         layout = self._placement.layout(bundle)
         if self.block_size is None:
             self.block_size = self.choose_block_size(bundle, self._example, batch, rng, saved["mode"])[0]
             self._select_call(layout)
-        elif layout is not None:
+        elif self.call is None or layout is not None or earlier not in (None, device):
             self._select_call(layout)
         for count in range(1, min(self.block_size or 0, blocks.MOST) + 1):  # now, so that a run leaves no array behind
             self._constant(count)
@@ -232,16 +236,15 @@ class CompiledStep:
         return self._constants[value]
 
     def _select_call(self, layout: Any) -> None:
-        key = (self.block_size, *jax.tree.leaves(layout))
+        on_cpu = self._device is not None and {device.platform for device in self._device.device_set} == {"cpu"}
+        options = KEEP_BARRIERS if on_cpu and jax.__version_info__ < (0, 12) else None
+        key = (self.block_size, options is None, *jax.tree.leaves(layout))
         if key not in self._calls:
-            function: Any = self.function
-            call: Any = self._single_step if self.jit else functools.partial(_run_uncompiled, function)
+            call: Any = self._single_step if self.jit else functools.partial(_run_uncompiled, self.function)
             if self.block_size:
-                function = functools.partial(blocks.run_block, self._single_step, self.block_size)
-                call = jax.jit(function, donate_argnums=0)
-            if layout is not None:
-                call = self._placement.pin(call, function, layout, stacked=bool(self.block_size), jit=self.jit)
-            self._calls[key] = call
+                call = functools.partial(blocks.run_block, self._single_step, self.block_size)
+            stacked = bool(self.block_size)
+            self._calls[key] = self._placement.compile_call(call, layout, options, stacked=stacked, jit=self.jit)
         self.call = self._calls[key]
 
 
@@ -283,9 +286,11 @@ class StepFunction:
         state, carries, count = bundle
         self._warn_if_reshaped(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
-        new, metrics, aux = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
-        # Without this barrier, what observers compute could change how XLA fuses the step, and so its exact results.
-        new, metrics = jax.lax.optimization_barrier((new, metrics))
+        results = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
+        # Observers must not change a bit of the results. XLA fuses a value into its consumers, and rounds a product and
+        # a sum that are fused once instead of twice, so a new consumer of one result could change another one. `aux`
+        # belongs inside as well: a gradient norm would otherwise change how gradients and parameters are fused.
+        new, metrics, aux = isolate(results)
         ctx = Context(count, state, new, batch, metrics, aux, folded)
         carries = dict(carries)
         for name, half in self.transforms.items():
@@ -337,6 +342,15 @@ class StepFunction:
                 "To avoid this, give all batches the same shape: drop the short last one, or pad it.",
                 stacklevel=2,
             )
+
+
+def isolate(tree: Any) -> Any:
+    """Return the tree with a barrier between the computation of its arrays and their consumers."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [number for number, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    for number, array in zip(arrays, jax.lax.optimization_barrier([leaves[n] for n in arrays]), strict=True):
+        leaves[number] = array
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _check_unchanged(old: Any, new: Any, who: str, what: str = "state") -> Any:
