@@ -11,7 +11,7 @@ from typing import Any
 
 from onstep import Callback, History, Loop, Record, processes
 from onstep.redact import redacted
-from onstep.tools import RecordFile
+from onstep.tools import RecordFile, local_file
 
 
 @dataclass(eq=False, repr=False)
@@ -88,7 +88,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> History:
     [0.25]
     """
     history = History()
-    with open(path, encoding="utf-8") as file:
+    with open(local_file("read_json_lines", path), encoding="utf-8") as file:
         for line in file:
             values = json.loads(line)
             if "step" in values:

@@ -116,7 +116,7 @@ class NaNGuard(Callback):
         report = (in_a_row > self._allowed) & (step == 0)
         step, code = jnp.where(report, ctx.step + 1, step), jnp.where(report, first, code)
         if self.skip:
-            skipped += bad
+            skipped += bad.astype(jnp.int32)
             restored = jax.tree.map(lambda new, old: jnp.where(bad, old, new), ctx.state, ctx.before)
             ctx = ctx.replace(state=restored).log(skipped=bad)
         return GuardCarry(step, code, skipped, in_a_row, exempt).pack(), ctx
@@ -202,6 +202,9 @@ def _state_floats(state: Any) -> dict[str, Any]:
 @jax.jit
 def _kinds(values: list[Any]) -> jax.Array:
     """Return for each leaf the worst kind of number in it, as an index of `KINDS`: int32[leaves]."""
-    # In 8 bits, because that takes half the time of the plain form, isfinite(x).all().
-    two = jnp.uint8(2)
-    return jnp.array([jnp.where(jnp.isnan(x), two, jnp.isinf(x)).max(initial=0) for x in values], jnp.int32)
+
+    def worst(x: jax.Array) -> jax.Array:
+        # In 8 bits, because that takes half the time of the plain form, isfinite(x).all().
+        return jnp.where(jnp.isnan(x), jnp.uint8(2), jnp.isinf(x).astype(jnp.uint8)).max(initial=0)
+
+    return jnp.array([worst(x) for x in values], jnp.int32)

@@ -17,7 +17,7 @@ from .means import Mean, fetch
 from .metrics import Metrics, as_metrics
 from .placement import fold_in, make_placement
 from .processes import check_same
-from .trees import Batch, State, copy_numpy
+from .trees import Batch, State, copy_containers, copy_numpy
 
 IN_FLIGHT = 2
 """Batches whose computation may be unfinished, as in training."""
@@ -71,6 +71,7 @@ def evaluate(
     placement = make_placement(mesh)
     if placement.processes > 1:
         check_same({"the number of batches to evaluate on": length(data)})
+        placement.begin("evaluation")
     compiled = placement.compile_evaluation(step)
     results: list[Metrics] = []
     weights: list[int] = []
@@ -80,7 +81,9 @@ def evaluate(
         batch = batch if isinstance(batches, EpochIterator) else copy_numpy(batch)
         batch = placement.place_batch(batch, ragged=True)
         key = [] if rng is None else [fold_in(rng, number)]
-        results.append(as_metrics(compiled(state, batch, *key), "The evaluation step"))
+        # A step that is not compiled, because of jax.disable_jit, could change the caller's containers.
+        given = copy_containers((state, batch)) if jax.config.jax_disable_jit else (state, batch)
+        results.append(as_metrics(compiled(*given, *key), "The evaluation step"))
         weights.append(_examples(batch))
         jax.block_until_ready(results[-IN_FLIGHT - 1 : -IN_FLIGHT])
         if watch is not None:

@@ -30,6 +30,28 @@ def to_float(value: Any, name: str) -> float:
     return float(array)
 
 
+@jax.tree_util.register_pytree_node_class
+class NoMetrics(dict[str, Any]):
+    """The metrics of a step that has none: an empty dict, with an array to wait for.
+
+    Args:
+        done: any output of the call that is never donated.
+    """
+
+    def __init__(self, done: Any):
+        super().__init__()
+        self.done: Any = done
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        """Return the array, as JAX asks for it."""
+        return (self.done,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any]) -> NoMetrics:
+        """Return the metrics with another array."""
+        return cls(*children)
+
+
 class BlockMetrics(dict[str, Any]):
     """The metrics of the last step of a block by name, and those of all its steps in columns.
 

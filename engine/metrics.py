@@ -26,8 +26,22 @@ def as_metrics(given: Any, who: str) -> Metrics:
     if clu is not None and isinstance(given, clu.Collection):
         given = {name: getattr(given, name) for name in type(given).__annotations__ if not name.startswith("_")}
     if not isinstance(given, dict) or any(not isinstance(name, str) for name in given):
-        raise TypeError(f"{who} needs metrics as a dict of scalars by name, got {type(given).__name__}: {given!r:.80}.")
+        advice = ' Give it a name: return state, {"loss": loss}.' if isinstance(given, jax.Array) else ""
+        raise TypeError(f"{who} needs metrics as a dict of scalars by name, got {describe_result(given)}.{advice}")
     return {name: value if merges(value) else _scalar(value, name, who) for name, value in given.items()}
+
+
+def describe_result(result: Any) -> str:
+    """Return what a user's function returned, for errors: arrays by dtype and shape, not as tracers.
+
+    >>> describe_result(jnp.zeros(3)), describe_result(None), describe_result({1: 2.0})
+    ('an array float32[3]', 'None', 'dict with the keys [1]')
+    """
+    if isinstance(result, jax.Array):
+        return f"an array {result.dtype}[{','.join(map(str, result.shape))}]"
+    if isinstance(result, dict):
+        return f"{type(result).__name__} with the keys {list(result)}"
+    return "None" if result is None else type(result).__name__
 
 
 def _scalar(value: Any, name: str, who: str) -> jax.Array:
@@ -37,6 +51,8 @@ def _scalar(value: Any, name: str, who: str) -> jax.Array:
         raise TypeError(f"{who} needs scalar metrics, got {type(value).__name__} for {name!r}.") from None
     if array.ndim:
         raise ValueError(f"{who} needs scalar metrics, got shape {array.shape} for {name!r}. Reduce it, e.g. .mean().")
+    if jnp.iscomplexobj(array):
+        raise ValueError(f"{who} needs real metrics, got {array.dtype} for {name!r}. Return its .real or its jnp.abs.")
     return array
 
 

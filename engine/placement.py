@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .trees import Batch, State, named_leaves, strip_weak_types
+from .checks import check_state
+from .processes import SameShapes
+from .trees import Batch, State, check_not_shared, named_leaves, signature, strip_weak_types
 
 DATA_AXES = ("data", "fsdp")
 """Axes of a mesh over which batches are divided, if it has more than one axis."""
@@ -68,6 +71,9 @@ class SingleDevice:
         """Return the sharding of the small constants of a call: the device of the run."""
         return device_of(bundle)
 
+    def begin(self, source: str) -> None:
+        """Begin to read a source of batches."""
+
     def place_batch(self, batch: Batch, *, ragged: bool = False) -> Batch:
         """Return a batch for a compiled call, unchanged: JAX transfers it faster itself."""
         return batch
@@ -88,6 +94,8 @@ class SingleDevice:
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled evaluation step. JAX caches by function, so wrapping again is free."""
+        if jit_is_disabled():  # then `jax.jit` would pass on arrays of numpy as they are
+            return lambda state, batch, *key: step(state, jax.tree.map(jnp.asarray, batch), *key)
         return jax.jit(step)
 
     def rows(self, start: int, stop: int) -> Any:
@@ -153,6 +161,7 @@ class DataSharding:
         along = NamedSharding(self.mesh, PartitionSpec(self.axes or None))
         parts = along.addressable_devices_indices_map((self.shards,))
         self.own_shards: list[int] = sorted({index[0].start or 0 for index in parts.values() if index})
+        self._same: SameShapes | None = None
 
     def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
         """Return the tree as arrays that are not shared with the caller, on the devices of the mesh.
@@ -199,6 +208,10 @@ class DataSharding:
         """Return the sharding of the small constants of a call: replicated."""
         return self.replicated
 
+    def begin(self, source: str) -> None:
+        """Begin to read a source of batches; from now on they must have the same shapes in all processes."""
+        self._same = SameShapes(source) if self.processes > 1 else None
+
     def place_batch(self, batch: Batch, *, stacked: bool = False, ragged: bool = False) -> Batch:
         """Return a batch divided over the devices; arrays already on many devices are unchanged.
 
@@ -224,6 +237,11 @@ class DataSharding:
                 if not ragged or self.processes > 1:
                     raise self._indivisible(len(self.own_shards), repr(list(named_leaves(batch))[n]), rows)
                 where[i] = self.replicated
+        if self._same is not None:
+            self._same.check(
+                [(flat[n].shape, flat[n].dtype) for n in moved],
+                lambda: ", ".join(f"{name}: {kind}" for name, kind in signature(batch).items()),
+            )
         if self.processes == 1:
             new = jax.device_put([flat[n] for n in moved], where)
         else:
@@ -295,6 +313,12 @@ class DataSharding:
         if part.ndim > int(stacked):
             shape[int(stacked)] = shape[int(stacked)] // len(self.own_shards) * self.shards
         return jax.make_array_from_process_local_data(where, part, tuple(shape))
+
+
+def jit_is_disabled() -> bool:
+    """Return whether JAX runs everything uncompiled now, because of `JAX_DISABLE_JIT` or `jax.disable_jit()`."""
+    config: Any = jax.config  # its attributes have no types
+    return config.jax_disable_jit
 
 
 Placement = SingleDevice | DataSharding
@@ -369,12 +393,8 @@ class ShardedCall:
 
 def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], jax.Array], like: Any) -> Any:
     """Return a tree of arrays not shared with the caller, each placed by `settle(array, sharding in like)`."""
-    for name, leaf in named_leaves(tree).items():
-        if not isinstance(leaf, (jax.Array, int, float, complex)) and getattr(leaf, "dtype", None) is None:
-            raise TypeError(
-                f"{what} needs arrays and numbers as leaves, got {type(leaf).__name__} at {name!r}. "
-                "Keep it out of the tree (a static field, a closure)."
-            )
+    check_state(tree, what)
+    check_not_shared(tree, what)
     flat, structure = jax.tree.flatten(tree)
     shardings = [None] * len(flat) if like is None else [leaf.sharding for leaf in jax.tree.leaves(like)]
     seen: set[int] = set()
@@ -455,14 +475,14 @@ def to_host(array: Any) -> np.ndarray:
     return read(array)
 
 
-def replicated_bytes(tree: Any) -> dict[str, bytes]:
-    """Return, by path, the bytes of the fully replicated leaves."""
+def replicated_checksums(tree: Any) -> dict[str, int]:
+    """Return, by path, checksums of the fully replicated leaves. One leaf at a time is copied to the host."""
 
-    def plain(leaf: jax.Array) -> jax.Array:
-        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    def checksum(leaf: jax.Array) -> int:
+        data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        return zlib.crc32(np.ascontiguousarray(read(data.addressable_data(0))).view(np.uint8).data)
 
-    whole = {name: plain(leaf) for name, leaf in named_leaves(tree).items() if leaf.is_fully_replicated}
-    return {name: read(leaf.addressable_data(0)).tobytes() for name, leaf in whole.items()}
+    return {name: checksum(leaf) for name, leaf in named_leaves(tree).items() if leaf.is_fully_replicated}
 
 
 def _reshard(array: jax.Array, sharding: Any) -> jax.Array:

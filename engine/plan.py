@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from .cadence import ALWAYS, Cadence, as_cadence, every
-from .callback import EVENTS, Callback, FunctionCallback, overridden
+from .callback import BY_CADENCE, EVENTS, Callback, FunctionCallback, overridden
 from .checks import check_rng, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import FIRST, LONG
 from .data.source import Data
 from .data.stream import BatchStream
-from .events import BY_CADENCE
 from .loop import Options
 from .placement import Placement
 from .result import Result
@@ -154,6 +153,8 @@ def make_plan(
     if isinstance(state, Result):
         saved, state = unpack(state.snapshot.host), state.state
     stream = None if data is None else BatchStream(data, epoch_steps, placement)
+    if stream is not None and epochs is not None and steps is None:
+        stream.check_epochs(epochs - saved["epoch"])
     length = epoch_steps if stream is None else stream.length
     where = Where(saved["step"], saved["epoch"], saved["epoch_step"], length, steps, epochs)
     shapes = None if state is None else jax.eval_shape(strip_weak_types, state)

@@ -1,10 +1,9 @@
-"""Pytrees by name: paths of leaves, shapes and dtypes as text, fields of a state."""
+"""Pytrees by name: paths of leaves, shapes and dtypes as text."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
+import sys
 from typing import Any
 
 import jax
@@ -103,66 +102,44 @@ def as_array(leaf: Any) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
+def copy_containers(tree: Any) -> Any:
+    """Return the tree with the same leaves in new containers.
+
+    User code may change a dict, a list or an NNX module in place. With a copy, nothing else sees the change.
+
+    >>> tree = {"w": 1.0}
+    >>> copy_containers(tree).update(w=2.0)
+    >>> tree
+    {'w': 1.0}
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def check_not_shared(tree: Any, what: str) -> None:
+    """Raise a ValueError if a tree holds one NNX variable twice, as a model with tied weights does.
+
+    As a pytree, it would be two variables from the first step on.
+    """
+    nnx: Any = sys.modules.get("flax.nnx")  # if it is not imported, the tree holds no variable
+    if nnx is None:
+        return
+    variables = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    seen: dict[int, str] = {}
+    for path, node in variables:
+        if isinstance(node, nnx.Variable):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if (first := seen.setdefault(id(node), name)) != name:
+                raise ValueError(
+                    f"{what} holds one NNX {type(node).__name__} at {first!r} and {name!r}, which would be trained as "
+                    "two. Make the arrays the state: graph, state = nnx.split(model), and "
+                    "model = nnx.merge(graph, state) in the step."
+                )
+
+
 def copy_numpy(batch: Batch) -> Batch:
     """Return the batch with its numpy arrays copied.
 
     JAX may read a numpy array in place, after its source has overwritten it.
     """
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
-
-
-def get_field(tree: Any, path: str, who: str) -> Any:
-    """Return the part of a tree at a dotted path, through attributes or keys.
-
-    Args:
-        tree: usually `loop.state` or `ctx.state`.
-        path: such as `"gen.params"`.
-        who: the callback that needs it, for the error.
-
-    Raises:
-        ValueError: there is no such field; the message lists those that exist.
-
-    >>> get_field({"gen": {"params": 1.0}}, "gen.params", "EMA")
-    1.0
-    """
-    for name in path.split("."):
-        found = _item(tree, name) if isinstance(tree, Mapping) else getattr(tree, name, None)
-        found = _item(tree, name) if found is None else found
-        if found is None:
-            fields = [f.name for f in dataclasses.fields(tree)] if dataclasses.is_dataclass(tree) else _keys(tree)
-            raise ValueError(f"{who} needs {path!r} in the state, but {type(tree).__name__} has {fields}.")
-        tree = found
-    return tree
-
-
-def set_field(tree: Any, path: str, value: Any) -> Any:
-    """Return a copy of the tree with the part at a dotted path replaced.
-
-    >>> set_field({"gen": {"params": 1.0}, "step": 0}, "gen.params", 2.0)
-    {'gen': {'params': 2.0}, 'step': 0}
-    """
-    name, _, rest = path.partition(".")
-    if rest:
-        value = set_field(get_field(tree, name, "set_field"), rest, value)
-    if hasattr(tree, "unfreeze"):  # Flax's FrozenDict
-        return tree.copy({name: value})
-    if hasattr(tree, "_replace"):  # a NamedTuple
-        return tree._replace(**{name: value})
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(tree, **{name: value})
-    changed = jax.tree.map(lambda x: x, tree)  # copies the containers, for any type of mapping
-    changed[name] = value
-    return changed
-
-
-def _item(tree: Any, name: str) -> Any:
-    try:
-        return tree[name]
-    except (KeyError, TypeError, IndexError):
-        return None
-
-
-def _keys(tree: Any) -> list[str]:
-    if hasattr(tree, "_fields"):
-        return list(tree._fields)
-    return [str(key) for key in tree] if hasattr(tree, "keys") else []

@@ -55,7 +55,6 @@ def saves_and_epochs(when=1):
         [1, 2, 3],
         (1, 2, 3),
         range(1, 4),
-        np.arange(1, 4),
         SizedData([1, 2, 3], TypeError("no len")),
         SizedData([1, 2, 3], NotImplementedError()),
         lambda epoch: [1, 2, 3],
@@ -67,7 +66,6 @@ def saves_and_epochs(when=1):
         "list",
         "tuple",
         "range",
-        "array",
         "len raises TypeError",
         "len raises NotImplementedError",
         "callable to a list",
@@ -144,28 +142,18 @@ def test_no_batch_is_drawn_ahead_if_len_is_known():
     assert counts == [(n, n) for n in range(1, 7)]
 
 
-def test_one_batch_is_drawn_ahead_if_len_is_unknown():
+@pytest.mark.parametrize("when", [1, 4])
+def test_data_without_a_length_is_asked_for_a_batch_only_after_everything_due_at_the_step(when):
     drawn, counts = [], []
-    engine = Engine(add)
-
-    @engine.on("step_end")
-    def note(loop):
-        counts.append((loop.step, len(drawn)))
-
-    engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=3)
-    assert counts == [(1, 2), (2, 3), (3, 4)]
-
-
-def test_no_second_batch_is_drawn_ahead_between_due_steps():
-    drawn, counts = [], []
-    engine = Engine(add)
-
-    @engine.on("step_end", when=4)
-    def note(loop):
-        counts.append((loop.step, len(drawn)))
-
+    engine = Engine(add, log_every=when)
+    for event in ("step_end", "log", "save"):
+        engine.on(event, when=when)(lambda loop, *record, event=event: counts.append((event, loop.step, len(drawn))))
     engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=8)
-    assert counts == [(4, 5), (8, 9)]
+    assert counts == [
+        line
+        for step in range(when, 9, when)
+        for line in [("step_end", step, step), ("log", step, step), ("save", step, step + (step < 8))]
+    ]
 
 
 @pytest.mark.parametrize("event", ["load", "run_begin", "epoch_begin"])
@@ -193,7 +181,7 @@ def test_saved_position_does_not_depend_on_batches_drawn_ahead(kind):
     data = kind([1, 2, 3])
     engine.run(jnp.int32(0), data, steps=2)
     assert [(place["used"], place["loader"]) for place in positions] == [(1, {"next": 1}), (2, {"next": 2})]
-    assert len(data.drawn) == (3 if kind is FakeLoader else 2)
+    assert len(data.drawn) == 2
 
 
 # Resuming in the middle of the data.
@@ -278,7 +266,7 @@ def test_generator_resumes_where_the_previous_run_left_it(steps):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), data, steps=steps)
     rest = engine.run(part, data, steps=7)
-    assert (int(rest.state), drawn) == (28, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert (int(rest.state), drawn) == (28, [1, 2, 3, 4, 5, 6, 7])
 
 
 def test_generator_resumes_through_any_number_of_runs():
@@ -373,12 +361,25 @@ def test_callable_without_batches_in_a_later_epoch_is_an_error_in_that_epoch():
     assert (events.steps("save"), events.steps("epoch_end")) == ([1, 2], [2])
 
 
-@pytest.mark.parametrize("targets", [{"epochs": 2}, {"steps": 24}], ids=str)
-def test_generator_is_exhausted_at_its_second_epoch(targets):
+def test_generator_is_exhausted_at_its_second_epoch():
     events = saves_and_epochs()
     with pytest.raises(ValueError, match="exhausted at the start of epoch 2: a generator can be read only once"):
-        Engine(add, [events]).run(jnp.int32(0), (n for n in range(12)), **targets)
+        Engine(add, [events]).run(jnp.int32(0), (n for n in range(12)), steps=24)
     assert (events.steps("save"), events.steps("epoch_end")) == (list(range(1, 13)), [12])
+
+
+@pytest.mark.parametrize("make", [Engine.run, Engine.plan], ids=["run", "plan"])
+def test_generator_for_several_epochs_is_refused_before_the_first_step(make):
+    drawn = []
+    match = "needs 5 passes over the data, but a generator can be read only once. Pass a list or a callable"
+    with pytest.raises(ValueError, match=match):
+        make(Engine(add), jnp.int32(0), recorded(range(12), drawn), epochs=5)
+    assert drawn == []
+
+
+@pytest.mark.parametrize("targets", [{"epochs": 5, "steps": 12}, {"epochs": 3, "epoch_steps": 4}], ids=str)
+def test_generator_serves_several_epochs_if_it_is_known_to_suffice(targets):
+    assert Engine(add).run(jnp.int32(0), iter(range(12)), **targets).step == 12
 
 
 def test_generator_shorter_than_one_epoch_is_an_error():

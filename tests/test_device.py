@@ -266,3 +266,21 @@ def test_print_inside_the_step_comes_once_per_step_and_in_order(steps_per_call, 
     Engine(says, steps_per_call=steps_per_call).run(jnp.int32(0), [1] * 60, epochs=2)
     jax.effects_barrier()
     assert capsys.readouterr().out == "".join(f"state {n}\n" for n in range(120))
+
+
+def test_number_of_metrics_on_the_device_is_bounded_in_a_long_window(monkeypatch):
+    monkeypatch.setattr("onstep.loop.MOST_PENDING", 8)
+    pending = []
+
+    class Count(Callback):
+        when = 30
+
+        def on_step_end(self, loop):
+            pending.append(len(loop._windows.pending))
+
+    engine = Engine(
+        lambda state, batch: (state + batch, {"loss": batch * 1.0}), [Count()], log_every=10**9, steps_per_call=1
+    )
+    result = engine.run(jnp.int32(0), list(range(30)), epochs=1)
+    assert pending == [30 % 8]
+    assert result.latest["epoch/loss"] == sum(range(30)) / 30

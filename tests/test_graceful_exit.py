@@ -211,7 +211,7 @@ def test_a_final_stop_at_the_same_step_keeps_its_reason():
     send(engine, "save", signal.SIGINT, at=8)
     engine.on("run_end")(lambda loop: reasons.append((loop.stopped, loop.finished)))
     interrupted(engine)
-    assert reasons == [("epoch/loss has not improved on 1 in 1 evaluations", True)]
+    assert reasons == [("epoch/loss has not fallen below 1 in 1 evaluation (mode='min')", True)]
 
 
 @BOTH
@@ -272,13 +272,37 @@ def test_an_echo_of_the_signal_is_not_a_second_signal():
     assert transcript.lines == ["save 2/0", "run_end 2/0"]
 
 
+def test_a_storm_of_signals_counts_as_one():
+    transcript, graceful = saves_and_ends(), GracefulExit()
+    graceful.clock = (0.3 * n for n in itertools.count()).__next__  # each signal comes soon after the one before
+    engine = Engine(counting_step, [graceful, transcript])
+    for _ in range(10):
+        send(engine, "step_end", signal.SIGINT, at=2)
+    interrupted(engine)
+    assert transcript.lines == ["save 2/0", "run_end 2/0"]
+
+
 def test_the_user_is_told(capsys):
     engine = Engine(counting_step, [GracefulExit()])
     send(engine, "step_end", signal.SIGINT, at=2)
     interrupted(engine)
     assert capsys.readouterr().err == (
         "onstep: SIGINT: finishing this step and saving before stopping. Send it again to stop immediately.\n"
+        "onstep: stopped at step 2; nothing is saved, because the run has no checkpoint\n"
     )
+
+
+def test_an_interrupt_that_nobody_catches_prints_no_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    engine = Engine(counting_step, [GracefulExit()])
+    send(engine, "step_end", signal.SIGINT, at=2)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        engine.run(jnp.int32(0), [1] * 4, epochs=1)
+    capsys.readouterr()
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert "KeyboardInterrupt" in capsys.readouterr().err
 
 
 def test_a_message_that_cannot_be_written_is_left_out(monkeypatch):
@@ -572,7 +596,7 @@ def run(directory, moment, *numbers):
         try:
             for n, number in enumerate(numbers):
                 assert n or child.stdout.readline() == "now\n"
-                time.sleep(0.2 * n)
+                time.sleep(0.8 * n)  # more than an echo
                 child.send_signal(number)
             out, err = child.communicate(timeout=60)
         finally:

@@ -58,11 +58,12 @@ def test_structure_that_differs_without_a_leaf_is_named():
 @pytest.mark.parametrize(
     ("results", "error", "match"),
     [
-        (lambda s: s, TypeError, r"needs to return \(state, metrics\).*got .*Tracer"),
+        (lambda s: s, TypeError, r"needs to return \(state, metrics\).*got an array float32\[\]"),
+        (lambda s: None, TypeError, "got None"),
         (lambda s: (s,), TypeError, "got 1 results"),
         (lambda s: (s, {}, {}, {}), TypeError, "got 4 results"),
         (lambda s: [s, {}], TypeError, "got list"),
-        (lambda s: (s, s), TypeError, "metrics as a dict of scalars by name"),
+        (lambda s: (s, s), TypeError, r'metrics as .*, got an array float32\[\].*: return state, {"loss": loss}'),
         (lambda s: (s, {1: s}), TypeError, "metrics as a dict of scalars by name"),
         (lambda s: (s, {"loss": jnp.zeros(3)}), ValueError, r"scalar metrics, got shape \(3,\) for 'loss'"),
         (lambda s: (s, {"loss": {"a": s}}), TypeError, "scalar metrics, got dict for 'loss'"),
@@ -199,6 +200,7 @@ def test_callback_class_with_a_mistake_is_refused_when_it_is_defined(methods, ma
     [
         (lambda carry, ctx: ctx, TypeError, r"Half.update needs to return \(carry, ctx\), got Context"),
         (lambda carry, ctx: (carry, ctx.state), TypeError, r"Half.update needs to return \(carry, ctx\)"),
+        (lambda carry, ctx: None, TypeError, r"Half.update needs to return \(carry, ctx\), got None"),
         (lambda carry, ctx: (jnp.zeros(2), ctx), ValueError, r"Half.update needs to return a carry like .*\[\] became"),
         (lambda carry, ctx: (carry, ctx.replace(state=jnp.zeros(2))), ValueError, "Half.update needs .* a state like"),
         (

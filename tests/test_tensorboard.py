@@ -1,7 +1,6 @@
 """TensorBoard: event files read back with TensorBoard's own reader."""
 
 import math
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -124,14 +123,6 @@ def test_run_that_is_already_finished_creates_no_file(tmp_path):
     first = Engine(counting_step).run(jnp.float32(0), [1, 1], epochs=1)
     Engine(counting_step, [TensorBoard(tmp_path / "run")]).run(first, [1, 1], epochs=1)
     assert not any(tmp_path.iterdir())
-
-
-def test_writer_thread_ends_with_the_run(tmp_path):
-    before = set(threading.enumerate())
-    Engine(counting_step, [TensorBoard(tmp_path)]).run(jnp.float32(0), [1, 1], epochs=1)
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-    assert not set(threading.enumerate()) - before
 
 
 def test_configuration_becomes_hyperparameters_and_its_secrets_are_in_no_file(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,12 +19,23 @@ from ..cadence import ALWAYS, Trigger, as_cadence
 from ..callback import Callback, Carry, Context, overridden
 from ..checks import takes_rng
 from ..data.stacking import BatchStacker
-from ..means import BlockMetrics
+from ..means import BlockMetrics, NoMetrics
 from ..messages import log_duration
-from ..metrics import Metrics, as_metrics
+from ..metrics import Metrics, as_metrics, describe_result
 from ..placement import Placement, put_small
-from ..trees import Batch, State, compare_signatures, difference, ignore_sizes, signature, strip_weak_types
+from ..processes import check_same
+from ..trees import (
+    Batch,
+    State,
+    compare_signatures,
+    copy_containers,
+    difference,
+    ignore_sizes,
+    signature,
+    strip_weak_types,
+)
 from . import blocks
+from .origin import call_signature, function_name, note_origin
 
 Step = Callable[..., Any]
 """`(state, batch) -> (state, metrics)`; an optional third argument is a random key, an optional third result `aux`."""
@@ -153,7 +166,10 @@ class CompiledStep:
             self._constant(count)
         if hasattr(self.call, "trace"):
             batch = BatchStacker(batch, self.block_size).batches() if self.block_size else batch
-            self.call.trace(bundle, batch, rng, self._due((self._never,), 1)).lower().compile()
+            lowered = self.call.trace(bundle, batch, rng, self._due((self._never,), 1)).lower()
+            if self._placement.processes > 1:
+                check_same({"the first batch": here, "the compiled step": lowered.as_text()})
+            lowered.compile()
             if self.function.times > traced:
                 several = f", up to {self.block_size} steps a call," if self.block_size else ""
                 log_duration(f"compiled the step{several}", time.perf_counter() - began)
@@ -203,8 +219,10 @@ class CompiledStep:
         flags = zip(self.conditional, zip(*due, strict=True), strict=True)
         present = {name: now for half, now in flags for name in self.function.logged[half]}
         last, columns = metrics if self.block_size else (metrics, {})
-        last = {name: value for name, value in last.items() if present.get(name, (True,))[-1]}
-        return bundle, BlockMetrics(last, columns, count, present) if self.block_size else last
+        due_now = {name: value for name, value in last.items() if present.get(name, (True,))[-1]}
+        if self.block_size:
+            return bundle, BlockMetrics(due_now, columns, count, present)
+        return bundle, due_now or NoMetrics(next(iter(last.values()))) if last else last
 
     @property
     def _never(self) -> tuple[bool, ...]:
@@ -273,10 +291,17 @@ class StepFunction:
         self.logged: dict[str, list[str]] = {}
         self.expected: dict[str, str] | None = None
         self.times: int = 0
+        # JAX names the compiled function and its arguments in errors: they should be the user's.
+        self.__name__: str = function_name(step)
+        self.__wrapped__: Step = step
+        self.__signature__: inspect.Signature = call_signature(step)
 
     def init(self, state: State) -> dict[str, Carry]:
         """Return the first carries."""
-        carries = {name: half.init(state) for name, half in self.transforms.items()}
+        carries = {}
+        for name, half in self.transforms.items():
+            with note_origin(f"{name}.init", half.init), _check_attributes(f"{name}.init", half):
+                carries[name] = half.init(copy_containers(state))
         # Copied, because a carry must not share a buffer with the state: both are donated.
         return jax.tree.map(jnp.copy, strip_weak_types(carries))
 
@@ -286,7 +311,9 @@ class StepFunction:
         state, carries, count = bundle
         self._warn_if_reshaped(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
-        results = self._results(self.step(state, batch, *([folded] if self.takes_rng else [])), state)
+        with note_origin(f"the step {self.__name__}", self.step):
+            results = self.step(*copy_containers((state, batch)), *([folded] if self.takes_rng else []))
+            results = self._results(results, state)
         # Observers must not change a bit of the results. XLA fuses a value into its consumers, and rounds a product and
         # a sum that are fused once instead of twice, so a new consumer of one result could change another one. `aux`
         # belongs inside as well: a gradient norm would otherwise change how gradients and parameters are fused.
@@ -297,11 +324,13 @@ class StepFunction:
             ctx = dataclasses.replace(ctx, _who=name)
             now = due[self.conditional.index(name)] if name in self.conditional else None
             carries[name], ctx = self._update(name, half, carries[name], ctx, now)
-        return (ctx.state, carries, None if count is None else count + 1), ctx.metrics
+        # The host waits for metrics, because they are never donated. Without any, it needs something else to wait for.
+        metrics = ctx.metrics or NoMetrics(jnp.int32(0))
+        return (ctx.state, carries, None if count is None else count + 1), metrics
 
     def _results(self, results: Any, state: State) -> tuple[State, Metrics, dict[str, Any]]:
         if not isinstance(results, tuple) or len(results) not in (2, 3):
-            got = f"{len(results)} results" if type(results) is tuple else type(results).__name__
+            got = f"{len(results)} results" if type(results) is tuple else describe_result(results)
             raise TypeError(f"The step needs to return (state, metrics) or (state, metrics, aux), got {got}.")
         new, metrics, aux = (*results, {})[:3]
         if not isinstance(aux, dict):
@@ -312,14 +341,19 @@ class StepFunction:
         """Run one compiled half, behind a branch if it is not always due."""
 
         def update() -> tuple[Carry, State, Metrics]:
-            out = half.update(carry, ctx)
-            if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Context)):
-                raise TypeError(f"{name}.update needs to return (carry, ctx), got {out!r:.80}.")
-            new, after = out
-            state = ctx.state
-            if after.state is not ctx.state:
+            with note_origin(f"{name}.update", half.update):
+                with _check_attributes(f"{name}.update", half):
+                    out = half.update(copy_containers(carry), _with_own_containers(ctx))
+                if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Context)):
+                    raise TypeError(f"{name}.update needs to return (carry, ctx), got {describe_result(out)}.")
+                new, after = out
+                if after.dropped:
+                    raise ValueError(
+                        f"{name}.update logs {after.dropped[0]!r}, but does not return the context that ctx.log "
+                        "returned. Write ctx = ctx.log(...), or return carry, ctx.log(...)."
+                    )
                 state = _check_unchanged(ctx.state, after.state, f"{name}.update")
-            return _check_unchanged(carry, new, f"{name}.update", "carry"), state, as_metrics(after.metrics, name)
+                return _check_unchanged(carry, new, f"{name}.update", "carry"), state, as_metrics(after.metrics, name)
 
         def skip() -> tuple[Carry, State, Metrics]:
             zero = {n: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m) for n, m in shapes.items()}
@@ -351,6 +385,39 @@ def isolate(tree: Any) -> Any:
     for number, array in zip(arrays, jax.lax.optimization_barrier([leaves[n] for n in arrays]), strict=True):
         leaves[number] = array
     return jax.tree.unflatten(structure, leaves)
+
+
+def _with_own_containers(ctx: Context) -> Context:
+    """Return a context whose dicts, lists and modules a compiled half may change in place."""
+    names = ("before", "state", "batch", "metrics", "aux")
+    return dataclasses.replace(ctx, **{name: copy_containers(getattr(ctx, name)) for name in names})
+
+
+@contextlib.contextmanager
+def _check_attributes(who: str, half: Callback) -> Iterator[None]:
+    """Notice attributes of a callback that its compiled half changes, which happens only while it is traced.
+
+    Attributes that describe what was traced, such as the names of leaves, are fine.
+
+    Raises:
+        TypeError: an attribute is an array of the compiled step.
+    """
+    before = dict(vars(half))
+    yield
+    for name, value in vars(half).items():
+        if value is before.get(name):
+            continue
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+            raise TypeError(
+                f"{who} sets self.{name} to an array of the compiled step, which has no value outside of it. Keep it "
+                f"in the carry, and read it with loop.carry(self); or log it: ctx.log({name}=...)."
+            )
+        if isinstance(value, (int, float)) and isinstance(before.get(name), (int, float)) and value != before[name]:
+            warnings.warn(
+                f"{who} changes self.{name} from {before[name]} to {value}. It runs only while the step is compiled, "
+                "not at every step. Count in the carry instead.",
+                stacklevel=2,
+            )
 
 
 def _check_unchanged(old: Any, new: Any, who: str, what: str = "state") -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from ..means import NoMetrics
+
 SHORT = 1e-4
 """Seconds of a call below which waiting for each call costs more than it gains."""
 TOGETHER = 16
@@ -64,7 +66,8 @@ class Throttle:
 
 def _wait(metrics: dict[str, Any]) -> None:
     """Wait for the call that returned these metrics: they are its only outputs that are never donated."""
-    for value in getattr(metrics, "columns", metrics).values():
+    metrics = getattr(metrics, "columns", metrics)
+    for value in [metrics.done] if isinstance(metrics, NoMetrics) else metrics.values():
         try:
             value.block_until_ready()
         except AttributeError:  # a clu metric, or a plain number
