@@ -215,12 +215,11 @@ MODELS: dict[str, Callable[[], Model]] = {
 @contextlib.contextmanager
 def without_isolation():
     """Build calls in this context without the barrier around the step's results."""
-    kept = compiled.isolate, compiled.KEEP_BARRIERS
-    compiled.isolate, compiled.KEEP_BARRIERS = lambda tree: tree, None
+    isolate, compiled.isolate = compiled.isolate, lambda tree: tree
     try:
         yield
     finally:
-        compiled.isolate, compiled.KEEP_BARRIERS = kept
+        compiled.isolate = isolate
 
 
 def last_state(model, callbacks, steps_per_call):

@@ -56,8 +56,7 @@ def bare(call, state, data):
 def engine(step, state, data, callbacks=(), call=None):
     """Return a case: the engine's loop, without its initial copy of the state."""
     built = Engine(step, callbacks, log_every=100, steps_per_call=1)
-    if call:
-        built._compiled.call = call
+    built._compiled.call = call or built._compiled.call
 
     def measure():
         loop = built._loop(state, data, epochs=1, steps=None, epoch_steps=None, rng=None, donate=False)

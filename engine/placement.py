@@ -86,11 +86,9 @@ class SingleDevice:
         """Return what a compiled call depends on besides its function: nothing."""
         return None
 
-    def compile_call(
-        self, function: Any, layout: Any, options: dict[str, str] | None, *, stacked: bool, jit: bool
-    ) -> Any:
-        """Return the call, compiled unless `jit` is False. It donates the bundle."""
-        return jax.jit(function, donate_argnums=0, compiler_options=options) if jit else function
+    def pin(self, call: Any, function: Callable[..., Any], layout: Any, *, stacked: bool, jit: bool) -> Any:
+        """Return the compiled call."""
+        return call
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled evaluation step. JAX caches by function, so wrapping again is free."""
@@ -258,11 +256,9 @@ class DataSharding:
         """Return the shardings of a bundle, which a compiled call keeps."""
         return jax.tree.map(lambda leaf: leaf.sharding, bundle)
 
-    def compile_call(
-        self, function: Any, layout: Any, options: dict[str, str] | None, *, stacked: bool, jit: bool
-    ) -> Any:
+    def pin(self, call: Any, function: Callable[..., Any], layout: Any, *, stacked: bool, jit: bool) -> Any:
         """Return a call that divides its batches and keeps the sharding of the bundle."""
-        return ShardedCall(function, self, layout, options, stacked, jit)
+        return ShardedCall(function if jit else call, self, layout, stacked, jit)
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled evaluation step, whose metrics are replicated."""
@@ -339,22 +335,13 @@ class ShardedCall:
         function: the call, not compiled yet unless `jit` is False.
         sharding: how batches are divided.
         layout: the shardings of the bundle.
-        options: for the compiler, or None.
         stacked: whether each call takes several batches, stacked.
         jit: whether to compile it.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        sharding: DataSharding,
-        layout: Any,
-        options: dict[str, str] | None,
-        stacked: bool,
-        jit: bool,
-    ):
+    def __init__(self, function: Callable[..., Any], sharding: DataSharding, layout: Any, stacked: bool, jit: bool):
         self._function, self._sharding, self._layout = function, sharding, layout
-        self._options, self._stacked, self._jit = options, stacked, jit
+        self._stacked, self._jit = stacked, jit
         self._calls: dict[Any, Any] = {}
         if jit:
             self.trace: Any = self._trace
@@ -387,8 +374,7 @@ class ShardedCall:
     def _compile(self, where: Any) -> Any:
         inputs: dict[str, Any] = {} if where is None else {"in_shardings": (self._layout, where, None, None)}
         outputs = (self._layout, self._sharding.replicated)
-        options = {"donate_argnums": 0, "out_shardings": outputs, "compiler_options": self._options}
-        return jax.jit(self._function, **options, **inputs)
+        return jax.jit(self._function, donate_argnums=0, out_shardings=outputs, **inputs)
 
 
 def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], jax.Array], like: Any) -> Any:

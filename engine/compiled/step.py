@@ -45,10 +45,6 @@ Bundle = tuple[State, dict[str, Carry], Any]
 completed, an int32 scalar, or None if nothing compiled asks for it."""
 
 
-KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-"""Compiler options for CPUs. Before jax 0.12, XLA's CPU compiler removes optimization barriers before it fuses, so they
-would not do what `StepFunction` needs them for; this keeps them. Later versions remove them after fusion."""
-
 MOST_CONSTANTS = 1024
 """Flags and counts that are kept on the device."""
 
@@ -109,6 +105,7 @@ class CompiledStep:
         self._example_signature: dict[str, str] = {}
         if not self.auto:
             self.block_size = 0 if steps_per_call == 1 or not jit else int(steps_per_call)
+            self._select_call(None)
 
     def init(self, state: State) -> dict[str, Carry]:
         """Return the first carries, on the devices of the state."""
@@ -153,14 +150,13 @@ class CompiledStep:
         self.function.expected = saved["batch"] or here
         if self._example is None or self._example_signature != here:
             self._example, self._example_signature = jax.eval_shape(lambda x: x, whole), here
-        earlier, device = self._device, self._placement.constant_sharding(bundle)
-        if earlier != device:
+        if self._device != (device := self._placement.constant_sharding(bundle)):
             self._device, self._constants = device, {}
         layout = self._placement.layout(bundle)
         if self.block_size is None:
             self.block_size = self.choose_block_size(bundle, self._example, batch, rng, saved["mode"])[0]
             self._select_call(layout)
-        elif self.call is None or layout is not None or earlier not in (None, device):
+        elif layout is not None:
             self._select_call(layout)
         for count in range(1, min(self.block_size or 0, blocks.MOST) + 1):  # now, so that a run leaves no array behind
             self._constant(count)
@@ -254,15 +250,16 @@ class CompiledStep:
         return self._constants[value]
 
     def _select_call(self, layout: Any) -> None:
-        on_cpu = self._device is not None and {device.platform for device in self._device.device_set} == {"cpu"}
-        options = KEEP_BARRIERS if on_cpu and jax.__version_info__ < (0, 12) else None
-        key = (self.block_size, options is None, *jax.tree.leaves(layout))
+        key = (self.block_size, *jax.tree.leaves(layout))
         if key not in self._calls:
-            call: Any = self._single_step if self.jit else functools.partial(_run_uncompiled, self.function)
+            function: Any = self.function
+            call: Any = self._single_step if self.jit else functools.partial(_run_uncompiled, function)
             if self.block_size:
-                call = functools.partial(blocks.run_block, self._single_step, self.block_size)
-            stacked = bool(self.block_size)
-            self._calls[key] = self._placement.compile_call(call, layout, options, stacked=stacked, jit=self.jit)
+                function = functools.partial(blocks.run_block, self._single_step, self.block_size)
+                call = jax.jit(function, donate_argnums=0)
+            if layout is not None:
+                call = self._placement.pin(call, function, layout, stacked=bool(self.block_size), jit=self.jit)
+            self._calls[key] = call
         self.call = self._calls[key]
 
 
