@@ -118,7 +118,7 @@ class NaNGuard(Callback):
         report = (in_a_row > self._allowed) & (step == 0)
         step, code = jnp.where(report, ctx.step + 1, step), jnp.where(report, first, code)
         if self.skip:
-            skipped += bad
+            skipped += bad.astype(jnp.int32)
             restored = jax.tree.map(lambda new, old: jnp.where(bad, old, new), ctx.state, ctx.before)
             ctx = ctx.replace(state=restored).log(skipped=bad)
         return GuardCarry(step, code, skipped, in_a_row, exempt).pack(), ctx
@@ -214,4 +214,4 @@ def _kinds(values: list[Any]) -> jax.Array:
 def _kind(leaf: Any) -> jax.Array:
     """Return the worst kind of number in a leaf, as an index of `KINDS`: a uint8 scalar."""
     # In 8 bits, because that takes half the time of the plain form, isfinite(x).all().
-    return jnp.where(jnp.isnan(leaf), jnp.uint8(2), jnp.isinf(leaf)).max(initial=0)
+    return jnp.where(jnp.isnan(leaf), jnp.uint8(2), jnp.isinf(leaf).astype(jnp.uint8)).max(initial=0)
