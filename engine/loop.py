@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from .data.stacking import last_batch
 from .data.stream import BatchStream, WaitInterrupted
 from .events import Events, Handler
 from .exclusive import exclusive
+from .interrupts import deferred_interrupts
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
@@ -142,6 +143,8 @@ class Loop:
 
         self._requested: tuple[str, bool] | None = None  # a stop that the processes have not agreed on yet
         self._final = True  # whether the stop is final
+        self._leave = False  # whether _run_steps must return after the call in progress
+        self._interrupted = False  # whether it must raise a KeyboardInterrupt then
         self._loading = True
         self._restored = self._saving = self._prepared = False
         self._restored_from = ""  # the directory of the checkpoint, for messages
@@ -165,7 +168,7 @@ class Loop:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
             exclusive({"This engine": self._compiled, **self.callbacks}),
-            closing(self._stream),
+            self._deferred_interrupts(),
             closing(self._group),
             closing(self._spans),
             self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
@@ -320,12 +323,14 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self.stopped is not None or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                if self._leave or (has_deadline and clock() >= deadline) or (several and should_stop()):
                     break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
             self._batch = batch, count if block_size else 0
+        if self._interrupted:
+            raise KeyboardInterrupt
         return stream.epoch_done(self.epoch_step)
 
     def _after_step(self) -> None:
@@ -404,7 +409,7 @@ class Loop:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
         if self._choosing:
             if not self._next_batch:
-                self._next_batch = [self._stream.peek()]
+                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
             return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
@@ -600,6 +605,15 @@ class Loop:
 
     # Details of the above.
 
+    def _deferred_interrupts(self) -> AbstractContextManager[None]:
+        """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
+        code = Loop._run_steps.__code__
+        return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
+
+    def _interrupt_later(self) -> bool:
+        first, self._interrupted, self._leave = not self._interrupted, True, True
+        return first
+
     @contextmanager
     def _ensure_end(self) -> Iterator[None]:
         """Guarantee the events that end a run, and remember the error that ended it.
@@ -617,6 +631,8 @@ class Loop:
                 where = "; ".join(notes) or f"raised by the step, or by the body of the `for`, at step {self.step}"
                 raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
             raise
+        finally:
+            self._stream.close()  # here, because a run that continues takes over the stream of the earlier run
 
     def _callback_states(self) -> dict[str, Any]:
         """Return what callbacks keep on the host, by name."""
@@ -651,6 +667,7 @@ class Loop:
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
+            self._leave = True
         self._requested = None
 
     def _resume_message(self) -> str:

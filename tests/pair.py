@@ -22,7 +22,7 @@ if PROCESSES > 1:
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from onstep import Batches, Callback, Engine, at, evaluate, every  # noqa: E402
+from onstep import Batches, Callback, Engine, at, evaluate, every, processes  # noqa: E402
 from onstep.callbacks import EMA, Checkpoint, EarlyStopping, Evaluate, GracefulExit, GradNorm, Images, TensorBoard  # noqa: E402
 from onstep.callbacks.checkpoint import load, save  # noqa: E402
 from onstep.processes import ProcessError  # noqa: E402
@@ -292,12 +292,14 @@ def runs_out():
 
 def evaluates_less():
     """The evaluation data of process 1 is one batch short."""
+    processes.PATIENCE = 5
     held_out = Evaluate(score, lambda epoch: list(own_part(data()(0)))[: 4 - PROCESS], when=2)
     run(cut(), held_out, steps=6)
 
 
 def stalls():
     """The data of process 1 gives no further batch."""
+    processes.PATIENCE = 5
 
     def source(epoch):
         for number, batch in enumerate(own_part(data()(epoch))):

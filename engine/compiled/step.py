@@ -313,9 +313,11 @@ class StepFunction:
         folded = None if key is None else jax.random.fold_in(key, count)
         with note_origin(f"the step {self.__name__}", self.step), _note_weak_types(self.weak):
             results = self.step(*copy_containers((state, batch)), *([folded] if self.takes_rng else []))
-            new, metrics, aux = self._results(results, state)
-        # Without this barrier, what observers compute could change how XLA fuses the step, and so its exact results.
-        new, metrics = jax.lax.optimization_barrier((new, metrics))
+            results = self._results(results, state)
+        # Observers must not change a bit of the results. XLA fuses a value into its consumers, and rounds a product and
+        # a sum that are fused once instead of twice, so a new consumer of one result could change another one. `aux`
+        # belongs inside as well: a gradient norm would otherwise change how gradients and parameters are fused.
+        new, metrics, aux = isolate(results)
         ctx = Context(count, state, new, batch, metrics, aux, folded)
         carries = dict(carries)
         for name, half in self.transforms.items():
@@ -390,6 +392,15 @@ def _note_weak_types(weak: dict[str, str]) -> Iterator[None]:
                 "Start them as arrays with the dtype that the step computes with, such as jnp.bfloat16(0.5)."
             )
         raise
+
+
+def isolate(tree: Any) -> Any:
+    """Return the tree with a barrier between the computation of its arrays and their consumers."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [number for number, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    for number, array in zip(arrays, jax.lax.optimization_barrier([leaves[n] for n in arrays]), strict=True):
+        leaves[number] = array
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _with_own_containers(ctx: Context) -> Context:
