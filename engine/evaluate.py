@@ -30,7 +30,7 @@ def evaluate(
     *,
     rng: jax.Array | None = None,
     steps: int | None = None,
-    mesh: Mesh | NamedSharding | None = None,
+    mesh: Mesh | NamedSharding | Any = None,
     watch: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, float]:
     """Return the mean of a step's metrics over a set of data.
