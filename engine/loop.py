@@ -6,11 +6,12 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
@@ -23,6 +24,7 @@ from .data.stacking import last_batch
 from .data.stream import BatchStream, WaitInterrupted
 from .events import Events, Handler
 from .exclusive import exclusive
+from .interrupts import deferred_interrupts
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
@@ -34,11 +36,7 @@ from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, copy_containers, difference, signature
-
-if TYPE_CHECKING:
-    from jax.sharding import NamedSharding
-
+from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
 
 MOST_PENDING = 4096
 """Calls whose metrics may wait on the device to be read, so that their memory is bounded in a long window."""
@@ -73,7 +71,7 @@ class Loop:
         callbacks: the callbacks of the run by name, in order.
         checkpoints: where checkpoints of this run are saved; a callback that saves them adds its
             `onstep.storage.Checkpoints` in `on_load`.
-        mesh: the sharding of batches, or None on one device.
+        mesh: the sharding of batches, or a tree prefix of them with shardings, or None on one device.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -104,7 +102,9 @@ class Loop:
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, needed=compiled.takes_rng)
         earlier = state if isinstance(state, Result) else None
-        state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
+        given = earlier.state if earlier else state
+        state = placement.place(given, "The state", copy=not (donate or earlier))
+        compiled.function.weak = weak_leaves(given)
 
         self.step: int = 0
         self.epoch: int = 0
@@ -117,11 +117,12 @@ class Loop:
         self.error: BaseException | None = None
         self.steps: int | None = steps
         self.epochs: int | None = epochs
-        self.rng: Any = placement.key(rng)
+        # A copy if the state is donated, because a leaf of it may share the key's memory.
+        self.rng: Any = placement.key(jnp.copy(rng) if donate and rng is not None else rng)
         self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
-        self.mesh: NamedSharding | None = placement.batches
+        self.mesh: Any = placement.batches
 
         self._compiled, self._placement, self._log_every = compiled, placement, options.log_every
         self._bundle = compiled.bundle(state, compiled.init(state), 0)
@@ -138,6 +139,8 @@ class Loop:
 
         self._requested: tuple[str, bool] | None = None  # a stop that the processes have not agreed on yet
         self._final = True  # whether the stop is final
+        self._leave = False  # whether _run_steps must return after the call in progress
+        self._interrupted = False  # whether it must raise a KeyboardInterrupt then
         self._loading = True
         self._restored = self._saving = self._prepared = False
         self._restored_from = ""  # the directory of the checkpoint, for messages
@@ -161,7 +164,7 @@ class Loop:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
             exclusive({"This engine": self._compiled, **self.callbacks}),
-            closing(self._stream),
+            self._deferred_interrupts(),
             closing(self._group),
             closing(self._spans),
             self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
@@ -316,12 +319,14 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self.stopped is not None or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                if self._leave or (has_deadline and clock() >= deadline) or (several and should_stop()):
                     break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
             self._batch = batch, count if block_size else 0
+        if self._interrupted:
+            raise KeyboardInterrupt
         return stream.epoch_done(self.epoch_step)
 
     def _after_step(self) -> None:
@@ -400,7 +405,7 @@ class Loop:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
         if self._choosing:
             if not self._next_batch:
-                self._next_batch = [self._stream.peek()]
+                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
             return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
@@ -596,6 +601,15 @@ class Loop:
 
     # Details of the above.
 
+    def _deferred_interrupts(self) -> AbstractContextManager[None]:
+        """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
+        code = Loop._run_steps.__code__
+        return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
+
+    def _interrupt_later(self) -> bool:
+        first, self._interrupted, self._leave = not self._interrupted, True, True
+        return first
+
     @contextmanager
     def _ensure_end(self) -> Iterator[None]:
         """Guarantee the events that end a run, and remember the error that ended it.
@@ -613,6 +627,8 @@ class Loop:
                 where = "; ".join(notes) or f"raised by the step, or by the body of the `for`, at step {self.step}"
                 raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
             raise
+        finally:
+            self._stream.close()  # here, because a run that continues takes over the stream of the earlier run
 
     def _callback_states(self) -> dict[str, Any]:
         """Return what callbacks keep on the host, by name."""
@@ -647,6 +663,7 @@ class Loop:
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
+            self._leave = True
         self._requested = None
 
     def _resume_message(self) -> str:
