@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import re
 import warnings
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
+import jax
+import onstep
 from onstep import Cadence, Callback, Loop, Record, Snapshot, every, processes
-from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
-from onstep.tools import check_int, check_mode, require_metric, warn_missing_metric
+from onstep.redact import without_secrets
+from onstep.storage import Checkpoints, CheckpointWriter, Lock, check_storable, load, save
+from onstep.tools import check_int, check_mode, local_path, log_user, warn_missing_metric
 
 __all__ = ["Checkpoint", "load", "save"]
 
@@ -38,15 +44,18 @@ class Checkpoint(Callback):
             carry of a removed one is ignored.
         skip: False reads the data from the beginning after a resume, for sources without a position, such as
             simulators.
+        lock: False does not lock the directory, for file systems without `flock`. Then make sure yourself that no other
+            process writes to it.
         name: the callback's name.
 
     Raises:
         FileExistsError: the directory holds a run, and `resume` is False.
         FileNotFoundError: there is no checkpoint of the requested step.
+        OSError: the file system cannot lock the directory.
         RuntimeError: another live process is writing to the directory; no checkpoint is intact; or a save failed,
             raised at the next save or at the end of the run.
-        ValueError: an argument is out of range; the checkpoint is damaged, or of another run; or the metric `best`
-            was never recorded, raised at the end of the run. Saved checkpoints are kept in every case.
+        TypeError: a leaf of the state, or of a carry, cannot be stored.
+        ValueError: an argument is out of range, or the checkpoint is damaged or of another run.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -71,53 +80,100 @@ class Checkpoint(Callback):
     overwrite: bool = False
     strict: bool = True
     skip: bool = True
+    lock: bool = True
     name: str | None = None
 
     def __post_init__(self) -> None:
         check_int("Checkpoint", "keep", self.keep, 1)
-        check_mode("Checkpoint", self.mode)
+        check_mode("Checkpoint", self.mode, self.best)
         if not isinstance(self.resume, (bool, int)) and not (self.resume == "best" and self.best):
             raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {self.resume!r}.")
-        self.directory = os.path.abspath(self.directory)
+        self.directory = local_path("Checkpoint", self.directory)
         self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
     def on_load(self, loop: Loop) -> None:
         self._writer = CheckpointWriter(self.directory, keep=self.keep, best=self.best, mode=self.mode)
         self._lock = Lock(self.directory)
+        check_storable({"state": loop.state, "carries": loop.carries})
+        if any(os.path.realpath(other.directory) == os.path.realpath(self.directory) for other in loop.checkpoints):
+            raise ValueError(
+                f"Checkpoint: two callbacks of this run have the directory {self.directory}. Give each its own."
+            )
         loop.checkpoints.append(self._writer.checkpoints)
-        processes.first(self._lock.acquire)
+        if self.lock:
+            processes.first(self._lock.acquire)
         step = processes.first(self._find_resume_step, loop.step)
+        others = {name: each for name, each in loop.callbacks.items() if not isinstance(each, Checkpoint)}
+        self._config: dict[str, Any] = {"callbacks": {name: _describe(each) for name, each in others.items()}}
+        self._saved_config: dict[str, Any] = {}
         if step is not None and not loop.step:
-            loop.restore(self._read(step), strict=self.strict, skip=self.skip)
+            self._restore(loop, step)
 
     def on_run_begin(self, loop: Loop) -> None:
         self._recorded, self._saved = None, False
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        self._compare_step(loop)
+        if self.best:
+            warn_missing_metric("Checkpoint", self.best, loop, record)
         if self.best in record.values:
             self._recorded = (record.step, record.values[self.best])
 
     def on_epoch_end(self, loop: Loop) -> None:
-        if self.best:
+        if self.best and not loop.over:  # otherwise on_run_end follows
             warn_missing_metric("Checkpoint", self.best, loop)
 
     def on_save(self, loop: Loop) -> None:
+        self._compare_step(loop)
         snapshot = loop.snapshot()
         if not self._saved:
             processes.first(self._archive, loop.start_step)
             self._saved = True
         competes = self._recorded is not None and self._recorded[0] == snapshot.step
         metrics = {self.best: self._recorded[1]} if self.best and self._recorded and competes else {}
-        self._writer.save(snapshot.step, snapshot.tree, snapshot.host, metrics)
+        self._writer.save(snapshot.step, snapshot.tree, snapshot.host, metrics, self._config)
 
     def on_run_end(self, loop: Loop) -> None:
         try:
             self._writer.close()
             if self.best:
-                require_metric("Checkpoint", self.best, loop)
+                warn_missing_metric("Checkpoint", self.best, loop)
                 self._warn_if_none_is_best(loop, self.best)
         finally:
             self._lock.release()
+
+    def _restore(self, loop: Loop, step: int) -> None:
+        checkpoints = self._writer.checkpoints
+        path, tree = checkpoints.path(step), functools.partial(checkpoints.load, step, partial=not self.strict)
+        try:
+            loop.restore(Snapshot(step, tree, checkpoints.host(step)), strict=self.strict, skip=self.skip)
+        except ValueError as error:
+            remedy = " To add or remove callbacks with a carry, pass strict=False." * ("carries/" in str(error))
+            raise ValueError(
+                f"{error}\nCheckpoint found the saved run in {path}.{remedy} "
+                "To start from scratch, pass overwrite=True or another directory."
+            ) from error
+        self._saved_config = checkpoints.manifest(step).get("config") or {}
+        saved, here = self._saved_part("callbacks"), self._config["callbacks"]
+        if changed := [
+            f"{saved[name]} is now {here[name]}" for name in here if saved.get(name, here[name]) != here[name]
+        ]:
+            log_user(f"changed since {path} was saved: {'; '.join(changed)}")
+
+    def _compare_step(self, loop: Loop) -> None:
+        """Say so if the compiled step differs from that of the saved run; once, when it has been traced."""
+        if "step" in self._config or loop.step == loop.start_step or not processes.writes():
+            return
+        self._config["step"] = here = _fingerprint(loop.traced)
+        saved = self._saved_part("step")
+        if here and saved.get("inputs") == here["inputs"] and saved.get("program") != here["program"]:
+            path = self._writer.checkpoints.path(loop.start_step)
+            log_user(f"changed since {path} was saved: the step function, the optimizer or a compiled half")
+
+    def _saved_part(self, name: str) -> dict[str, str]:
+        """Return a part of the configuration of the saved run, empty if it is unknown."""
+        part = self._saved_config.get(name)
+        return part if isinstance(part, dict) else {}
 
     def _warn_if_none_is_best(self, loop: Loop, best: str) -> None:
         checkpoints, over = self._writer.checkpoints, loop.error is None and loop.finished and self._saved
@@ -169,7 +225,31 @@ class Checkpoint(Callback):
             raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
         return step
 
-    def _read(self, step: int) -> Snapshot:
-        checkpoints = self._writer.checkpoints
-        tree = functools.partial(checkpoints.load, step, partial=not self.strict)
-        return Snapshot(step, tree, checkpoints.host(step))
+
+def _describe(callback: Callback) -> str:
+    """Return the call that makes a callback, the same in every process that makes it."""
+    try:
+        with jax.transfer_guard_device_to_host("allow"):  # an argument may be an array
+            return _stable(without_secrets(repr(callback)))
+    except Exception:  # a repr of the user's that fails must not end the run
+        return type(callback).__name__
+
+
+def _fingerprint(traced: Any) -> dict[str, str] | None:
+    """Return hashes of a traced step: of its program, and of what the program depends on besides the user's code.
+
+    The program is the same in every process that runs the same script. The values of arrays that it closes over do not
+    count.
+    """
+    if traced is None:  # nothing is compiled
+        return None
+    inputs = f"{jax.__version__} {onstep.__version__} {traced.jaxpr.in_avals}"
+    texts = {"program": _stable(str(traced.jaxpr)), "inputs": inputs}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def _stable(text: str) -> str:
+    """Return a repr without what differs between two processes: addresses, the order of sets, folders of paths."""
+    text = re.sub(r"\b0x[0-9a-f]+", "0x", text)
+    text = re.sub(r"\{('[^{}:]*')\}", lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", text)
+    return re.sub(r"'/[^']*/([^'/]*)'", r"'\1'", text)

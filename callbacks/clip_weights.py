@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context
-from onstep.tools import get_field, set_field
+from onstep.tools import get_fields, set_fields
 
 
 @dataclass(eq=False, repr=False)
@@ -21,12 +21,13 @@ class ClipWeights(Callback):
     Args:
         low: the lower bound, less than `high`; `-math.inf` for none.
         high: the upper bound; `math.inf` for none.
-        of: the field of the state to clip, `"critic.params"` for a nested one.
+        of: the field of the state to clip, `"critic.params"` or `"0.params"` for a nested one; an index; a tuple
+            of fields; or None for the whole state.
         when: when weights are clipped; a plain int means steps.
         name: the callback's name.
 
     Raises:
-        ValueError: `low < high` does not hold, or the state has no such field (at the first step).
+        ValueError: `low < high` does not hold, or the state has no such field (when the run begins).
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -40,7 +41,7 @@ class ClipWeights(Callback):
     low: float
     high: float
     _: KW_ONLY
-    of: str = "params"
+    of: str | int | tuple[str | int, ...] | None = "params"
     when: Cadence | int = 1
     name: str | None = None
 
@@ -49,9 +50,13 @@ class ClipWeights(Callback):
             raise ValueError(f"ClipWeights needs low < high, got {self.low} and {self.high}.")
         self.update_when: Cadence | int = self.when
 
+    def init(self, state: Any) -> tuple[()]:
+        get_fields(state, self.of, "ClipWeights")  # for its error
+        return ()
+
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         def clip(leaf: jax.Array) -> jax.Array:
             return leaf.clip(self.low, self.high) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-        clipped = jax.tree.map(clip, get_field(ctx.state, self.of, "ClipWeights"))
-        return carry, ctx.replace(state=set_field(ctx.state, self.of, clipped))
+        clipped = jax.tree.map(clip, get_fields(ctx.state, self.of, "ClipWeights"))
+        return carry, ctx.replace(state=set_fields(ctx.state, self.of, clipped))

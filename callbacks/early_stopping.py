@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from onstep import Callback, Loop, Record, improves
-from onstep.tools import check_int, check_mode, require_metric, warn_missing_metric
+from onstep.tools import check_int, check_mode, warn_missing_metric
 
 
 @dataclass(eq=False, repr=False)
@@ -30,7 +30,7 @@ class EarlyStopping(Callback):
         misses: evaluations in a row without an improvement.
 
     Raises:
-        ValueError: a number is out of range; or, when the run ends, the metric never appeared.
+        ValueError: a number is out of range.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -38,7 +38,7 @@ class EarlyStopping(Callback):
     >>> losses = LogValues({1: {"val/loss": 0.5}, 2: {"val/loss": 0.6}, 3: {"val/loss": 0.7}})
     >>> engine = Engine(counting_step, [losses, EarlyStopping("val/loss", patience=2)])
     >>> engine.run(jnp.int32(0), range(9), epochs=1).stopped
-    'val/loss has not improved on 0.5 in 2 evaluations'
+    "val/loss has not fallen below 0.5 in 2 evaluations (mode='min')"
     """
 
     metric: str
@@ -52,14 +52,20 @@ class EarlyStopping(Callback):
 
     def __post_init__(self) -> None:
         check_int("EarlyStopping", "patience", self.patience, 1)
-        check_mode("EarlyStopping", self.mode)
+        check_mode("EarlyStopping", self.mode, self.metric)
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"EarlyStopping needs a finite min_delta >= 0, got {self.min_delta}.")
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        warn_missing_metric("EarlyStopping", self.metric, loop, record)
         if self.metric in record.values and self.stalled(record.values[self.metric]):
-            best = "its first value" if self.best is None else f"{self.best:.6g}"
-            loop.stop(f"{self.metric} has not improved on {best} in {self.patience} evaluations")
+            count = f"{self.patience} evaluation{'s' * (self.patience > 1)}"
+            if self.best is None:
+                loop.stop(f"{self.metric} had no finite value in {count}")
+            else:
+                by = f" by more than {self.min_delta:g}" if self.min_delta else ""
+                way = "fallen below" if self.mode == "min" else "risen above"
+                loop.stop(f"{self.metric} has not {way} {self.best:.6g}{by} in {count} (mode={self.mode!r})")
 
     def stalled(self, value: float) -> bool:
         """Take the next value, and return whether patience has run out.
@@ -75,10 +81,11 @@ class EarlyStopping(Callback):
         return self.misses >= self.patience
 
     def on_epoch_end(self, loop: Loop) -> None:
-        warn_missing_metric("EarlyStopping", self.metric, loop)
+        if not loop.over:  # otherwise on_run_end follows
+            warn_missing_metric("EarlyStopping", self.metric, loop)
 
     def on_run_end(self, loop: Loop) -> None:
-        require_metric("EarlyStopping", self.metric, loop)
+        warn_missing_metric("EarlyStopping", self.metric, loop)
 
     def get_state(self) -> dict[str, Any]:
         return {"best": self.best, "misses": self.misses}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context, Loop, Result
-from onstep.tools import cast_like, check_int, get_fields, map_floats, set_fields, widen
+from onstep.tools import cast_like, check_int, get_carry, get_fields, map_floats, set_fields, widen
 
 
 class EmaCarry(NamedTuple):
@@ -35,8 +35,8 @@ class EMA(Callback):
 
     Args:
         decay: d, in [0, 1); 0.999 averages over about the last 1,000 updates.
-        of: the field of the state to average, `"gen.params"` for a nested one; a tuple of fields; or None for
-            the whole state.
+        of: the field of the state to average, `"gen.params"` or `"0.params"` for a nested one; an index; a tuple
+            of fields; or None for the whole state.
         warmup: with w > 0, update n (from 1) uses the decay `min(d, n / (n + w))`, so that the average soon
             forgets the first parameters; 9 is the schedule of TensorFlow's
             `ExponentialMovingAverage(num_updates=...)`.
@@ -59,7 +59,7 @@ class EMA(Callback):
 
     decay: float = 0.999
     _: KW_ONLY
-    of: str | tuple[str, ...] | None = "params"
+    of: str | int | tuple[str | int, ...] | None = "params"
     warmup: int = 0
     start: int = 0
     when: Cadence | int = 1
@@ -79,22 +79,28 @@ class EMA(Callback):
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         decay: Any = self.decay
         if self.warmup:
-            carry = carry._replace(updates=carry.updates + (ctx.step >= self.start))
-            n = carry.updates.astype(jnp.float32)
+            carry = carry._replace(updates=carry.updates + (ctx.step >= self.start).astype(jnp.int32))
+            n = carry.updates.astype(float)  # float64 if JAX has it enabled
             decay = jnp.minimum(decay, n / (n + self.warmup))
         if self.start:
             decay = jnp.where(ctx.step < self.start, 0.0, decay)
+        shares = decay, 1 - decay
+
+        def mean(old: jax.Array, new: jax.Array) -> jax.Array:
+            keep, take = (share.astype(old.dtype) if isinstance(share, jax.Array) else share for share in shares)
+            return keep * old + take * new
+
         now = get_fields(ctx.state, self.of, "EMA")
-        average = map_floats(lambda old, new: decay * old + (1 - decay) * new, carry.average, now)
-        return carry._replace(average=average), ctx
+        return carry._replace(average=map_floats(mean, carry.average, now)), ctx
 
     def params(self, source: Loop | Result) -> Any:
         """Return the averages, in the structure and dtypes of the field `of`; a tuple for several fields.
 
         The next step donates the arrays of a loop, so copy anything you need after the event.
         """
-        return cast_like(source.carry(self).average, get_fields(source.state, self.of, "EMA"))
+        return cast_like(get_carry(source, self).average, get_fields(source.state, self.of, "EMA"))
 
     def apply(self, source: Loop | Result) -> Any:
         """Return the state with the averages in place of the parameters; the run's own state is unchanged."""
-        return set_fields(source.state, self.of, self.params(source))
+        averages = self.params(source)  # first, because it checks the source
+        return set_fields(source.state, self.of, averages)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -15,12 +16,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from onstep import Cadence, Callback, Loop, every
+from onstep.processes import handle_sigterm
 from onstep.tools import log_user
 
-ECHO = 0.1
-"""Seconds in which another signal counts as an echo of the first.
+ECHO = 0.5
+"""Seconds without a signal after which another one counts as a second request.
 
-Launchers forward signals the child has already received.
+Launchers forward signals the child has already received, some of them several times. Python may handle a signal a few
+tenths of a second late, while a module is imported for example.
 """
 
 
@@ -30,9 +33,13 @@ class GracefulExit(Callback):
 
     Use it for runs that a scheduler may preempt or that you interrupt yourself. After everything is saved, the run
     then ends as the signal would have ended it: with KeyboardInterrupt, exit status 143, or whatever the previous
-    handler does. A second signal goes to the previous handler immediately. The handlers are installed from `on_load`
-    to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback first, so
-    that it ends last.
+    handler does. If the run is waiting for a batch, the wait ends, and the batch is drawn again when the run resumes.
+    A second signal, half a second later or more, goes to the previous handler immediately. The handlers are installed
+    from `on_load` to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback
+    first, so that it ends last.
+
+    With several processes, a signal to any of them stops all of them after the same step, the next one that none has
+    begun. JAX handles SIGTERM then, and all processes end with exit status 143.
 
     Args:
         deadline: when to stop by the clock, in seconds since the run began or as a datetime with a time zone, which
@@ -77,6 +84,7 @@ class GracefulExit(Callback):
         self._process: int | None = None  # the process whose signals are handled
         self._first: int | None = None  # the signal that stops this run
         self._previous: dict[int, Any] = {}  # the handlers before the run
+        self._all_stop = False  # whether JAX handles SIGTERM, for all processes together
 
     def _when(self) -> Cadence:
         """When to check the deadline; never if there is none."""
@@ -94,22 +102,24 @@ class GracefulExit(Callback):
         return every(seconds=self.deadline) if self.deadline > 0 else Cadence()
 
     def on_load(self, loop: Loop) -> None:
-        self._first, self._previous, self._process = None, {}, os.getpid()
+        self._loop, self._first, self._previous, self._process = loop, None, {}, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             if self.signals:
                 warnings.warn(
                     "GracefulExit handles no signals, because the run is not in the main thread.", stacklevel=2
                 )
             return
+        self._all_stop = signal.SIGTERM in self.signals and handle_sigterm(self._receive_together)
         for number in self.signals:
+            if self._all_stop and number == signal.SIGTERM:
+                continue
             previous = signal.getsignal(number)
             if previous not in (None, signal.SIG_IGN):  # None: not set from Python, so it could not be restored
                 self._previous[number] = previous
                 signal.signal(number, self._receive)
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._loop = loop  # not in on_load: restoring a run there would undo a stop
-        if self._first is not None:
+        if self._first is not None:  # again, because restoring a run in on_load undoes a stop
             self._stop(signal.Signals(self._first).name)
         if self._passed(0.0):
             self.on_step_end(loop)
@@ -122,11 +132,17 @@ class GracefulExit(Callback):
     def on_run_end(self, loop: Loop) -> None:
         self._restore(n for n in self._previous if signal.getsignal(n) == self._receive)  # a newer handler stays
         self._loop = self._process = None
+        handle_sigterm(None)
         if self._first is not None and loop.error is None:
-            previous = self._previous[self._first]
+            _tell(_outcome(loop), everywhere=not self._all_stop)
+            previous = self._previous.get(self._first)
             if not callable(previous):
                 raise SystemExit(128 + self._first)
-            previous(self._first, None)
+            try:
+                previous(self._first, None)
+            except KeyboardInterrupt as error:
+                _hide_traceback(error)
+                raise
 
     def _receive(self, number: int, frame: Any) -> None:
         """Handle a signal. The main thread runs this between any two bytecodes."""
@@ -134,13 +150,25 @@ class GracefulExit(Callback):
         if here and self._first is None:
             self._first, self._at = number, now
             name = signal.Signals(number).name
-            self._stop(name)
+            if self._all_stop:
+                signal.raise_signal(signal.SIGTERM)  # JAX tells the other processes
             with contextlib.suppress(Exception):  # such as a signal during another write to stderr
                 text = f"{name}: finishing this step and saving before stopping. Send it again to stop immediately."
-                log_user(text, everywhere=True)
-        elif not here or now - self._at >= ECHO:  # not here: in a forked child, such as a loader's worker
+                _tell(text, everywhere=True)
+            if self._loop is not None and not self._loop.over:
+                self._loop.interrupt(name)  # last, because it raises if the run is waiting for a batch
+        elif here and now - self._at < ECHO:
+            self._at = now  # the storm of the first signal is not over
+        else:  # a second request, or in a forked child, such as a loader's worker
             self._restore(self._previous)
             signal.raise_signal(number)
+
+    def _receive_together(self) -> None:
+        """Handle SIGTERM to any process; all processes call this after the same step."""
+        if self._first is None:
+            self._first = signal.SIGTERM
+            _tell("SIGTERM: saving before stopping", everywhere=False)
+        self._stop(signal.Signals(self._first).name)
 
     def _stop(self, reason: str) -> None:
         if self._loop is not None and not self._loop.over:
@@ -155,3 +183,29 @@ class GracefulExit(Callback):
     def _restore(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             signal.signal(number, self._previous[number])
+
+
+def _tell(text: str, everywhere: bool) -> None:
+    with contextlib.suppress(Exception):  # such as a signal during another write to stderr
+        log_user(text, everywhere=everywhere)
+
+
+def _outcome(loop: Loop) -> str:
+    """Return what is saved of a run that a signal has stopped."""
+    steps = [step for checkpoints in loop.checkpoints for step in checkpoints.steps()]
+    if not steps:
+        return f"stopped at step {loop.step}; nothing is saved, because the run has no checkpoint"
+    if loop.finished:
+        return f"saved at step {max(steps)}; the run is complete"
+    return f"saved at step {max(steps)}; run the same command to resume"
+
+
+def _hide_traceback(error: KeyboardInterrupt) -> None:
+    """Print no traceback for this error if nobody catches it, because it would look like a crash."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], raised: BaseException, traceback: Any) -> None:
+        if raised is not error:
+            previous(kind, raised, traceback)
+
+    sys.excepthook = hook

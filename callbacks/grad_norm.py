@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context
-from onstep.tools import get_field
+from onstep.tools import get_fields, leaves_of_type, signature, widen
 
 
 @dataclass(eq=False, repr=False)
@@ -16,19 +16,22 @@ class GradNorm(Callback):
     """Logs the global L2 norm of the gradients as `grad_norm`.
 
     The step must return the gradients in its third result: `{"grads": grads}`. The norm is computed inside the
-    compiled step, so it costs almost nothing where the optimizer clips by the same norm.
+    compiled step, so it costs almost nothing where the optimizer clips by the same norm. Leaves that are not floats
+    are left out.
 
     Args:
-        by_module: also log one norm for each top-level entry of the gradients, `grad_norm/<entry>`, for
-            example one per network of a GAN.
+        by_module: also log one norm for each top-level entry of the gradients that has floats,
+            `grad_norm/<entry>`, for example one per network of a GAN.
         updates: also log `update_norm`, the norm of the change that the step made to the parameters.
         params: also log `param_norm`, the norm of the parameters after the step.
-        of: the field of the state that holds the parameters; needed for `updates` and `params`.
+        of: the field of the state that holds the parameters, needed for `updates` and `params`: `"gen.params"` or
+            `"0.params"` for a nested one; an index; a tuple of fields; or None for the whole state.
         when: when norms are logged; a plain int means steps.
         name: the callback's name.
 
     Raises:
-        ValueError: the step returns no gradients, or the state has no such field (at the first step).
+        ValueError: the state has no such field, or no floats in it (when the run begins); or the step returns no
+            gradients (at the first step).
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -43,12 +46,17 @@ class GradNorm(Callback):
     by_module: bool = False
     updates: bool = False
     params: bool = False
-    of: str = "params"
+    of: str | int | tuple[str | int, ...] | None = "params"
     when: Cadence | int = 1
     name: str | None = None
 
     def __post_init__(self) -> None:
         self.update_when: Cadence | int = self.when
+
+    def init(self, state: Any) -> tuple[()]:
+        if self.updates or self.params:
+            _floats(get_fields(state, self.of, "GradNorm"), repr(self.of))
+        return ()
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         if "grads" not in ctx.aux:
@@ -56,32 +64,49 @@ class GradNorm(Callback):
                 f"GradNorm needs aux['grads'], got aux with {sorted(ctx.aux)}. "
                 'Return it from the step: state, metrics, {"grads": grads}.'
             )
-        grads = ctx.aux["grads"]
+        grads = _floats(ctx.aux["grads"], "aux['grads']")
         norms = {"grad_norm": _norm(grads)}
         if self.by_module:
-            norms |= {f"grad_norm/{name}": _norm(part) for name, part in _entries(grads).items()}
+            norms |= {f"grad_norm/{name}": _norm(part) for name, part in _entries(ctx.aux["grads"]).items()}
         if self.updates or self.params:
-            after = get_field(ctx.state, self.of, "GradNorm")
+            before, after = (
+                _floats(get_fields(state, self.of, "GradNorm"), repr(self.of)) for state in (ctx.before, ctx.state)
+            )
             if self.updates:
-                before = get_field(ctx.before, self.of, "GradNorm")
-                norms["update_norm"] = _norm(jax.tree.map(lambda new, old: new - old, after, before))
+                norms["update_norm"] = _norm([new - old for new, old in zip(after, before, strict=True)])
             if self.params:
                 norms["param_norm"] = _norm(after)
         return carry, ctx.log(norms)
 
 
-def _norm(tree: Any) -> jax.Array:
-    """Return the L2 norm. The sum is computed in at least 32 bits, because 16 bits would overflow."""
+def _floats(tree: Any, what: str) -> list[jax.Array]:
+    """Return the leaves that are floats, in at least 32 bits, because the sum of squares in 16 bits would overflow.
+
+    Other leaves, such as counters, random keys and the float0 gradients of integers, have no norm.
+
+    Raises:
+        ValueError: there are none; the message shows the tree.
+    """
+    floats = leaves_of_type(tree, jnp.inexact)
+    if not floats:
+        raise ValueError(f"GradNorm needs floats in {what}, got {signature(tree) or tree}.")
+    return [widen(leaf) for leaf in floats.values()]
+
+
+def _norm(floats: list[jax.Array]) -> jax.Array:
+    """Return the L2 norm, by the sum that Optax also makes, so that XLA computes it once."""
     from optax.tree import norm
 
-    return norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
+    return norm(floats)
 
 
-def _entries(tree: Any) -> dict[str, Any]:
-    """Return the leaves below each top-level entry, or below each entry of `params` if that is the only one."""
-    entries: dict[str, list[Any]] = {}
+def _entries(tree: Any) -> dict[str, list[jax.Array]]:
+    """Return the floats below each top-level entry, or below each entry of `params` if that is the only one."""
+    entries: dict[str, list[jax.Array]] = {}
     paths = jax.tree_util.tree_leaves_with_path(tree)
     depth = 1 if len({path[:1] for path, _ in paths}) == 1 and any(len(path) > 1 for path, _ in paths) else 0
-    for path, leaf in paths if paths[0][0] else []:
-        entries.setdefault(jax.tree_util.keystr(path[depth : depth + 1], simple=True), []).append(leaf)
+    for path, leaf in paths:
+        if path and leaves_of_type(leaf, jnp.inexact):
+            name = jax.tree_util.keystr(path[depth : depth + 1], simple=True)
+            entries.setdefault(name, []).append(widen(leaf))
     return entries

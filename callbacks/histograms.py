@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Context, Loop, every
-from onstep.tools import close_event_writer, difference, event_writer, get_field, leaves_of_type, to_host
+from onstep.tools import close_event_writer, difference, event_writer, get_fields, leaves_of_type, local_path, to_host
 
 BINS = 64
 
@@ -28,7 +28,7 @@ class Histogram(NamedTuple):
 
     def pack(self) -> jax.Array:
         """Return the parts as one array of shape (BINS + 4,)."""
-        return jnp.concatenate([self.counts, jnp.stack(self[1:])])
+        return jnp.concatenate([self.counts.astype(jnp.float32), jnp.stack(self[1:])])
 
     @classmethod
     def unpack(cls, row: Any) -> Histogram:
@@ -46,15 +46,16 @@ class Histograms(Callback):
 
     Args:
         directory: the directory for `tensorboard --logdir`.
-        of: the field of the state that holds the parameters, `"gen.params"` for a nested one.
+        of: the field of the state that holds the parameters, `"gen.params"` or `"0.params"` for a nested one; an
+            index; a tuple of fields; or None for the whole state.
         grads: True also writes histograms of `aux["grads"]`, which must have the structure of the parameters;
             the step then takes up to 0.1 s longer to compile for each leaf.
         when: when histograms are written; a plain int means steps.
         name: the callback's name.
 
     Raises:
-        ValueError: the state has no such field (when the run begins), or the step returns no such gradients
-            (at the first step).
+        ValueError: `directory` is a URL, the state has no such field (when the run begins), or the step returns no
+            such gradients (at the first step).
 
     >>> import os, tempfile
     >>> import jax.numpy as jnp
@@ -71,13 +72,14 @@ class Histograms(Callback):
         self,
         directory: str | os.PathLike[str],
         *,
-        of: str = "params",
+        of: str | int | tuple[str | int, ...] | None = "params",
         grads: bool = False,
         when: Cadence | int = every(epochs=1),  # noqa: B008 (frozen)
         name: str | None = None,
     ):
         self.directory: str = os.fspath(directory)
-        self.of: str = of
+        self._path = local_path("Histograms", directory)
+        self.of: str | int | tuple[str | int, ...] | None = of
         self.grads: bool = grads
         self.when: Cadence | int = when
         self.name: str | None = name
@@ -86,7 +88,7 @@ class Histograms(Callback):
 
     def init(self, state: Any) -> Any:
         rows = len(_floats("grads", self._params(state)))
-        return jnp.zeros((rows, BINS + 4)) if self.grads else ()
+        return jnp.zeros((rows, BINS + 4), jnp.float32) if self.grads else ()
 
     def update(self, carry: Any, ctx: Context) -> tuple[Any, Context]:
         if not self.grads:
@@ -102,7 +104,9 @@ class Histograms(Callback):
 
     def on_step_end(self, loop: Loop) -> None:
         params = self._params(loop.state)
-        rows = {name: _row(leaf) for name, leaf in _floats(self.of, params).items()}
+        parts = zip(self.of, params, strict=True) if isinstance(self.of, tuple) else [(self.of, params)]
+        named = {"state" if of is None else str(of): part for of, part in parts}
+        rows = {name: _row(leaf) for name, leaf in leaves_of_type(named, jnp.floating).items()}
         if self.grads:
             rows |= zip(_floats("grads", params), loop.carry(self), strict=True)
         for name, row in rows.items():
@@ -111,14 +115,14 @@ class Histograms(Callback):
                 low, high = low - 0.5, high + 0.5
             if n := sum(counts):
                 limits = np.linspace(low, high, BINS + 1)[1:].tolist()
-                writer = event_writer(loop, self.directory)
+                writer = event_writer(loop, self._path)
                 writer.add_histogram_raw(name, low, high, n, total, squares, limits, counts, loop.step)
 
     def on_run_end(self, loop: Loop) -> None:
-        close_event_writer(loop, self.directory)
+        close_event_writer(loop, self._path)
 
     def _params(self, state: Any) -> Any:
-        return get_field(state, self.of, "Histograms")
+        return get_fields(state, self.of, "Histograms")
 
 
 def _floats(name: str, tree: Any) -> dict[str, jax.Array]:

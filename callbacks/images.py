@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Loop, every, processes
-from onstep.tools import close_event_writer, event_writer, to_host
+from onstep.tools import close_event_writer, event_writer, local_path, to_host
 
 from ._support.event_files import image_summary
+
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+"""What a file name may not contain on every system."""
 
 
 @dataclass(eq=False, repr=False)
@@ -34,8 +38,8 @@ class Images(Callback):
         name: the callback's name.
 
     Raises:
-        ValueError: no directory is given; `using` is not among the run's callbacks (raised when the run begins); or
-            `draw` returns an array of another shape or dtype (raised when it is drawn).
+        ValueError: no directory is given, or a URL; `using` is not among the run's callbacks (raised when the run
+            begins); or `draw` returns an array of another shape or dtype (raised when it is drawn).
 
     >>> import tempfile
     >>> from onstep import Engine
@@ -59,6 +63,8 @@ class Images(Callback):
     def __post_init__(self) -> None:
         if self.png is None and self.events is None:
             raise ValueError("Images needs a directory: png= for files, events= for TensorBoard, or both.")
+        self._png = None if self.png is None else local_path("Images", self.png)
+        self._events = None if self.events is None else local_path("Images", self.events)
 
     def on_run_begin(self, loop: Loop) -> None:
         if isinstance(self.using, Callback):
@@ -69,18 +75,18 @@ class Images(Callback):
         for name, images in self.draw(state).items():
             image = _grid(_pixels(images, name))
             png = _png(image)
-            if self.png is not None and processes.writes():
-                os.makedirs(self.png, exist_ok=True)
-                path = os.path.join(self.png, f"step-{loop.step:06d}-{name.replace('/', '-')}.png")
+            if self._png is not None and processes.writes():
+                os.makedirs(self._png, exist_ok=True)
+                path = os.path.join(self._png, f"step-{loop.step:06d}-{_FORBIDDEN.sub('-', name)}.png")
                 with open(path, "wb") as file:
                     file.write(png)
-            if self.events is not None:
+            if self._events is not None:
                 summary = image_summary(name, image.shape, png)
-                event_writer(loop, self.events).file_writer.add_summary(summary, loop.step)
+                event_writer(loop, self._events).file_writer.add_summary(summary, loop.step)
 
     def on_run_end(self, loop: Loop) -> None:
-        if self.events is not None:
-            close_event_writer(loop, self.events)
+        if self._events is not None:
+            close_event_writer(loop, self._events)
 
 
 def _pixels(images: Any, name: str) -> np.ndarray:

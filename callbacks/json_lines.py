@@ -11,7 +11,7 @@ from typing import Any
 
 from onstep import Callback, History, Loop, Record, processes
 from onstep.redact import redacted
-from onstep.tools import RecordFile
+from onstep.tools import RecordFile, local_file
 
 
 @dataclass(eq=False, repr=False)
@@ -65,10 +65,12 @@ class JSONLines(Callback):
         self._file.check_names(record)
         if not self._file.is_open:
             lines = self._file.open(loop)
+            self._known = [_known(line) for line in lines if _step(line) == loop.start_step]
             if self.config is not None and (first := _line({"config": self.config})) not in lines:
                 self._file.append(first)
-        line = {"step": record.step, "epoch": record.epoch, "time": time.time()}
-        self._file.append(_line(line | record.values))
+        line = _line({"step": record.step, "epoch": record.epoch, "time": time.time()} | record.values)
+        if _known(line) not in self._known:  # a run that resumes at its target repeats its last record
+            self._file.append(line)
 
     def on_run_end(self, loop: Loop) -> None:
         self._file.close()
@@ -88,7 +90,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> History:
     [0.25]
     """
     history = History()
-    with open(path, encoding="utf-8") as file:
+    with open(local_file("read_json_lines", path), encoding="utf-8") as file:
         for line in file:
             values = json.loads(line)
             if "step" in values:
@@ -108,6 +110,11 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)  # NaN, Infinity, -Infinity
     return value
+
+
+def _known(line: str) -> dict[str, Any]:
+    """Return what a line says, without the time."""
+    return {name: value for name, value in json.loads(line).items() if name != "time"}
 
 
 def _step(line: str) -> int:

@@ -22,8 +22,8 @@ class LearningRate(Callback):
 
     Args:
         schedule: the optimizer's schedule, `count -> rate`; None to read the rate from the state.
-        of: the field of the state that holds the optimizer's state, `"gen.opt_state"` for a nested one; None
-            for the whole state.
+        of: the field of the state that holds the optimizer's state, `"gen.opt_state"` or `"0.opt_state"` for a
+            nested one; an index; a tuple of fields; or None for the whole state.
         name: the name of the record, and of the callback.
 
     Raises:
@@ -45,14 +45,20 @@ class LearningRate(Callback):
     [0.9, 0.7]
     """
 
-    def __init__(self, schedule: Callable[[Any], Any] | None = None, *, of: str | None = "opt_state", name: str = "lr"):
+    def __init__(
+        self,
+        schedule: Callable[[Any], Any] | None = None,
+        *,
+        of: str | int | tuple[str | int, ...] | None = "opt_state",
+        name: str = "lr",
+    ):
         if schedule is not None and not callable(schedule):
             raise TypeError(
                 f"LearningRate needs schedule to be a function of the count, got {schedule!r}. "
                 "Leave it out to read the rate from optax.inject_hyperparams."
             )
         self.schedule: Callable[[Any], Any] | None = schedule
-        self.of: str | None = of
+        self.of: str | int | tuple[str | int, ...] | None = of
         self.name: str | None = name
         self._wanted = "count" if schedule else "learning_rate"
         self._rate = jax.jit(lambda count: schedule(jnp.maximum(count - 1, 0))) if schedule else None
@@ -62,8 +68,9 @@ class LearningRate(Callback):
         parts = [name.removesuffix("/value").split("/") for name in kinds]  # NNX adds this part to every path
         wanted = [i for i, kind in enumerate(kinds.values()) if parts[i][-1] == self._wanted and kind.endswith("[]")]
         if not wanted:
+            where = "the state" if self.of is None else self.of
             raise ValueError(
-                f"LearningRate needs a scalar {self._wanted!r} in {self.of or 'the state'}, got {[*kinds][:8]}. "
+                f"LearningRate needs a scalar {self._wanted!r} in {where}, got {[*kinds][:8]}. "
                 "With a schedule, of= must name the state of the optimizer that uses it; without one, make the "
                 "optimizer with optax.inject_hyperparams."
             )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from onstep import Callback, Loop, Record, processes
 from onstep.redact import redacted, without_secrets
-from onstep.tools import check_package, exit_status
+from onstep.tools import check_package, exit_status, local_path
 
 TAG = "onstep.run"
 """The tag of an MLflow run by which a resumed run finds it."""
@@ -23,7 +26,7 @@ class MLflow(Callback):
 
     The MLflow run begins with the first record, and ends as FINISHED, FAILED or KILLED (by a signal or a
     resumable stop). Checkpoints hold its id, so a resumed run continues the same MLflow run. Points that MLflow
-    already has are not logged again.
+    already has are not logged again. Characters that MLflow does not allow in names become `_`: `top@5` is `top_5`.
 
     The extra installs `mlflow-skinny`, which is enough for a tracking server. A database on this machine needs the
     full `mlflow` package.
@@ -54,6 +57,9 @@ class MLflow(Callback):
     def __post_init__(self) -> None:
         check_package("MLflow", "mlflow")
         self.config = None if self.config is None else redacted(self.config)
+        self._uri = self.tracking_uri
+        if self._uri and ":" not in self._uri and self._uri not in ("databricks", "databricks-uc", "uc"):  # a directory
+            self._uri = local_path("MLflow", self._uri)
         self._id: str | None = None
         self._client: Any = None
 
@@ -75,7 +81,7 @@ class MLflow(Callback):
         now = int(time.time() * 1000)
         new = [
             Metric(name, value, now, record.step)
-            for name, value in record.values.items()
+            for name, value in zip(self._names(record.values), record.values.values(), strict=True)
             if not self._continued or record.step > self._newest_step(name)
         ]
         for start in range(0, len(new), 1000):  # MLflow's limit per call
@@ -97,11 +103,11 @@ class MLflow(Callback):
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        client = MlflowClient(self.tracking_uri)
+        client = MlflowClient(self._uri)
         known = client.get_experiment_by_name(self.experiment)
         experiment = known.experiment_id if known else client.create_experiment(self.experiment)
         found = client.search_runs([experiment], f"tags.`{TAG}` = '{self._id}'")
-        self._continued, self._newest = bool(found), dict[str, int]()
+        self._continued, self._newest, self._names = bool(found), dict[str, int](), _Names()
         if found:
             self._run = found[0].info.run_id
             client.update_run(self._run, status="RUNNING")
@@ -109,7 +115,8 @@ class MLflow(Callback):
             self._run = client.create_run(
                 experiment, run_name=self.run_name, tags={**(self.tags or {}), TAG: self._id}
             ).info.run_id
-            params = [Param(name, str(value)) for name, value in (self.config or {}).items()]
+            config = self.config or {}
+            params = [Param(name, str(value)) for name, value in zip(_Names()(config), config.values(), strict=True)]
             for start in range(0, len(params), 100):  # MLflow's limit per call
                 client.log_batch(self._run, params=params[start : start + 100])
         return client
@@ -120,3 +127,30 @@ class MLflow(Callback):
             points = self._client.get_metric_history(self._run, name)
             self._newest[name] = max((point.step for point in points), default=-1)
         return self._newest[name]
+
+
+class _Names:
+    """Names that MLflow accepts, a different one for each name of a record."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, str] = {}
+
+    def __call__(self, names: Iterable[str]) -> list[str]:
+        """Return the names under which MLflow gets values with these names."""
+        for name in names:
+            if name not in self._by_name:
+                plain, taken = _plain(name), set(self._by_name.values())
+                numbered = (f"{plain[:240]}_{n}" for n in itertools.count(2))
+                self._by_name[name] = next(n for n in itertools.chain([plain], numbered) if n not in taken)
+        return [self._by_name[name] for name in names]
+
+
+def _plain(name: str) -> str:
+    """Return a name that MLflow accepts, similar to the given one.
+
+    >>> _plain("top@5"), _plain("/timing(s)//../a"), _plain("loss->acc")
+    ('top_5', 'timing_s_/a', 'loss-_acc')
+    """
+    allowed = re.sub(r"[^/\w.\- ]" if os.name == "nt" else r"[^/\w.\- :]", "_", name)
+    parts = [part for part in allowed.split("/") if part not in ("", ".", "..")]  # a name may become a path
+    return "/".join(parts)[:250] or "_"

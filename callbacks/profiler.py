@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import jax
 from onstep import Cadence, Callback, Loop, at
-from onstep.tools import check_int
+from onstep.tools import check_int, local_path
 
 
 @dataclass(eq=False, repr=False)
@@ -22,13 +22,13 @@ class Profiler(Callback):
 
     Args:
         directory: where to write the trace, in `plugins/profile`. It can be the directory of `TensorBoard`.
-        start: the number of steps to run before the trace. With 0, or if a run resumes at exactly this
-            step, the trace includes the compilation. The first steps of a run are slower than later ones.
+        start: the number of steps to run before the trace. The first steps of a run are slower than later ones, and
+            the very first one compiles: a run that begins or resumes at exactly this step traces one step later.
         steps: the number of steps to trace. Long traces are large.
         name: the callback's name.
 
     Raises:
-        ValueError: `start` is negative or `steps` is less than 1.
+        ValueError: `start` is negative, `steps` is less than 1, or `directory` is a URL.
         RuntimeError: another trace is running when this one starts.
 
     >>> import tempfile
@@ -50,14 +50,18 @@ class Profiler(Callback):
     def __post_init__(self) -> None:
         check_int("Profiler", "start", self.start, 0)
         check_int("Profiler", "steps", self.steps, 1)
-        self.directory = os.fspath(self.directory)
-        self.when: Cadence | int = at(self.start + 1, self.start + self.steps)
+        self._path = local_path("Profiler", self.directory)
+        first, last = self.start + 1, self.start + self.steps
+        self.when: Cadence | int = at(*sorted({first, first + 1, last, last + 1}))
         self._tracing = False
 
+    def on_run_begin(self, loop: Loop) -> None:
+        self._start = self.start + (loop.step == self.start)  # not while the first step compiles
+
     def on_step_begin(self, loop: Loop) -> None:
-        if loop.step == self.start:
+        if loop.step == self._start:
             try:
-                jax.profiler.start_trace(os.fspath(self.directory))
+                jax.profiler.start_trace(self._path)
             except RuntimeError as error:
                 raise RuntimeError(
                     f"Profiler needs to start a trace at step {loop.step + 1}, but another trace is running. "
@@ -66,7 +70,7 @@ class Profiler(Callback):
             self._tracing = True
 
     def on_step_end(self, loop: Loop) -> None:
-        if loop.step == self.start + self.steps and self._tracing:
+        if loop.step == self._start + self.steps and self._tracing:
             jax.block_until_ready(loop.state)
             self._stop()
 

@@ -14,7 +14,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TextIO
 
 from onstep import Cadence, Callback, Loop, Record, every, processes
-from onstep.tools import Observer
+from onstep.tools import Observer, check_list, print_text, warn_missing_metric
+
+from ._support.terminal import MovingLines, is_terminal
 
 
 @dataclass(eq=False, repr=False)
@@ -38,7 +40,7 @@ class Progress(Callback):
         name: the callback's name.
 
     Raises:
-        ValueError: `interval` is not positive.
+        ValueError: `interval` is not positive, or `metrics` is one string.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -55,6 +57,7 @@ class Progress(Callback):
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_list("Progress", "metrics", self.metrics)
         default = 0.2 if self._screen().moves else 10.0
         self._interval = default if self.interval is None else self.interval
         self.when: Cadence | int = every(seconds=self._interval)
@@ -78,6 +81,7 @@ class Progress(Callback):
             self._show(loop)
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        self._check_metrics(loop, record)
         if self._paused:  # by an evaluation, which has ended with this record
             self._spent["evaluating"] += self._paused
             self._spent["until"], self._paused = loop.step, 0.0
@@ -86,6 +90,10 @@ class Progress(Callback):
             if self._to is not None and self._to.moves:
                 self._show(loop)
 
+    def on_epoch_end(self, loop: Loop) -> None:
+        if not loop.over:  # otherwise on_run_end follows
+            self._check_metrics(loop)
+
     def on_run_end(self, loop: Loop) -> None:
         self._beside, self._ended = None, True
         if loop.step > self._first:
@@ -93,6 +101,7 @@ class Progress(Callback):
         if self._to is not None:
             self._to.close()
         self._loop = self._to = None
+        self._check_metrics(loop)
 
     def evaluating(self, loop: Loop, name: str) -> Callable[[int, int | None], None]:
         """Show an evaluation that begins now. Deprecated since 0.2: use `functools.partial(loop.progress, name)`.
@@ -126,6 +135,10 @@ class Progress(Callback):
     def set_state(self, state: dict[str, Any]) -> None:
         self._spent = state
         self._mark: tuple[float, int] | None = None  # the time and the step at which measuring the rate began
+
+    def _check_metrics(self, loop: Loop, record: Record | None = None) -> None:
+        for metric in self.metrics or ():
+            warn_missing_metric("Progress", metric, loop, record)
 
     def _report(self, loop: Loop, name: str, done: int, total: int | None) -> None:
         """Handle a report of `loop.progress`, and show it if it is time to update."""
@@ -177,8 +190,7 @@ class Progress(Callback):
     def _screen(self) -> type[_Lines]:
         if self.file is None and "ipykernel.zmqshell" in sys.modules:
             return _Notebook
-        terminal = getattr(self.file or sys.stderr, "isatty", lambda: False)()
-        return _Terminal if terminal and os.environ.get("TERM") != "dumb" else _Lines
+        return _Terminal if is_terminal(self.file or sys.stderr) and os.environ.get("TERM") != "dumb" else _Lines
 
 
 class _Reports(Observer):
@@ -221,7 +233,7 @@ class _Lines:
         texts = [run.label, *run.facts, ", ".join(run.values)]
         if beside is not None:
             texts = [run.label, run.facts[0], f"{beside.label} {', '.join(beside.facts)}"]
-        print("  ".join(texts).rstrip(), file=self._file, flush=True)
+        print_text("  ".join(texts).rstrip(), self._file)
 
     def close(self) -> None:
         pass
@@ -229,7 +241,10 @@ class _Lines:
 
 class _Terminal(_Lines):
     moves = True
-    _drawn = 0  # lines on the screen
+
+    def __init__(self, file: TextIO):
+        super().__init__(file)
+        self._shown = MovingLines(file)
 
     def draw(self, run: Part, beside: Part | None) -> None:
         try:
@@ -237,14 +252,10 @@ class _Terminal(_Lines):
         except (AttributeError, OSError):
             columns = shutil.get_terminal_size().columns
         smooth = "utf" in (getattr(self._file, "encoding", None) or "").lower()
-        lines = _lines([part for part in (run, beside) if part is not None], columns or 80, smooth)
-        up = f"\x1b[{self._drawn - 1}A" if self._drawn > 1 else ""
-        print(f"\r{up}\x1b[J" + "\n".join(lines), end="", file=self._file, flush=True)
-        self._drawn = len(lines)
+        self._shown.draw(_lines([part for part in (run, beside) if part is not None], columns or 80, smooth))
 
     def close(self) -> None:
-        if self._drawn:
-            print(file=self._file, flush=True)
+        self._shown.close()
 
 
 class _Notebook(_Lines):

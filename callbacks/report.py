@@ -19,6 +19,7 @@ import numpy as np
 from onstep import Cadence, Callback, Loop, Record, plots, processes
 from onstep.redact import redacted, without_secrets
 from onstep.storage import Checkpoints
+from onstep.tools import local_file
 
 from ._support import page
 
@@ -77,7 +78,7 @@ class Report(Callback):
         when: Cadence | int | None = Cadence(),  # noqa: B008 (frozen)
         name: str | None = None,
     ):
-        self.path: str = os.path.abspath(path)
+        self.path: str = local_file("Report", path)
         self.config: dict[str, Any] | None = None if config is None else redacted(config)
         self.when: Cadence | int = Cadence() if when is None else when
         self.name: str | None = name

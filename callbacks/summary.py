@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 from onstep import Callback, Loop, processes
-from onstep.tools import get_field, named_leaves
+from onstep.tools import get_fields, named_leaves, print_text, to_host
 
 
 @dataclass(eq=False, repr=False)
@@ -20,7 +20,8 @@ class Summary(Callback):
     and bytes of each field of the state, and of `carries`, the arrays that callbacks keep on the device.
 
     Args:
-        of: the field of the state whose leaves are listed: `"gen.params"` for a nested one, None for the whole state.
+        of: the field of the state whose leaves are listed: `"gen.params"` or `"0.params"` for a nested one; an
+            index; a tuple of fields; or None for the whole state.
         stats: True adds mean and standard deviation of the leaves that are real floats.
         file: where to print; stderr by default.
         name: the callback's name.
@@ -47,14 +48,14 @@ class Summary(Callback):
     +---------+------+-------+
     """
 
-    of: str | None = "params"
+    of: str | int | tuple[str | int, ...] | None = "params"
     _: KW_ONLY
     stats: bool = False
     file: TextIO | None = None
     name: str | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        listed = named_leaves(loop.state if self.of is None else get_field(loop.state, self.of, "Summary"))
+        listed = named_leaves(get_fields(loop.state, self.of, "Summary"))
         fields: dict[str, list[Any]] = {}
         for name, leaf in named_leaves(loop.state).items():
             fields.setdefault(name.split("/")[0], []).append(leaf)
@@ -65,7 +66,7 @@ class Summary(Callback):
             [{"field": name, **_size(field)} for name, field in fields.items()],
         )
         if processes.writes():
-            print(*map(_table, tables), sep="\n", file=self.file or sys.stderr, flush=True)
+            print_text("\n".join(map(_table, tables)), self.file or sys.stderr)
 
     def _row(self, leaf: jax.Array) -> dict[str, Any]:
         row = {"dtype": str(leaf.dtype), **_size([leaf])}
@@ -73,8 +74,14 @@ class Summary(Callback):
             return row
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return row | {"mean": "", "std": ""}
-        wide = leaf.astype(jnp.float32)
-        return row | {"mean": float(wide.mean()), "std": float(wide.std())}
+        mean, std = to_host(_mean_and_std(leaf)).tolist()
+        return row | {"mean": mean, "std": std}
+
+
+@jax.jit  # eager operations would transfer their constants implicitly
+def _mean_and_std(leaf: jax.Array) -> jax.Array:
+    wide = leaf.astype(jnp.float32)
+    return jnp.stack([wide.mean(), wide.std()])
 
 
 def _size(arrays: list[Any]) -> dict[str, int]:

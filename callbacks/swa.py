@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from onstep import Cadence, Callback, Context, Loop, Result, every
-from onstep.tools import cast_like, check_int, get_fields, map_floats, set_fields, widen
+from onstep.tools import cast_like, check_int, get_carry, get_fields, map_floats, set_fields, to_host, widen
 
 
 class SwaCarry(NamedTuple):
@@ -31,7 +31,8 @@ class SWA(Callback):
 
     Args:
         start: the first step whose weights may count. Steps are counted from 1, so 0 means the same as 1.
-        of: the field of the state to average, `"gen.params"` for a nested one; None for the whole state.
+        of: the field of the state to average, `"gen.params"` or `"0.params"` for a nested one; an index; a tuple
+            of fields; or None for the whole state.
         when: at which steps weights are added to the mean; a plain int means steps.
         name: the callback's name.
 
@@ -50,7 +51,7 @@ class SWA(Callback):
 
     _: KW_ONLY
     start: int
-    of: str | None = "params"
+    of: str | int | tuple[str | int, ...] | None = "params"
     when: Cadence | int = every(epochs=1)  # noqa: RUF009 (frozen)
     name: str | None = None
 
@@ -63,10 +64,10 @@ class SWA(Callback):
 
     def update(self, carry: SwaCarry, ctx: Context) -> tuple[SwaCarry, Context]:
         counts = ctx.step + 1 >= self.start
-        n = carry.count + counts
+        n = carry.count + counts.astype(jnp.int32)
 
         def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-            share = (1 / n).astype(old.dtype)
+            share = (1 / n.astype(float)).astype(old.dtype)
             return jnp.where(counts, (1 - share) * old + share * new, old)
 
         return SwaCarry(map_floats(mean, carry.average, get_fields(ctx.state, self.of, "SWA")), n), ctx
@@ -76,9 +77,10 @@ class SWA(Callback):
 
         Waits for the device.
         """
-        carry, now = source.carry(self), get_fields(source.state, self.of, "SWA")
-        return cast_like(carry.average, now) if int(carry.count) else now
+        carry, now = get_carry(source, self), get_fields(source.state, self.of, "SWA")
+        return cast_like(carry.average, now) if to_host(carry.count) else now
 
     def apply(self, source: Loop | Result) -> Any:
         """Return the state with the mean in place of the weights; the run's own state is unchanged."""
-        return set_fields(source.state, self.of, self.params(source))
+        averages = self.params(source)  # first, because it checks the source
+        return set_fields(source.state, self.of, averages)

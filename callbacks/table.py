@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 
 from onstep import Cadence, Callback, Loop, Record, every, improves, processes
-from onstep.tools import check_mode
+from onstep.tools import check_list, check_mode, print_text, warn_missing_metric
 
 HEADER_EVERY = 30
 """Rows from one header to the next."""
@@ -34,7 +34,7 @@ class Table(Callback):
         name: the callback's name.
 
     Raises:
-        ValueError: a mode is neither "min" nor "max".
+        ValueError: `columns` is one string, or a mode is neither "min" nor "max".
 
     >>> from onstep import Engine
     >>> from onstep.testing import counting_step
@@ -53,6 +53,7 @@ class Table(Callback):
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_list("Table", "columns", self.columns)
         self._modes = dict(self.best or {})
         for metric, mode in self._modes.items():
             check_mode(f"Table column {metric!r}", mode)
@@ -63,11 +64,19 @@ class Table(Callback):
         self._rows = 0
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        self._check_names(loop, record)
         for name, value in record.values.items():
             is_best = name in self._modes and improves(value, self._best.get(name), mode=self._modes[name])
             if is_best:
                 self._best[name] = value
             self._values[name] = (value, is_best)
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        if not loop.over:  # otherwise on_run_end follows
+            self._check_names(loop)
+
+    def on_run_end(self, loop: Loop) -> None:
+        self._check_names(loop)
 
     def on_save(self, loop: Loop) -> None:  # by now, everything due at this step has been recorded
         if self._values and processes.writes():
@@ -86,6 +95,10 @@ class Table(Callback):
         self._values: dict[str, tuple[float, bool]] = dict(state["values"])
         self._best: dict[str, float] = dict(state["best"])
 
+    def _check_names(self, loop: Loop, record: Record | None = None) -> None:
+        for name in dict.fromkeys([*(self.columns or ()), *self._modes]):
+            warn_missing_metric("Table", name, loop, record)
+
     def _chosen(self) -> Sequence[str]:
         if self.columns is not None:
             return self.columns
@@ -101,4 +114,4 @@ class Table(Callback):
     def _print(self, cells: list[str]) -> None:
         widths = [5, 7, *(max(len(name) + 1, 11) for name in self._shown)]
         row = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        print(row.rstrip(), file=self.file or sys.stdout, flush=True)
+        print_text(row.rstrip(), self.file or sys.stdout)

@@ -20,7 +20,7 @@ class Target(Callback):
     copied. Keep the target of 16-bit weights in 32 bits, because a small move is lost to rounding in 16.
 
     Args:
-        source: the field of the state to follow, `"critic.params"` for a nested one.
+        source: the field of the state to follow, `"critic.params"` or `"0.params"` for a nested one; or an index.
         target: the field that follows; it starts with its value in the first state.
         rate: in (0, 1]; 1 is a hard copy, as in DQN: `Target(rate=1, when=1000)`.
         when: when the target moves; a plain int means steps.
@@ -40,8 +40,8 @@ class Target(Callback):
     (16.0, 10.0)
     """
 
-    source: str = "params"
-    target: str = "target"
+    source: str | int = "params"
+    target: str | int = "target"
     _: KW_ONLY
     rate: float = 0.005
     when: Cadence | int = 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from onstep import Callback, Loop, Record
 from onstep.redact import redacted
-from onstep.tools import close_event_writer, event_writer
+from onstep.tools import close_event_writer, event_writer, local_path
 
-from ._support.event_files import hparams_summary, scalars_summary
+from ._support.event_files import hparams_summary, scalars_summary, written_names
 
 
 @dataclass(eq=False, repr=False)
@@ -23,8 +24,12 @@ class TensorBoard(Callback):
     Args:
         directory: as for `tensorboard --logdir`.
         config: a dict, dataclass or pydantic model for the HParams tab, flat, with secrets redacted.
-        flush_seconds: the longest time in seconds that a point waits before it is written to disk.
+        flush_seconds: seconds from one time that the file is forced to disk to the next. Every point is in the file
+            when its event ends; a crash of the machine may lose those since then.
         name: the callback's name.
+
+    Raises:
+        ValueError: `directory` is a URL, or `flush_seconds` is negative.
 
     >>> import tempfile
     >>> from onstep import Engine
@@ -42,6 +47,9 @@ class TensorBoard(Callback):
     name: str | None = None
 
     def __post_init__(self) -> None:
+        self._path = local_path("TensorBoard", self.directory)
+        if not isinstance(self.flush_seconds, numbers.Real) or not self.flush_seconds >= 0:
+            raise ValueError(f"TensorBoard needs flush_seconds >= 0, got {self.flush_seconds!r}.")
         self.config = None if self.config is None else redacted(self.config)
         self._configured = False
 
@@ -49,11 +57,13 @@ class TensorBoard(Callback):
         self._configured = False
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        writer = event_writer(loop, self.directory, flush_seconds=self.flush_seconds).file_writer
+        if loop.step == loop.start_step > 0 and record.values.keys() <= written_names(self._path, record.step):
+            return  # a run that resumes at its target repeats its last record
+        writer = event_writer(loop, self._path, flush_seconds=self.flush_seconds).file_writer
         if self.config is not None and not self._configured:
             writer.add_summary(hparams_summary(self.config), 0)
             self._configured = True
         writer.add_summary(scalars_summary(record.values), record.step)
 
     def on_run_end(self, loop: Loop) -> None:
-        close_event_writer(loop, self.directory)
+        close_event_writer(loop, self._path)

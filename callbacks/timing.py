@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import jax
 from onstep import Callback, Loop, Record, processes
-from onstep.tools import Observer, Span, count_flops, has_training_metrics
+from onstep.tools import Observer, Span, count_flops, has_training_metrics, print_text
 
 COMPILE, CALL, WAIT, DATA, REST = "compiling", "calling the step", "waiting for the step", "data", "the loop"
 PARTS = {"compile": COMPILE, "call": CALL, "wait": WAIT, "data": DATA}
@@ -191,7 +191,7 @@ class Timing(Callback):
         self.seconds = self._watch.read()
         if self.table and CALL in self.seconds and processes.writes():
             lines = table_lines(self.seconds, loop.step - loop.start_step, self._measured(loop)[0])
-            print(*lines, sep="\n", file=self.file or sys.stderr, flush=True)
+            print_text("\n".join(lines), self.file or sys.stderr)
 
     def _measured(self, loop: Loop) -> tuple[int, float]:
         """Return the examples of a step, and its seconds at the peak speed of its devices; 0 for what is unknown."""

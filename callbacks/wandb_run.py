@@ -11,9 +11,12 @@ from typing import Any
 
 from onstep import Callback, Loop, Record, processes
 from onstep.redact import redacted
-from onstep.tools import check_package, exit_status
+from onstep.tools import check_list, check_package, exit_status, local_path
 
 EXIT_CODES = {"finished": 0, "failed": 1, "killed": 255}  # W&B itself reports 255 for an interrupt
+
+_begun: set[str] = set()
+"""The ids of the W&B runs that callbacks in this process have begun and not ended."""
 
 
 class WandB(Callback):
@@ -22,6 +25,10 @@ class WandB(Callback):
     The W&B run begins with the first record, and ends as finished, failed or killed (by a signal or a
     resumable stop). Checkpoints hold its id, so a resumed run continues the same W&B run. Steps that W&B already has
     are not logged again.
+
+    If you have called `wandb.init` yourself, the records go to your run, which stays open; `config` is added to its
+    configuration, and the other arguments are not used. Your own calls of `wandb.log` may advance W&B's step beyond
+    that of the run; records are then logged at W&B's step.
 
     Offline, each session leaves a folder for `wandb sync`. W&B writes these files every 15 seconds, so a process that
     is killed may lose the records of its last 15 seconds.
@@ -37,6 +44,7 @@ class WandB(Callback):
 
     Raises:
         ImportError: wandb is not installed.
+        ValueError: `tags` is one string, or `dir` is a URL.
 
     >>> WandB("digits", tags=["baseline"], config={"rate": 0.1, "api_key": "sk-1"}, mode="offline")
     WandB(project='digits', tags=('baseline',), config={'api_key': '***', 'rate': 0.1})
@@ -53,6 +61,9 @@ class WandB(Callback):
         **init: Any,
     ):
         check_package("WandB", "wandb")
+        check_list("WandB", "tags", tags)
+        if init.get("dir") is not None:
+            init["dir"] = local_path("WandB", init["dir"])
         self.project: str | None = project
         self.run_name: str | None = run_name
         self.tags: tuple[str, ...] = tuple(tags)
@@ -72,20 +83,15 @@ class WandB(Callback):
         if not processes.writes():
             return
         if self._run is None:
-            import wandb
-
-            self._run = wandb.init(id=self._id, **self._options)
-            self._next = self._run.starting_step
-            if self._run.offline:  # there is no server to ask, only the folders of earlier sessions
-                folders = os.path.join(glob.escape(self._run.dir), "..", "..", f"offline-run-*-{self._id}*")
-                files = os.path.join(folders, f"run-{self._id}.wandb")
-                self._next = max((step + 1 for path in glob.glob(files) for step in _logged_steps(path)), default=0)
+            self._begin()
         if record.step >= self._next:
-            self._run.log(record.values, step=record.step)
+            taken = self._yours and record.step < self._run.step  # W&B would ignore the values
+            self._run.log(record.values, step=None if taken else record.step)
 
     def on_run_end(self, loop: Loop) -> None:
-        if self._run is not None:
-            run, self._run = self._run, None
+        run, self._run = self._run, None
+        if run is not None and not self._yours:
+            _begun.discard(run.id)
             run.finish(exit_code=EXIT_CODES[exit_status(loop)])
 
     def get_state(self) -> dict[str, Any]:
@@ -93,6 +99,26 @@ class WandB(Callback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._id = state["id"]
+
+    def _begin(self) -> None:
+        """Find the user's W&B run, or begin one beside those of other callbacks."""
+        import wandb
+
+        run = wandb.run
+        if run is None or run.id in _begun:
+            new = {"reinit": "create_new"} if _begun else {}  # W&B would return the run of another callback
+            run = wandb.init(id=self._id, **new, **self._options)
+        self._run, self._yours = run, run.id != self._id
+        if self._yours:
+            self._id, self._next = run.id, run.starting_step if run.resumed else 0
+            run.config.update(self.config or {}, allow_val_change=True)
+            return
+        _begun.add(run.id)
+        self._next = run.starting_step
+        if run.offline:  # there is no server to ask, only the folders of earlier sessions
+            folders = os.path.join(glob.escape(run.dir), "..", "..", f"offline-run-*-{self._id}*")
+            files = os.path.join(folders, f"run-{self._id}.wandb")
+            self._next = max((step + 1 for path in glob.glob(files) for step in _logged_steps(path)), default=0)
 
 
 def _logged_steps(path: str) -> Iterator[int]:

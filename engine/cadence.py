@@ -156,18 +156,24 @@ class Trigger:
 
     def start(self, step: int) -> None:
         """Start with `step` steps completed."""
+        self._fired_at = -1
         self.next_step: float = self.cadence.next(step)
         self.deadline: float = self._clock() + self._interval if self.cadence.seconds else math.inf
 
     def fires(self, step: int, epoch: int = 0) -> bool:
-        """Return whether it is due at `step`, which completes `epoch` (0 if it completes none), and advance."""
+        """Return whether it is due at `step`, which completes `epoch` (0 if it completes none), and advance.
+
+        It is due at most once at a step, even if the end of the epoch becomes known only later.
+        """
         due = step >= self.next_step
         if due:
             self.next_step = self.cadence.next(step)
         if self._only_steps:
             return due
         late = self.deadline < math.inf and self._clock() >= self.deadline
-        due = due or late or self.cadence.due(step, epoch=epoch)
+        due = step != self._fired_at and (due or late or self.cadence.due(step, epoch=epoch))
+        if due:
+            self._fired_at = step
         if due and self.deadline < math.inf:
             self.deadline = self._clock() + self._interval
         return due

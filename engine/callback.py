@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import inspect
 import itertools
 import zlib
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 
 from .cadence import ALWAYS, Cadence, as_cadence
 from .checks import check_signature, did_you_mean
+from .messages import warn_user
 from .records import Record
 from .representation import call_text
 from .snapshot import pack, unpack
@@ -25,6 +28,27 @@ if TYPE_CHECKING:
 
 Carry = Any
 """What the compiled half of a callback keeps on the device: any pytree of arrays."""
+
+
+class _CadenceAttribute:
+    """An attribute that is checked where it is assigned, so that the error is in the line that makes the callback."""
+
+    def __init__(self, name: str, default: Cadence | int):
+        self._name, self._default = name, default
+
+    def __get__(self, callback: Callback | None, kind: type) -> Cadence | int:
+        return self._default if callback is None else vars(callback).get(self._name, self._default)
+
+    def __set__(self, callback: Callback, value: Cadence | int) -> None:
+        who = f"{type(callback).__name__}.{self._name}"
+        if as_cadence(value, who).seconds and self._name == "update_when":
+            raise ValueError(f"{who} needs steps or epochs, got {value}: it is compiled in.")
+        vars(callback)[self._name] = value
+
+
+def _cadence_attribute(name: str, default: Cadence | int) -> Any:
+    """Return the attribute; `Any`, because a class that is read or assigned sees a cadence."""
+    return _CadenceAttribute(name, default)
 
 
 class Callback:
@@ -53,8 +77,8 @@ class Callback:
     """
 
     name: str | None = None
-    when: Cadence | int = ALWAYS
-    update_when: Cadence | int = ALWAYS
+    when: Cadence | int = _cadence_attribute("when", ALWAYS)
+    update_when: Cadence | int = _cadence_attribute("update_when", ALWAYS)
     _initial: bytes | None = None  # the host half when an engine first saw it
 
     def on_load(self, loop: Loop) -> None:
@@ -161,9 +185,16 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in ("when", "update_when"):
+            if isinstance(default := vars(cls).get(name), (Cadence, int)):
+                setattr(cls, name, _cadence_attribute(name, default))
         for name, found in vars(cls).items():
             if name.startswith("on_") and name not in EVENTS:
                 raise TypeError(f"{cls.__name__}.{name} is not an event.{did_you_mean(name, EVENTS)}")
+            if f"on_{name}" in EVENTS and "_" in name and callable(found):  # not `log` or `save`, which say little
+                raise TypeError(f"{cls.__name__}.{name} is never called. The event is on_{name}.")
+            if callable(found) and not hasattr(Callback, name) and (similar := _similar_method(found, name)):
+                warn_user(f"{cls.__name__}.{name} is never called by the engine. Did you mean {similar}?")
             if name in _ARGUMENTS:
                 check_signature(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
         for one, other in (("get_state", "set_state"), ("set_state", "get_state"), ("init", "update")):
@@ -174,6 +205,9 @@ class Callback:
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 """The events, in the order in which a run first reaches them."""
 
+BY_CADENCE = ("on_step_begin", "on_step_end", "on_save")
+"""The events that `when` governs. The others reach every callback that handles them."""
+
 _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
     "on_log": ("loop", "record"),
     "on_exception": ("loop", "error"),
@@ -182,6 +216,26 @@ _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
     "get_state": (),
     "set_state": ("state",),
 }
+
+
+def _similar_method(found: Any, name: str) -> str | None:
+    """Return the method of a callback that a method with a similar name and the same arguments was meant to be."""
+    similar = difflib.get_close_matches(name, [method for method in _ARGUMENTS if method not in EVENTS], 1, 0.8)
+    with contextlib.suppress(TypeError, ValueError):
+        if similar and list(inspect.signature(found).parameters)[1:] == list(_ARGUMENTS[similar[0]]):
+            return similar[0]
+    return None
+
+
+def check_when(callback: Callback, name: str) -> None:
+    """Raise a ValueError unless `when` is a cadence that governs an event of the callback."""
+    cadence = as_cadence(callback.when, f"{name}.when")
+    handled = [event for event in EVENTS if overridden(callback, event)]
+    if cadence != ALWAYS and "when" not in vars(type(callback)) and handled and not set(handled) & set(BY_CADENCE):
+        raise ValueError(
+            f"{name}.when={cadence} has no effect on {', '.join(handled)}: it governs {', '.join(BY_CADENCE)}. Handle "
+            "one of these; on_step_end can be due by epochs, as in every(epochs=5)."
+        )
 
 
 def overridden(callback: Callback, name: str) -> Any:
@@ -208,8 +262,9 @@ class FunctionCallback(Callback):
         self.function: Any = function
         self.plain_name: str = getattr(function, "__name__", "function")
         check_signature(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
-        self.when: Cadence | int = as_cadence(when, f"{self.plain_name}.when")
+        self.when: Cadence | int = when
         setattr(self, method, function)
+        check_when(self, self.plain_name)
 
 
 def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:

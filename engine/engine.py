@@ -10,12 +10,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from .cadence import Cadence, as_cadence
-from .callback import Callback, FunctionCallback, name_callbacks, reset
+from .callback import Callback, FunctionCallback, check_when, name_callbacks, reset
 from .checks import check_int
 from .compiled.step import CompiledStep, Step
-from .data.source import Data
+from .data.source import NO_DATA, Data
 from .loop import Loop, Options
-from .placement import make_placement
+from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
 from .representation import call_text
 from .result import Result
@@ -43,7 +43,8 @@ class Engine:
         mesh: the devices to use. Batches are sharded over the axis "data" (or "fsdp", or the only axis); pass a
             NamedSharding to choose. The state keeps its sharding, or is replicated if it is on one device. See
             `onstep.sharding`.
-        jit: False runs the same loop uncompiled, so that you can step through it in a debugger.
+        jit: False runs the same loop uncompiled, so that you can step through it in a debugger. `JAX_DISABLE_JIT=1`,
+            and a run that begins inside `jax.disable_jit()`, have the same effect, also on evaluation.
         clock: the time in seconds, for cadences in seconds. Tests pass an `onstep.testing.FakeClock`.
 
     Raises:
@@ -81,13 +82,13 @@ class Engine:
             check_int("Engine", "steps_per_call", steps_per_call, 1)
         self._callbacks = name_callbacks(callbacks)
         for name, callback in self._callbacks.items():
-            as_cadence(callback.when, f"{name}.when")
+            check_when(callback, name)
         reset(self._callbacks)
         self._given = {"step": step, "log_every": log_every, "steps_per_call": steps_per_call, "in_flight": in_flight}
         self._given |= {"prefetch": prefetch, "mesh": mesh, "jit": jit, "clock": clock}
         self._options = Options(log_every, in_flight, prefetch, clock)
         self._placement = make_placement(mesh)
-        self._compiled = self._compile()
+        self._compiled = self._compile(jit)
 
     @property
     def callbacks(self) -> dict[str, Callback]:
@@ -99,7 +100,11 @@ class Engine:
 
         Args:
             event: the name of the event, with or without `on_`.
-            when: as `Callback.when`.
+            when: as `Callback.when`; only for `step_begin`, `step_end` and `save`.
+
+        Raises:
+            TypeError: the function has the wrong arguments for the event, or there is no event.
+            ValueError: there is no such event, or `when` has no effect on it.
 
         >>> engine = Engine(lambda state, batch: (state + batch, {}))
         >>> @engine.on("epoch_end")
@@ -109,6 +114,8 @@ class Engine:
         epoch 1 ends at step 3
         epoch 2 ends at step 6
         """
+        if callable(event):
+            raise TypeError(f'engine.on needs an event: write @engine.on("step_end") above {event.__name__}.')
 
         def add(function: Callable[..., None]) -> Callable[..., None]:
             added = FunctionCallback(event, function, when)
@@ -120,7 +127,7 @@ class Engine:
     def run(
         self,
         state: State | Result,
-        data: Data,
+        data: Data = None,
         *,
         epochs: int | None = None,
         steps: int | None = None,
@@ -133,7 +140,8 @@ class Engine:
         Args:
             state: any pytree of arrays. It is copied, so yours stays valid. Or the Result of an earlier run, to
                 continue that run from its end.
-            data: an iterable of batches, a callable `epoch -> iterable`, or a loader.
+            data: an iterable of batches, a callable `epoch -> iterable`, or a loader. Without data, every batch is None
+                unless a callback assigns `loop.batch` in `on_step_begin`.
             epochs, steps: the target, counted from the beginning of the first run; whichever is reached first. At
                 least one is needed.
             epoch_steps: batches in an epoch, if an epoch is not one pass over the data.
@@ -141,8 +149,9 @@ class Engine:
             donate: True skips the copy and donates your arrays.
 
         Raises:
-            ValueError: there is no target, or the run is already beyond it; the data is empty or exhausted; or the
-                step returns a different tree from the one it received. The message says which.
+            ValueError: there is no target, or the run is already beyond it; the data is empty or exhausted; there is
+                no data, so epochs never end; or the step returns a different tree from the one it received. The
+                message says which.
 
         >>> import jax.numpy as jnp
         >>> engine = Engine(lambda state, batch: (state + batch, {"loss": batch}))
@@ -157,7 +166,7 @@ class Engine:
     def steps(
         self,
         state: State | Result,
-        data: Data,
+        data: Data = None,
         *,
         when: Cadence | int = 1,
         epochs: int | None = None,
@@ -209,16 +218,25 @@ class Engine:
         >>> plan.loop[-2:]
         ['ends at step 12', 'keeps at most 2 compiled calls in flight']
         """
-        compiled = self._compile()  # a separate copy, so that planning does not affect this engine
+        compiled = self._compile(self._jit)  # a separate copy, so that planning does not affect this engine
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle an engine as the call that made it. Its compiled step is not part of a copy."""
+        return _from_call, ({**self._given, "callbacks": list(self._callbacks.values())},)
 
     def __repr__(self) -> str:
         return call_text(Engine, {**self._given, "callbacks": list(self._callbacks.values())})
 
-    def _compile(self) -> CompiledStep:
-        given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call", "jit")}
-        return CompiledStep(callbacks=self._callbacks, placement=self._placement, **given)
+    @property
+    def _jit(self) -> bool:
+        """Whether a run that begins now is compiled: JAX_DISABLE_JIT and `jax.disable_jit()` act as `jit=False`."""
+        return self._given["jit"] and not jit_is_disabled()
+
+    def _compile(self, jit: bool) -> CompiledStep:
+        given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call")}
+        return CompiledStep(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
 
     def _loop(
         self,
@@ -230,16 +248,25 @@ class Engine:
         rng: jax.Array | None,
         donate: bool,
     ) -> Loop:
+        if data is None and epochs is not None and epoch_steps is None:
+            raise ValueError(
+                "A run without data needs the length of an epoch to reach epochs=. Pass epoch_steps=, use steps= "
+                "instead, or pass the data."
+            )
         return Loop(
-            self._compiled,
+            self._compiled if self._jit == self._given["jit"] else self._compile(self._jit),
             self._callbacks,
             self._options,
             self._placement,
             state,
-            data,
+            NO_DATA if data is None else data,
             epochs=epochs,
             steps=steps,
             epoch_steps=epoch_steps,
             rng=rng,
             donate=donate,
         )
+
+
+def _from_call(given: dict[str, Any]) -> Engine:
+    return Engine(**given)

@@ -86,6 +86,7 @@ def evaluate(
     placement = make_placement(mesh)
     if placement.processes > 1:
         check_same({"the number of batches to evaluate on": length(data)})
+        placement.begin("evaluation")
     compiled = placement.compile_evaluation(step)
     results: list[Metrics] = []
     shapes: list[dict[str, tuple[int, ...]]] = []

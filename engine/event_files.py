@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import socket
+import struct
 import time
 import uuid
 import weakref
 from typing import Any
 
 from . import processes
+from .checks import local_path
 from .loop import Loop
 
 _writers: weakref.WeakKeyDictionary[Loop, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -26,10 +31,15 @@ def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds
     Args:
         loop: the run.
         directory: as for `tensorboard --logdir`.
-        flush_seconds: the longest time that a point waits before it is written to disk.
+        flush_seconds: seconds from one time that the file is forced to disk to the next. Every point is in the file
+            when the call that adds it returns; a crash of the machine may lose those since then.
 
     Returns:
         The writer in process 0. In the other processes, an object that accepts every call and writes nothing.
+
+    Raises:
+        OSError: the file cannot be created. The calls that add a point raise it if the point cannot be written.
+        ValueError: `directory` is a URL.
 
     >>> import tempfile
     >>> from onstep import Engine
@@ -52,20 +62,88 @@ def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds
     """
     if not processes.writes():
         return _NullWriter()
+    path = local_path("event_writer", directory)
     writers = _writers.setdefault(loop, {})
-    path = os.path.abspath(directory)
-    if writers.get(path) is None:
-        from tensorboardX import SummaryWriter
-
-        # The suffix is unique because two writers in the same second would share a file, and one would lose its
-        # points. It begins with the time because readers read files in the order of their names.
-        writers[path] = SummaryWriter(
-            path,
-            purge_step=None if path in writers else loop.start_step + 1,
-            flush_secs=flush_seconds,
-            filename_suffix=f".{time.time_ns()}.{uuid.uuid4().hex[:8]}",
-        )
+    writer = writers.get(path)
+    if writer is None or writer.file_writer is None:  # its user may have closed it
+        writers[path] = _summary_writer(path, flush_seconds, None if path in writers else loop.start_step + 1)
     return writers[path]
+
+
+class _EventFile:
+    """An event file, written in the caller's thread, in place of tensorboardX's `EventFileWriter`.
+
+    That one writes in a thread, which ends at the first failed write: points are lost without an error, or the caller
+    waits for ever for room in its queue. Here the caller gets the error.
+    """
+
+    def __init__(self, directory: str, flush_seconds: float, purge_step: int | None):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        os.makedirs(directory, exist_ok=True)
+        # The name is unique because two writers in the same second would share a file, and one would lose its
+        # points. It begins with the time because readers read files in the order of their names.
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}.{uuid.uuid4().hex[:8]}"
+        self._directory, self._flush_seconds, self._flushed = directory, flush_seconds, -math.inf
+        self._file = open(os.path.join(directory, name), "xb")  # noqa: SIM115 (closed by `close`)
+        try:
+            self.add_event(Event(wall_time=now / 1e9, file_version="brain.Event:2"))
+            if purge_step is not None:
+                began = SessionLog(status=SessionLog.START)
+                self.add_event(Event(wall_time=now / 1e9, step=purge_step, file_version="brain.Event:2"))
+                self.add_event(Event(wall_time=now / 1e9, step=purge_step, session_log=began))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
+
+    def get_logdir(self) -> str:
+        """Return the directory."""
+        return self._directory
+
+    def add_event(self, event: Any) -> None:
+        """Write an event, in the format of TFRecord files."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        self._file.write(b"".join([length, checksums[0], data, checksums[1]]))
+        self._file.flush()
+        if time.monotonic() >= self._flushed + self._flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Force the file to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Force the file to disk, and close it."""
+        if not self._file.closed:
+            with self._file:
+                self.flush()
+
+
+def _summary_writer(directory: str, flush_seconds: float, purge_step: int | None) -> Any:
+    """Return a tensorboardX `SummaryWriter` that writes to an `_EventFile`."""
+    from tensorboardX.writer import FileWriter, SummaryWriter
+
+    class Files(FileWriter):
+        def __init__(self, purge_step: int | None) -> None:  # that of FileWriter starts a thread
+            self.event_writer = _EventFile(directory, flush_seconds, purge_step)
+            self._default_metadata: dict[str, Any] = {}
+
+    class Writer(SummaryWriter):
+        def _get_file_writer(self) -> Any:
+            if self.file_writer is None:
+                self.file_writer, self.purge_step = Files(self.purge_step), None
+                self.all_writers = {directory: self.file_writer}
+            return self.file_writer
+
+    return Writer(directory, purge_step=purge_step)
 
 
 class _NullWriter:
@@ -105,8 +183,11 @@ def close_event_writer(loop: Loop, directory: str | os.PathLike[str]) -> None:
     ...     print(b"the data was shuffled" in file.read_bytes())
     True
     """
-    path = os.path.abspath(directory)
+    path = local_path("close_event_writer", directory)
     writers = _writers.get(loop, {})
-    if writers.get(path) is not None:
-        writers[path].close()
-        writers[path] = None
+    writer = writers.get(path)
+    if writer is not None:
+        writers[path] = None  # first, because closing fails if the disk is full
+        if (file := writer.file_writer) is not None:
+            with contextlib.closing(file):
+                writer.close()

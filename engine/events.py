@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .cadence import ALWAYS, Trigger, as_cadence
-from .callback import EVENTS, Callback, overridden
+from .callback import BY_CADENCE, EVENTS, Callback, overridden
 from .processes import ProcessGroup
 from .spans import Span, Spans
 
 if TYPE_CHECKING:
     from .callback import Loop
-
-BY_CADENCE = ("on_step_begin", "on_step_end", "on_save")
-"""The events that `when` governs. The others reach every callback that handles them."""
 
 
 class Handler:

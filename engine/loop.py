@@ -5,38 +5,45 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
-from .checks import check_reachable, check_rng, check_targets
+from .checks import check_batch, check_reachable, check_rng, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import Throttle
 from .data.batches import Batches
 from .data.source import Data
 from .data.stacking import last_batch
-from .data.stream import BatchStream
+from .data.stream import BatchStream, WaitInterrupted
 from .events import Events, Handler
+from .exclusive import exclusive
+from .interrupts import deferred_interrupts
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
-from .placement import Placement, replicated_bytes
+from .placement import Placement, replicated_checksums
 from .processes import ProcessGroup, check_same
 from .records import History, Record
+from .representation import plain_arguments
 from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, copy_containers, difference, signature
+from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
+
+
+MOST_PENDING = 4096
+"""Calls whose metrics may wait on the device to be read, so that their memory is bounded in a long window."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,10 @@ class Loop:
     ):
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, needed=compiled.takes_rng)
-        reset(callbacks)
         earlier = state if isinstance(state, Result) else None
-        state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
+        given = earlier.state if earlier else state
+        state = placement.place(given, "The state", copy=not (donate or earlier))
+        compiled.function.weak = weak_leaves(given)
 
         self.step: int = 0
         self.epoch: int = 0
@@ -113,7 +121,8 @@ class Loop:
         self.error: BaseException | None = None
         self.steps: int | None = steps
         self.epochs: int | None = epochs
-        self.rng: Any = placement.key(rng)
+        # A copy if the state is donated, because a leaf of it may share the key's memory.
+        self.rng: Any = placement.key(jnp.copy(rng) if donate and rng is not None else rng)
         self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
@@ -124,6 +133,8 @@ class Loop:
         self._stream = BatchStream(data, epoch_steps, placement, options.prefetch, placement.prefetcher(self._bundle))
         self._signature = signature({"state": self.state, "carries": self.carries})
         self._batch: tuple[Batch, int] = (None, 0)  # of the last call; for a block, how many of its batches were used
+        self._choosing = False  # whether on_step_begin may replace the batch of the next step
+        self._next_batch: list[Batch] = []  # that batch, once a handler has read or replaced it
         self._windows = Windows()
         self._group = ProcessGroup(options.clock)
         self._events = Events(callbacks, self._group)
@@ -132,14 +143,18 @@ class Loop:
 
         self._requested: tuple[str, bool] | None = None  # a stop that the processes have not agreed on yet
         self._final = True  # whether the stop is final
+        self._leave = False  # whether _run_steps must return after the call in progress
+        self._interrupted = False  # whether it must raise a KeyboardInterrupt then
         self._loading = True
         self._restored = self._saving = self._prepared = False
+        self._restored_from = ""  # the directory of the checkpoint, for messages
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
-        self._completed = 0  # the epoch that the last step completed, 0 if none
+        self._epoch_done = False  # whether the last step completed its epoch
+        self._completed = 0  # that epoch, 0 if none
+        self._earlier = earlier  # the result from which the run resumes, until it has begun
+        self._reported = earlier is not None  # whether the record of the last window cannot have been lost
         self._final_snapshot: Snapshot | None = None
-        if earlier:
-            self.restore(earlier.snapshot)
-            self._stream = earlier._stream.resume_as(self._stream)
+        self._failed: str | None = None  # the error that ended the run
 
     # The loop. Its order is what docs/loop.md promises: do not reorder it.
     #
@@ -152,32 +167,35 @@ class Loop:
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
-            closing(self._stream),
+            exclusive({"This engine": self._compiled, **self.callbacks}),
+            self._deferred_interrupts(),
             closing(self._group),
             closing(self._spans),
-            self._events.ensure_end(self),  # on_exception, on_run_end: whatever began is ended
+            self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
         ):
             self._load()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
-            while not self.over:
-                self._begin_epoch()  # on_epoch_begin
-                epoch_done = False
-                while not (epoch_done or self.over):
-                    self._before_step()  # on_step_begin
-                    if self.over:
-                        break
-                    epoch_done = self._run_steps(trigger)  # compiled calls, and nothing else
-                    self._after_step(epoch_done)  # on_step_end, on_log, on_epoch_end
-                    if trigger.fires(self.step, self._completed):
-                        yield self
-                    self._agree_on_stop()
-                    self._save(self._events.due("on_save", self.step, self._completed))
+            with suppress(WaitInterrupted):  # a stop that ended the wait for a batch
+                while not self.over:
+                    self._begin_epoch()  # on_epoch_begin
+                    while self._advance(trigger):  # on_step_begin, then compiled calls and nothing else
+                        self._after_step()  # on_step_end, on_log, on_epoch_end
+                        if trigger.fires(self.step, self._completed):
+                            yield self
+                        self._agree_on_stop()
+                        self._save_due()  # on_save
             self._finish()  # on_save, on_snapshot, on_log
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
         self._group.begin(self._current_step)
+        self._placement.begin("training")
         self._check_processes()
+        reset(self.callbacks)
+        earlier, self._earlier = self._earlier, None  # so that its arrays can be freed
+        if earlier:
+            self.restore(earlier.snapshot)
+            self._stream = earlier._stream.resume_as(self._stream)
         self._events.load(self)
         self._loading, self.start_step = False, self.step
         epoch = self.epoch + (self.epoch_step > 0)
@@ -185,33 +203,89 @@ class Loop:
         self._check_epoch_length()
         if self._restored:
             log_user(self._resume_message())
+        self._skip_used()
         self._agree_on_stop()  # with several processes also on the time, before the first deadline is set
         self._compiled.begin(self.step, self._saved)
         self._events.begin(self)
         self._agree_on_stop()
 
+    def _skip_used(self) -> None:
+        """Draw the batches that a resumed run has used, if its data has no other way to continue.
+
+        That must not change what callbacks have restored, such as a random generator from which the data draws.
+        """
+        if self._stream.must_skip and not self.over:
+            kept = self._callback_states()
+            self._stream.skip()
+            for name, state in kept.items():
+                self.callbacks[name].set_state(state)
+
     def _begin_epoch(self) -> None:
         """Begin an epoch, unless a resumed run continues it, and draw its first batch."""
+        self._epoch_done = False
         if self.epoch_step == 0:
             self._events.fire("on_epoch_begin", self)
             self._agree_on_stop()
         if not self.over:
-            self._stream.begin_epoch(self.epoch)
+            total = self.total
+            self._stream.begin_epoch(self.epoch, math.inf if total is None else total - self.step)
+
+    def _advance(self, trigger: Trigger) -> bool:
+        """Run steps up to the next one at which anything is due; return False if the epoch or the run is over instead.
+
+        If data without a length has ended with the last step, only the end of the epoch is due, without another step.
+        """
+        if self._epoch_done or self.over:
+            return False
+        if self._data_ended():
+            self._epoch_done = True
+            return True
+        self._before_step()
+        if self.over:
+            return False
+        self._epoch_done = self._run_steps(trigger)
+        return True
+
+    def _data_ended(self) -> bool:
+        """Return whether data without a length has ended with the last step. That takes a batch, so it may wait.
+
+        It is asked only when everything else that is due at a step is done, and no stop is requested.
+        """
+        return self.epoch_length is None and self._stream.ended()
 
     def _before_step(self) -> None:
         """Call the handlers that are due before the next step, with its batch. Compile before the first step."""
         completes = self.epoch + 1 if self.epoch_step + 1 == self.epoch_length else 0
         if due := self._events.due("on_step_begin", self.step + 1, completes):
-            self.batch = self._stream.peek()
-            for handler in due:
-                handler.call(self)
+            self._choosing = True
+            try:
+                for handler in due:
+                    handler.call(self)
+            finally:
+                chosen, self._next_batch, self._choosing = self._next_batch, [], False
             self._agree_on_stop()
-            if not self.over:
-                self._stream.replace(self.batch)
+            if chosen and not self.over:
+                self._stream.replace(chosen[0])
         if not (self._prepared or self.over):
+            check_batch(batch := self._stream.peek())
             with self._spans.span(COMPILE):
-                self._compiled.prepare(self._bundle, self._stream.peek(), self._call_rng)
+                self._compiled.prepare(self._bundle, batch, self._call_rng)
             self._prepared = True
+
+    def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
+        """Return when anything is next due.
+
+        Returns:
+            The number of steps up to the next due one; the step that ends the epoch (infinity if its length is
+            unknown); and the time of the next deadline (infinity if there is none).
+        """
+        step, length = self.step, self._stream.length
+        epoch_end = math.inf if length is None else step + length - self.epoch_step
+        next_log = (step // self._log_every + 1) * self._log_every
+        next_read = step + MOST_PENDING - len(self._windows.pending)
+        next_handler = self._events.next(step, epoch_end)
+        next_due = min(next_handler, trigger.next_step, next_log, next_read, epoch_end, self.steps or sys.maxsize)
+        return int(next_due) - step, epoch_end, min(self._events.deadline(), trigger.deadline)
 
     def _run_steps(self, trigger: Trigger) -> bool:
         """Run steps up to the next one at which anything is due; return whether that one ends the epoch.
@@ -227,13 +301,10 @@ class Loop:
         """
         step, bundle, metrics, batch, count = self.step, self._bundle, self.metrics, *self._batch
         compiled, throttle, clock, pending = self._compiled, self._throttle, self._group.clock, self._windows.pending
+        several, should_stop = self._group.count > 1, self._group.should_stop
         stream, rng, block_size = self._stream, self._call_rng, self._compiled.block_size
-        length, next_log = stream.length, (step // self._log_every + 1) * self._log_every
-        epoch_end = math.inf if length is None else step + length - self.epoch_step
-        next_handler = self._events.next(step, epoch_end)
-        next_due = min(next_handler, trigger.next_step, next_log, epoch_end, self.steps or sys.maxsize)
-        deadline = min(self._events.deadline(), trigger.deadline)
-        has_deadline, steps = deadline < math.inf, int(next_due) - step
+        steps, epoch_end, deadline = self._until_due(trigger)
+        has_deadline = deadline < math.inf
         wait_at, most_steps = throttle.start(pending), throttle.most_steps(step)
         simple = not (block_size or compiled.conditional)  # one step a call, and every compiled half is due
         call, advance, wait = compiled.call, compiled.advance, throttle.wait
@@ -252,48 +323,67 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self.stopped is not None or (has_deadline and clock() >= deadline):  # a signal may request a stop
-                    break
+                if self._leave or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                    break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
             self._batch = batch, count if block_size else 0
+        if self._interrupted:
+            raise KeyboardInterrupt
         return stream.epoch_done(self.epoch_step)
 
-    def _after_step(self, epoch_done: bool) -> None:
+    def _after_step(self) -> None:
         """Count the epoch, and call the handlers that are due after the step."""
-        if epoch_done:
+        if self._epoch_done:
+            self._stream.end_epoch(not self.over)
             self.epoch, self.epoch_step = self.epoch + 1, 0
-            self._stream.end_epoch()
-        self._completed = self.epoch if epoch_done else 0
+        self._completed = self.epoch if self._epoch_done else 0
         for handler in self._events.due("on_step_end", self.step, self._completed):
             handler.call(self)
         if self.step % self._log_every == 0:
             self.log(self._windows.take_means("train"))
-        if epoch_done:
+        elif len(self._windows.pending) >= MOST_PENDING:
+            self._windows.read()
+        if self._epoch_done:
             self.log(self._windows.take_means("epoch"))
             self._events.fire("on_epoch_end", self)
+
+    def _save_due(self) -> None:
+        """Save with the handlers that are due, unless the end of the epoch comes first."""
+        if self._epoch_done or self.over or not self._data_ended():
+            self._save(self._events.due("on_save", self.step, self._completed))
 
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. A final stop is refused here, because the save would not include it."""
         self._saving = True
-        for handler in handlers:
+        for handler in handlers if self.step > self.start_step else ():  # else a resumed run found its epoch complete
             handler.call(self)
         self._saving = False
 
     def _finish(self) -> None:
-        """Save with every handler that has not saved this step, and record the last partial window."""
-        ran = self.step > self.start_step
-        if ran:
+        """Save with every handler that has not saved this step, and record the last partial window.
+
+        The record is not in the snapshot, because a later target continues the window. A run that resumes from a
+        checkpoint at its target records it again, because the run before may have been killed between the two.
+        """
+        if self.step > self.start_step:
             self._save([h for h in self._events.handlers["on_save"] if h.called_at != self.step])
         self._final_snapshot = self.snapshot()
-        if ran and self.finished:
+        if self.finished and (self.step > self.start_step or not self._reported):
             self.log(self._windows.take_means("train"))
 
     def result(self) -> Result:
-        """Return how the run ended."""
+        """Return how the run ended. After an error, the run is one that a resumable stop ended at its last step.
+
+        Raises:
+            RuntimeError: the run has not ended, or its last call failed after its arrays had been donated.
+        """
         if self._final_snapshot is None:
-            raise RuntimeError("A run has a result only after its end.")
+            if self._failed is None:
+                raise RuntimeError("A run has a result only after its end.")
+            self.stopped, self._final = self._failed, False
+            self._final_snapshot = self._make_snapshot()
         now = (self.state, self.step, self.epoch, self.stopped, self.history, self.latest)
         return Result(*now, self._final_snapshot, self.callbacks, self._stream)
 
@@ -317,12 +407,20 @@ class Loop:
     @property
     def batch(self) -> Batch:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
+        if self._choosing:
+            if not self._next_batch:
+                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
+            return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
 
     @batch.setter
     def batch(self, new: Batch) -> None:
-        self._batch = new, 0
+        if not self._choosing:
+            raise RuntimeError(
+                "loop.batch can only be replaced in on_step_begin, before its step. Here it is too late."
+            )
+        self._next_batch = [new]
 
     @property
     def carries(self) -> dict[str, Carry]:
@@ -390,6 +488,20 @@ class Loop:
         if self._group.count == 1:
             self._agree_on_stop()
 
+    def interrupt(self, reason: str) -> None:
+        """Stop, even if the run is waiting for a batch. For signal handlers, in the thread of the run.
+
+        This is a resumable stop. A batch that is being drawn is abandoned: an exception ends the wait inside the code
+        of the data, after which everything up to the last complete step is saved. If the run is not waiting, or has
+        several processes, this is the same as `loop.stop(reason, final=False)`.
+
+        Args:
+            reason: becomes `result.stopped`, as for `stop`.
+        """
+        self.stop(reason, final=False)
+        if self._group.count == 1:  # otherwise the other processes could be waiting for the step of this batch
+            self._stream.interrupt()
+
     def log(self, values: dict[str, Any]) -> None:
         """Record numbers under their full names, and pass them to every `on_log` immediately.
 
@@ -427,6 +539,9 @@ class Loop:
         Its arrays are not copies: write or copy them before the event returns.
         """
         self._events.fire("on_snapshot", self)
+        return self._make_snapshot()
+
+    def _make_snapshot(self) -> Snapshot:
         host = {
             "rng": describe_key(self.rng),
             "tree": self._signature,
@@ -441,7 +556,7 @@ class Loop:
             "latest": self.latest,
             "stopped": self.stopped,
             "final": self._final,
-            "callbacks": {name: cb.get_state() for name, cb in self.callbacks.items() if overridden(cb, "get_state")},
+            "callbacks": self._callback_states(),
         }
         return Snapshot(self.step, {"state": self.state, "carries": self.carries}, pack(host, "A snapshot"))
 
@@ -471,8 +586,9 @@ class Loop:
         self._bundle = self._compiled.bundle(state, carries, host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
         self.latest, self._restored, self._saved = host["latest"], True, host["program"]
+        self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
-            self.stopped = host["stopped"]
+            self.stopped, self._final = host["stopped"], True
         self._windows.set_state(host["windows"])
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])
@@ -488,6 +604,39 @@ class Loop:
                 )
 
     # Details of the above.
+
+    def _deferred_interrupts(self) -> AbstractContextManager[None]:
+        """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
+        code = Loop._run_steps.__code__
+        return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
+
+    def _interrupt_later(self) -> bool:
+        first, self._interrupted, self._leave = not self._interrupted, True, True
+        return first
+
+    @contextmanager
+    def _ensure_end(self) -> Iterator[None]:
+        """Guarantee the events that end a run, and remember the error that ended it.
+
+        A StopIteration becomes a RuntimeError that says where it was raised. Otherwise Python would replace it by
+        "generator raised StopIteration", without its notes.
+        """
+        try:
+            with self._events.ensure_end(self):
+                yield
+        except BaseException as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            if isinstance(error, StopIteration):
+                notes = [note.removeprefix("onstep: ") for note in getattr(error, "__notes__", ()) if "onstep:" in note]
+                where = "; ".join(notes) or f"raised by the step, or by the body of the `for`, at step {self.step}"
+                raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
+            raise
+        finally:
+            self._stream.close()  # here, because a run that continues takes over the stream of the earlier run
+
+    def _callback_states(self) -> dict[str, Any]:
+        """Return what callbacks keep on the host, by name."""
+        return {name: cb.get_state() for name, cb in self.callbacks.items() if overridden(cb, "get_state")}
 
     def _load_tree(self, snapshot: Snapshot, host: dict[str, Any], strict: bool) -> tuple[State, dict[str, Carry]]:
         """Return the state and the carries of a snapshot, on this run's devices."""
@@ -507,32 +656,44 @@ class Loop:
         return tree["state"], new | tree["carries"]
 
     def _current_step(self) -> int:
-        """Return the number of the step in progress if the data has no length, else 0."""
-        return self.step - self.epoch_step + self._stream.used if self._stream.length is None else 0
+        """Return the number of the step in progress, as far as it is known between two host stops."""
+        stream = self._stream
+        return self.step if stream.epoch_steps is not None else self.step - self.epoch_step + stream.used
 
     def _agree_on_stop(self) -> None:
         """Act on a stop that any process requested. All processes call this at the same steps."""
         if self._group.count > 1:
+            self._group.should_stop()
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
+            self._leave = True
         self._requested = None
 
     def _resume_message(self) -> str:
-        if self.stopped is not None:
-            return f"the run ended with a final stop at step {self.step} ({self.stopped}): nothing to do"
         epoch = f"epoch {self.epoch}" + ("" if self.epochs is None else f" of {self.epochs}")
         step = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
-        if self.over:
-            return f"already at {step} ({epoch}): nothing to do"
-        return f"resuming from {step} ({epoch})"
+        if not self.finished:
+            return f"resuming from {step} ({epoch})"
+        if self.stopped is None:
+            found, remedy = f"already at {step} ({epoch})", "raise the target to train further"
+        else:
+            found = f"the run ended with a final stop at step {self.step} ({self.stopped})"
+            remedy = "resume from an earlier checkpoint with Checkpoint(..., resume=step)"
+        if not self._restored_from:
+            return f"{found}: nothing to do"
+        again = "start from scratch with Checkpoint(..., overwrite=True)"
+        return f"{found}: nothing to do in {self._restored_from}; {remedy}, or {again}"
 
     def _check_epoch_length(self) -> None:
         """Check cadences in epochs, if the length of epochs is unknown or an epoch may never end.
 
         Raises:
-            ValueError: a handler of `on_step_begin`, or a compiled half, is due by epochs.
+            ValueError: a handler of `on_step_begin`, or a compiled half, is due by epochs; or data that can be read
+                only once is needed for several epochs.
         """
+        if self.epochs is not None and self.steps is None and not self.over:
+            self._stream.check_epochs(self.epochs - self.epoch)
         if self.epoch_length is not None:
             return
         kind, handlers = type(self._stream.data).__name__, self._events.handlers
@@ -560,11 +721,17 @@ class Loop:
         if self.mesh is None:
             raise ValueError("Several processes need a mesh: Engine(..., mesh=onstep.sharding.make_mesh()).")
         cadences = {name: f"{type(cb).__name__} {cb.when} {cb.update_when}" for name, cb in self.callbacks.items()}
-        checksums = {name: zlib.crc32(data) for name, data in replicated_bytes(self.state).items()}
+        arguments = {f"the arguments of {name}": plain_arguments(cb) for name, cb in self.callbacks.items()}
+        data, checksums = self._stream.data, replicated_checksums(self.state)
         check_same(
             {
                 "the list of callbacks": cadences,
+                **arguments,
+                "the versions of JAX and onstep": [jax.__version__, sys.modules[__package__].__version__],
                 "log_every": self._log_every,
+                "steps_per_call": self._compiled.block_size,
+                "the random key (rng)": describe_key(self.rng),
+                "the data": repr(data) if isinstance(data, Batches) else type(data).__name__,
                 "the target": f"epochs={self.epochs}, steps={self.steps}",
                 "the number of batches in an epoch": self.epoch_length,
                 "the mesh": str(self.mesh),

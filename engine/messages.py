@@ -1,9 +1,12 @@
-"""Messages for the user: one line each, to the log or to stderr."""
+"""Texts for the user to read: messages to the log or to stderr, and what callbacks print."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+import warnings
+from typing import TextIO
 
 import jax
 
@@ -30,7 +33,7 @@ def log_user(text: str, *, everywhere: bool = False) -> None:
     if log.isEnabledFor(logging.INFO):
         log.info(text)
     elif not log.disabled:
-        print(f"onstep: {text}", file=sys.stderr)
+        print_text(f"onstep: {text}", sys.stderr)
 
 
 def log_duration(what: str, seconds: float) -> None:
@@ -46,3 +49,55 @@ def log_duration(what: str, seconds: float) -> None:
         log_user(text)
     else:
         log.info(text)
+
+
+def warn_user(text: str) -> None:
+    """Warn the user with the line of their own code that called into onstep, not a line of the engine.
+
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     warn_user("a batch has another shape")
+    >>> print(caught[0].message)
+    a batch has another shape
+    """
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+_OURS = ("onstep", "contextlib")
+"""Packages whose frames stand between the user's code and a warning."""
+
+
+def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
+    r"""Print a text for the user to read, without ever ending a run.
+
+    Characters that the file's encoding lacks are replaced. If nobody can read the file any more, as in
+    `python train.py 2>&1 | head`, the text is dropped. After any other error, such as a full disk, it is dropped with
+    a warning.
+
+    Args:
+        text: what to print.
+        file: where to print it, such as `sys.stderr`, which is None in some programs with windows.
+        end: printed after it.
+
+    >>> import io
+    >>> file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    >>> print_text("loss→ 0.5", file)
+    >>> file.buffer.getvalue()
+    b'loss? 0.5\n'
+    """
+    if file is None:
+        return
+    try:
+        try:
+            print(text, end=end, file=file, flush=True)
+        except UnicodeEncodeError:
+            encoding = getattr(file, "encoding", None) or "ascii"  # that of the error may be just "charmap"
+            text = text.encode(encoding, "replace").decode(encoding)
+            print(text, end=end, file=file, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        warn_user(f"A text could not be printed, and the run continues without it: {error}.")

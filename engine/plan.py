@@ -12,18 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from .cadence import ALWAYS, Cadence, as_cadence, every
-from .callback import EVENTS, Callback, FunctionCallback, overridden
-from .checks import check_rng, check_targets
+from .callback import BY_CADENCE, EVENTS, Callback, FunctionCallback, overridden
+from .checks import check_rng, check_state, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import FIRST, LONG
 from .data.source import Data
 from .data.stream import BatchStream
-from .events import BY_CADENCE
 from .loop import Options
 from .placement import Placement
 from .result import Result
 from .snapshot import unpack
-from .trees import State, strip_weak_types
+from .trees import State, strip_weak_types, weak_leaves
 
 CALL = "compiled call"
 MOMENTS = {
@@ -154,8 +153,13 @@ def make_plan(
     if isinstance(state, Result):
         saved, state = unpack(state.snapshot.host), state.state
     stream = None if data is None else BatchStream(data, epoch_steps, placement)
+    if stream is not None and epochs is not None and steps is None:
+        stream.check_epochs(epochs - saved["epoch"])
     length = epoch_steps if stream is None else stream.length
     where = Where(saved["step"], saved["epoch"], saved["epoch_step"], length, steps, epochs)
+    if state is not None:
+        check_state(state, "The state")
+        compiled.function.weak = weak_leaves(state)
     shapes = None if state is None else jax.eval_shape(strip_weak_types, state)
     carries = None if state is None else jax.eval_shape(compiled.function.init, shapes)
     size, why = _block_size(compiled, shapes, carries, stream, saved["program"]["mode"], rng)

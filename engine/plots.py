@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from .checks import check_list, local_file
 from .records import History
 from .result import Result
 
@@ -39,7 +40,7 @@ def plot(
     Raises:
         ImportError: matplotlib is not installed.
         KeyError: a name was not recorded.
-        ValueError: there is no name to draw.
+        ValueError: there is no name to draw, `names` is one string, or `path` is a directory or a URL.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -61,6 +62,8 @@ def plot(
             self.savefig(file, format="png")
             return file.getvalue()
 
+    check_list("plot", "names", names)
+    file = None if path is None else local_file("plot", path)
     history = source.history if isinstance(source, Result) else source
     names = list(history if names is None else names)
     if not names:
@@ -80,8 +83,8 @@ def plot(
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    if path is not None:
-        figure.savefig(path, dpi=150)
+    if file is not None:
+        figure.savefig(file, dpi=150)
     return figure
 
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
+from .checks import local_file
 from .loop import Loop
 from .messages import log_user
 from .records import Record
@@ -28,6 +29,9 @@ class RecordFile:
         step: `line -> step`. Return 0 for lines that every session keeps, such as a header. Raise a `ValueError`,
             `LookupError` or `TypeError` if the line is not a record.
         reserved: names that the line itself needs, such as `"step"`. Recorded values may not use them.
+
+    Raises:
+        ValueError: the path is a directory or a URL.
 
     Attributes:
         path: the absolute path of the file.
@@ -66,7 +70,7 @@ class RecordFile:
     def __init__(
         self, who: str, path: str | os.PathLike[str], *, step: Callable[[str], int], reserved: Iterable[str] = ()
     ):
-        self.path: str = os.path.abspath(path)
+        self.path: str = local_file(who, path)
         self._who, self._step, self._reserved = who, step, sorted(reserved)
         self._last = ""
         self._loop: weakref.ref[Loop] | None = None
@@ -137,9 +141,9 @@ class RecordFile:
 
     def close(self) -> None:
         """Close the file if it is open."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None  # first, because closing fails if the disk is full
+        if file is not None:
+            file.close()
 
     def __del__(self) -> None:
         self.close()  # a record logged after `on_run_end` reopened it
@@ -162,7 +166,7 @@ def lines_to_keep(loop: Loop, path: str, step: Callable[[str], int]) -> list[str
         step: `line -> step`, as for `RecordFile`.
 
     Raises:
-        ValueError: a line is not a record.
+        ValueError: a line is not a record, or the path is a directory.
 
     >>> import tempfile
     >>> from onstep import Engine
@@ -176,6 +180,7 @@ def lines_to_keep(loop: Loop, path: str, step: Callable[[str], int]) -> list[str
     ...         print(lines_to_keep(loop, path, lambda line: int(line.split()[0])))
     ['1 5.0\n', '2 6.0\n']
     """
+    path = local_file("A record file", path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not os.path.exists(path):
         return []

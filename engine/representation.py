@@ -32,6 +32,19 @@ def call_text(kind: type, values: Mapping[str, Any]) -> str:
     return f"{kind.__name__}({', '.join(shown)})"
 
 
+def plain_arguments(instance: Any) -> str:
+    """Return the arguments of an object that are numbers, strings or None, as text: those that can be compared.
+
+    >>> from onstep.callbacks import EMA
+    >>> plain_arguments(EMA(0.9))
+    "decay=0.9, of='params', warmup=False, name=None"
+    """
+    names = [name for name in inspect.signature(type(instance)).parameters if hasattr(instance, name)]
+    given = {name: getattr(instance, name) for name in names}
+    plain = {name: value for name, value in given.items() if value is None or isinstance(value, (int, float, str))}
+    return ", ".join(f"{name}={value!r}" for name, value in plain.items())
+
+
 def _text(value: Any) -> str:
     if inspect.isroutine(value) or inspect.isclass(value):
         return value.__name__

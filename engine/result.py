@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .callback import Callback, Carry, find_carry
 from .data.stream import BatchStream
@@ -54,6 +55,12 @@ class Result:
             ValueError: the callback is not one of the run's, or has no compiled half.
         """
         return find_carry(self.snapshot.tree["carries"], self._callbacks, callback)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "A Result cannot be copied or pickled: it holds the run's callbacks and its position in the data. Keep "
+            "what you need of it, such as result.state or dict(result.history), or save the run with Checkpoint."
+        )
 
     def __repr__(self) -> str:
         values = [f"{name!r}: {value:.5g}" for name, value in self.latest.items()]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .cadence import Cadence, at
-from .callback import EVENTS, Callback
+from .callback import BY_CADENCE, EVENTS, Callback
 from .checks import check_int, did_you_mean
 from .loop import Loop
 from .records import Record
@@ -223,7 +223,7 @@ class RaiseIn(Callback):
                 raise error
 
         setattr(self, method, raise_it)
-        if step is not None:  # so that blocks are not cut before this step
+        if step is not None and method in BY_CADENCE:  # so that blocks are not cut before this step
             self.when: Cadence | int = at(max(step + (method == "on_step_begin"), 1))
 
 

@@ -7,24 +7,35 @@ your callbacks can do everything that they can do.
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .checks import check_int, check_mode, check_signature, did_you_mean, takes_rng
+from .callback import Callback, Carry
+from .checks import (
+    check_int,
+    check_list,
+    check_mode,
+    check_signature,
+    did_you_mean,
+    local_file,
+    local_path,
+    takes_rng,
+)
 from .compiled.cost import count_flops
 from .evaluate import check_evaluation
 from .event_files import close_event_writer, event_writer
+from .fields import get_field, get_fields, set_field, set_fields
 from .loop import Loop
-from .messages import log_user
+from .messages import log_user, print_text, warn_user
 from .placement import fold_in, to_host
 from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
+from .result import Result
 from .spans import Observer, Span
-from .trees import difference, get_field, named_leaves, set_field, signature
+from .trees import difference, named_leaves, signature
 
 __all__ = [
     "Observer",
@@ -33,6 +44,7 @@ __all__ = [
     "cast_like",
     "check_evaluation",
     "check_int",
+    "check_list",
     "check_mode",
     "check_package",
     "check_signature",
@@ -43,16 +55,19 @@ __all__ = [
     "event_writer",
     "exit_status",
     "fold_in",
+    "get_carry",
     "get_field",
     "get_fields",
     "has_training_metrics",
     "leaves_of_type",
     "lines_to_keep",
+    "local_file",
+    "local_path",
     "log_user",
     "map_floats",
     "named_leaves",
+    "print_text",
     "replace_file",
-    "require_metric",
     "set_field",
     "set_fields",
     "signature",
@@ -87,65 +102,68 @@ def has_training_metrics(record: Record) -> bool:
     return any(name.startswith("train/") for name in record.values)
 
 
-def warn_missing_metric(who: str, metric: str, loop: Loop) -> None:
-    """Warn after the first epoch if a metric that a callback watches was not recorded; call it in `on_epoch_end`.
+def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None = None) -> None:
+    """Warn if a metric that a callback watches is not recorded. Call it in `on_log`, `on_epoch_end` and `on_run_end`.
 
-    There is no warning while the metric may still appear: before the first evaluation of the callback that its name
-    begins with, and while its training window is open.
+    It warns at the end of the first epoch, unless the metric may still come from an evaluation that was not due; after
+    the first evaluation that did not record it; and at the end of a run that reached its target. In `on_epoch_end`,
+    call it unless `loop.over`.
 
     Args:
         who: the callback, for the message.
         metric: the name in the records, such as `"val/loss"`.
         loop: the run.
+        record: in `on_log`, the record.
 
+    >>> import warnings
     >>> from onstep import Engine
-    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}))
-    >>> engine.on("epoch_end")(lambda loop: warn_missing_metric("EarlyStopping", "val/los", loop))
+    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}), log_every=2)
+    >>> engine.on("log")(lambda loop, record: warn_missing_metric("EarlyStopping", "train/los", loop, record))
     <function <lambda> at ...>
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
-    ...     _ = engine.run(0, [1, 2], epochs=1)
+    ...     _ = engine.run(0, [1, 2, 3, 4], epochs=1)
     >>> print(caught[0].message)
-    EarlyStopping watches 'val/los', but the records hold ['epoch/loss']. Add Evaluate(...) or watch one of these.
+    EarlyStopping watches 'train/los', but the records hold ['train/loss']. Did you mean train/loss?
     """
+    if metric in loop.latest:
+        return
     first, _, rest = metric.partition("/")
-    silent = first in loop.callbacks and not any(name.startswith(f"{first}/") for name in loop.latest)
-    opened = first == "train" and f"epoch/{rest}" in loop.latest
-    if loop.epoch == 1 and metric not in loop.latest and not (silent or opened):
-        warnings.warn(_missing(who, metric, loop), stacklevel=3)
+    siblings = [name for name in loop.latest if name.startswith(f"{first}/")]  # recorded by the same callback
+    if record is not None:  # the second such record, because another callback may log at the step of the first
+        missing = any(len(loop.history[name]) == 2 for name in siblings if name in record.values)
+    elif loop.over:
+        missing = loop.finished and loop.stopped is None and loop.error is None and loop.step > loop.start_step
+    elif siblings:
+        missing = any(loop.history.steps(name) == [loop.step] for name in siblings if name in loop.history)
+    else:
+        opened = first == "train" and f"epoch/{rest}" in loop.latest  # its window is longer than an epoch
+        missing = loop.epoch == 1 and first not in loop.callbacks and not opened
+    if missing:
+        similar = did_you_mean(metric, siblings) or " Add Evaluate(...) or watch one of these."
+        warn_user(f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}.{similar}")
 
 
-def require_metric(who: str, metric: str, loop: Loop) -> None:
-    """Check that a metric appeared in a run that reached its target; call it in `on_run_end`.
+def get_carry(source: Loop | Result, callback: Callback) -> Carry:
+    """Return the carry of a callback in a run or in its result; the arrays of a run are donated to its next step.
 
     Args:
-        who: the callback, for the message.
-        metric: the name in the records, such as `"val/loss"`.
-        loop: the run.
+        source: the loop or the result, as the user passed it to a method such as `ema.params(result)`.
+        callback: one of the run's, with a compiled half.
 
     Raises:
-        ValueError: it never appeared; the message lists what did.
+        TypeError: `source` is something else, such as a state.
+        ValueError: the callback is not one of the run's, or has no compiled half.
 
-    >>> from onstep import Engine
-    >>> engine = Engine(lambda state, batch: (state, {"loss": batch}))
-    >>> engine.on("run_end")(lambda loop: require_metric("EarlyStopping", "epoch/los", loop))
-    <function <lambda> at ...>
-    >>> engine.run(0, [1, 2], epochs=1)
+    >>> get_carry({"params": 1.0}, Callback())
     Traceback (most recent call last):
     ...
-    ValueError: EarlyStopping watches 'epoch/los', but the records hold [...]. Did you mean epoch/loss?
-    onstep: raised by <lambda>.on_run_end at step 2
+    TypeError: Callback needs the loop or the result of a run, got dict.
     """
-    reached = loop.step > loop.start_step and loop.finished and loop.stopped is None and loop.error is None
-    if reached and metric not in loop.latest:
-        raise ValueError(_missing(who, metric, loop))
-
-
-def _missing(who: str, metric: str, loop: Loop) -> str:
-    first = metric.partition("/")[0]
-    siblings = [name for name in loop.latest if name.startswith(f"{first}/")]  # recorded by the same callback
-    similar = did_you_mean(metric, siblings) or " Add Evaluate(...) or watch one of these."
-    return f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}.{similar}"
+    if not isinstance(source, (Loop, Result)):
+        who = callback.name or type(callback).__name__
+        raise TypeError(f"{who} needs the loop or the result of a run, got {type(source).__name__}.")
+    return source.carry(callback)
 
 
 def widen(leaf: jax.Array) -> jax.Array:
@@ -210,43 +228,3 @@ def leaves_of_type(tree: Any, kind: Any) -> dict[str, Any]:
     {'params/scale': 2.0, 'params/w': 1.5}
     """
     return {name: leaf for name, leaf in named_leaves(tree).items() if jnp.issubdtype(jnp.result_type(leaf), kind)}
-
-
-def get_fields(tree: Any, of: str | tuple[str, ...] | None, who: str) -> Any:
-    """Return the part of a state that a callback's argument `of` names.
-
-    Args:
-        tree: the state.
-        of: a field, `"gen.params"` for a nested one; a tuple of them; or None for the whole state.
-        who: the callback, for the error.
-
-    Returns:
-        The field; for a tuple of names, a tuple of fields.
-
-    Raises:
-        ValueError: the state has no such field; the message lists the fields that it has.
-
-    >>> get_fields({"gen": {"params": 1}, "disc": 2}, ("gen.params", "disc"), "EMA")
-    (1, 2)
-    """
-    if of is None:
-        return tree
-    return get_field(tree, of, who) if isinstance(of, str) else tuple(get_field(tree, path, who) for path in of)
-
-
-def set_fields(tree: Any, of: str | tuple[str, ...] | None, value: Any) -> Any:
-    """Return a copy of a state in which the part that `of` names is replaced.
-
-    Args:
-        tree: the state, which is not changed.
-        of: as for `get_fields`.
-        value: the new part, with the structure that `get_fields` returns.
-
-    >>> set_fields({"gen": {"params": 1}, "disc": 2}, ("gen.params", "disc"), (3, 4))
-    {'disc': 4, 'gen': {'params': 3}}
-    """
-    if of is None:
-        return value
-    for path, part in [(of, value)] if isinstance(of, str) else zip(of, value, strict=True):
-        tree = set_field(tree, path, part)
-    return tree

@@ -1,11 +1,9 @@
-"""Pytrees by name: paths of leaves, shapes and dtypes as text, fields of a state."""
+"""Pytrees by name: paths of leaves, shapes and dtypes as text."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -88,6 +86,37 @@ def difference(old: Any, new: Any) -> str:
     return changed or ("" if was == now else f"the structure {was} became {now}")
 
 
+def dtype_advice(old: Any, new: Any) -> str:
+    """Return what to do about the first leaf that changed only its dtype; `""` if there is none.
+
+    >>> dtype_advice({"n": np.int32(0)}, {"n": np.float32(0.5)})
+    ' Start n as a float, such as 1.0.'
+    """
+    before, after = named_leaves(old), named_leaves(new)
+    for name, leaf in before.items():
+        if name not in after or np.shape(leaf) != np.shape(after[name]) or _describe(leaf) == _describe(after[name]):
+            continue
+        it = "it" if leaf is old else name
+        was, now = jnp.result_type(leaf), jnp.result_type(after[name])
+        if not jnp.issubdtype(was, jnp.inexact) and jnp.issubdtype(now, jnp.floating):
+            return f" Start {it} as a float, such as 1.0."
+        return f" Return {it} as {was}: .astype(jnp.{was}). Or start it as {now}."
+    return ""
+
+
+def weak_leaves(tree: Any) -> dict[str, str]:
+    """Return the dtypes, by name, that JAX gives to the Python numbers and weakly typed arrays of a tree.
+
+    >>> weak_leaves({"w": np.zeros(3), "rate": 0.5})
+    {'rate': 'float32'}
+    """
+
+    def weak(leaf: Any) -> bool:
+        return getattr(leaf, "weak_type", False) or type(leaf) in (int, float, complex)
+
+    return {name: str(jnp.result_type(leaf)) for name, leaf in named_leaves(tree).items() if weak(leaf)}
+
+
 def strip_weak_types(tree: Any) -> Any:
     """Return the tree as arrays without weak types, so that a signature always hits the same executable."""
 
@@ -145,60 +174,3 @@ def copy_numpy(batch: Batch) -> Batch:
     JAX may read a numpy array in place, after its source has overwritten it.
     """
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
-
-
-def get_field(tree: Any, path: str, who: str) -> Any:
-    """Return the part of a tree at a dotted path, through attributes or keys.
-
-    Args:
-        tree: usually `loop.state` or `ctx.state`.
-        path: such as `"gen.params"`.
-        who: the callback that needs it, for the error.
-
-    Raises:
-        ValueError: there is no such field; the message lists those that exist.
-
-    >>> get_field({"gen": {"params": 1.0}}, "gen.params", "EMA")
-    1.0
-    """
-    for name in path.split("."):
-        found = _item(tree, name) if isinstance(tree, Mapping) else getattr(tree, name, None)
-        found = _item(tree, name) if found is None else found
-        if found is None:
-            fields = [f.name for f in dataclasses.fields(tree)] if dataclasses.is_dataclass(tree) else _keys(tree)
-            raise ValueError(f"{who} needs {path!r} in the state, but {type(tree).__name__} has {fields}.")
-        tree = found
-    return tree
-
-
-def set_field(tree: Any, path: str, value: Any) -> Any:
-    """Return a copy of the tree with the part at a dotted path replaced.
-
-    >>> set_field({"gen": {"params": 1.0}, "step": 0}, "gen.params", 2.0)
-    {'gen': {'params': 2.0}, 'step': 0}
-    """
-    name, _, rest = path.partition(".")
-    if rest:
-        value = set_field(get_field(tree, name, "set_field"), rest, value)
-    if hasattr(tree, "unfreeze"):  # Flax's FrozenDict
-        return tree.copy({name: value})
-    if hasattr(tree, "_replace"):  # a NamedTuple
-        return tree._replace(**{name: value})
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(tree, **{name: value})
-    changed = jax.tree.map(lambda x: x, tree)  # copies the containers, for any type of mapping
-    changed[name] = value
-    return changed
-
-
-def _item(tree: Any, name: str) -> Any:
-    try:
-        return tree[name]
-    except (KeyError, TypeError, IndexError):
-        return None
-
-
-def _keys(tree: Any) -> list[str]:
-    if hasattr(tree, "_fields"):
-        return list(tree._fields)
-    return [str(key) for key in tree] if hasattr(tree, "keys") else []

@@ -17,15 +17,15 @@ SCENARIO, PROCESS, PROCESSES, PORT = sys.argv[1], int(sys.argv[2]), int(sys.argv
 DIRECTORY = Path(sys.argv[5])
 jax.config.update("jax_num_cpu_devices", 8 // PROCESSES)
 if PROCESSES > 1:
-    times = {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}
-    jax.distributed.initialize(f"127.0.0.1:{PORT}", PROCESSES, PROCESS, **times)
+    jax.distributed.initialize(f"127.0.0.1:{PORT}", PROCESSES, PROCESS)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from onstep import Batches, Callback, Engine, at, evaluate, every  # noqa: E402
-from onstep.callbacks import EMA, Checkpoint, GracefulExit, GradNorm, Images, TensorBoard  # noqa: E402
+from onstep import Batches, Callback, Engine, at, evaluate, every, processes  # noqa: E402
+from onstep.callbacks import EMA, Checkpoint, EarlyStopping, Evaluate, GracefulExit, GradNorm, Images, TensorBoard  # noqa: E402
 from onstep.callbacks.checkpoint import load, save  # noqa: E402
+from onstep.processes import ProcessError  # noqa: E402
 from onstep.sharding import create, fsdp, make_mesh  # noqa: E402
 from onstep.testing import FakeLoader, FakeLoaderIterator  # noqa: E402
 
@@ -85,7 +85,7 @@ def message_of(function):
     """Return the message of the error that `function` raises."""
     try:
         function()
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, FileExistsError, ProcessError) as error:
         return str(error).removesuffix(" (raised in process 0)")
     return "nothing"
 
@@ -175,6 +175,55 @@ def agree():
     )
 
 
+def differ():
+    """Whatever differs in one process is refused before the first step, in the same words everywhere."""
+
+    def tried(make_step=lambda rate: step, *callbacks, source=None, key=1, **options):
+        ran = []
+        callbacks = (*callbacks, At3(lambda loop: ran.append(loop.step)))
+        engine = Engine(make_step(PROCESS), callbacks, mesh=MESH, log_every=50, **options)
+        message = message_of(lambda: engine.run(cut(), source or data(), steps=3, rng=jax.random.key(key)))
+        return message, ran
+
+    def scaled(process):
+        return lambda state, batch: ({**state, "seen": state["seen"] * (1.5 + process)}, {})
+
+    def another_line(process):
+        return lambda state, batch: (
+            {**state, "seen": jnp.abs(state["seen"]) if process else state["seen"]},
+            {},
+        )
+
+    def typed(epoch):
+        return (b | {"y": b["y"].astype(np.float16) if PROCESS else b["y"]} for b in own_part(data()(epoch)))
+
+    def short(epoch):
+        return ({name: array[: 32 - 4 * PROCESS] for name, array in b.items()} for b in own_part(data()(epoch)))
+
+    report(
+        rate=tried(scaled),
+        line=tried(another_line),
+        key=tried(key=PROCESS),
+        seed=tried(source=data(seed=PROCESS)),
+        decay=tried(lambda process: step, EMA(0.9 + 0.01 * PROCESS)),
+        patience=tried(lambda process: step, EarlyStopping("train/loss", patience=1 + PROCESS)),
+        dtype=tried(source=typed),
+        steps_per_call=tried(steps_per_call=2 + PROCESS),
+        rows=tried(source=short),
+        same=tried(),
+    )
+
+
+def short_batch():
+    """The loader of process 1 gives a short last batch."""
+
+    def source(epoch):
+        for number, batch in enumerate(own_part(data()(epoch))):
+            yield {name: array[: 32 - 4 * (number == 7 and PROCESS == 1)] for name, array in batch.items()}
+
+    run(cut(), source=source, log_every=50)
+
+
 def begin():
     """Run half of the steps, for another number of processes to resume."""
     report(losses=run(cut(), EMA(0.9), Checkpoint(DIRECTORY / "moves", when=10), steps=20).history["train/loss"])
@@ -241,6 +290,26 @@ def runs_out():
     run(cut(), Checkpoint(DIRECTORY / "run", when=2), source=source, steps=None, epochs=2, log_every=50)
 
 
+def evaluates_less():
+    """The evaluation data of process 1 is one batch short."""
+    processes.PATIENCE = 5
+    held_out = Evaluate(score, lambda epoch: list(own_part(data()(0)))[: 4 - PROCESS], when=2)
+    run(cut(), held_out, steps=6)
+
+
+def stalls():
+    """The data of process 1 gives no further batch."""
+    processes.PATIENCE = 5
+
+    def source(epoch):
+        for number, batch in enumerate(own_part(data()(epoch))):
+            if number == 5 and PROCESS == 1:
+                time.sleep(1000)
+            yield batch
+
+    run(cut(), source=source, log_every=50)
+
+
 def is_killed():
     def act(loop):
         if PROCESS == 1:
@@ -255,13 +324,33 @@ def resume_after_kill():
     report(step=run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(lambda loop: None), steps=8).step)
 
 
-def is_terminated():
-    def act(loop):
-        if PROCESS == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+def ends_by(number, *callbacks):
+    """Send a signal to process 1 in the middle of 400 steps without a host stop."""
 
-    result = run(cut(), GracefulExit(), Checkpoint(DIRECTORY / "run", when=2), At3(act))
-    report(step=result.step, stopped=result.stopped)
+    def source(epoch):
+        for n in range(400):
+            if n == 20 and PROCESS == 1:
+                os.kill(os.getpid(), number)
+            time.sleep(0.05)
+            yield from own_part([next(iter(data(seed=1)))])
+
+    saves = Checkpoint(DIRECTORY / "run", when=400)
+    engine = Engine(step, [*callbacks, saves], mesh=MESH, log_every=400)
+    engine.on("run_end")(lambda loop: report(step=loop.step, seconds=time.monotonic() - began, stopped=loop.stopped))
+    began = time.monotonic()
+    engine.run(cut(), source, steps=400, rng=jax.random.key(1))
+
+
+def is_terminated():
+    ends_by(signal.SIGTERM, GracefulExit())
+
+
+def is_interrupted():
+    ends_by(signal.SIGINT, GracefulExit())
+
+
+def is_terminated_without_a_handler():
+    ends_by(signal.SIGTERM)
 
 
 globals()[SCENARIO]()

@@ -22,7 +22,7 @@ NAMES = {
     "onstep.config": ["Config", "OptimizerConfig", "SchedulerConfig", "TrainingConfig", "plot"],
     "onstep.plots": ["group_by_chart", "line_styles", "plot", "spans_decades"],
     "onstep.plan": ["Plan"],
-    "onstep.processes": ["ProcessError", "agree", "first", "writes"],
+    "onstep.processes": ["ProcessError", "agree", "first", "handle_sigterm", "writes"],
     "onstep.redact": ["redacted", "without_secrets"],
     "onstep.sharding": ["by_path", "create", "fsdp", "make_mesh", "replicated"],
     "onstep.state": ["TrainState"],

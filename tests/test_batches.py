@@ -107,14 +107,22 @@ def test_batch_size_larger_than_the_data_is_refused():
         Batches(np.arange(3), 4)
 
 
-def test_arrays_with_different_leading_axes_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"the same leading axis, got .*'x': \(3,\), 'y': \(4,\)"):
-        Batches({"x": np.arange(3), "y": np.arange(4)}, 2)
+def test_arrays_with_different_numbers_of_examples_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"the same number of examples in all arrays: x has 640, y has 639\."):
+        Batches({"x": np.zeros((640, 4)), "y": np.zeros(639)}, 2)
 
 
-@pytest.mark.parametrize("arrays", [{}, {"x": np.float32(1)}], ids=["no array", "a scalar"])
-def test_arrays_without_a_leading_axis_are_refused(arrays):
-    with pytest.raises(ValueError, match="Batches needs arrays with the same leading axis"):
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ({}, "at least one example, got no arrays"),
+        ({"x": np.zeros((0, 4))}, "at least one example, got {'x': 0}"),
+        ({"x": np.arange(3), "y": np.float32(1)}, r"arrays of shape \(examples, \.\.\.\), got a single number at 'y'"),
+    ],
+    ids=["no array", "no examples", "a scalar"],
+)
+def test_arrays_without_examples_are_refused(arrays, match):
+    with pytest.raises(ValueError, match=f"Batches needs {match}"):
         Batches(arrays, 2)
 
 

@@ -1,14 +1,16 @@
 """Callbacks of an engine: names, order, functions, host state, carries, and what they may change."""
 
 import contextlib
+import copy
 import gc
+import pickle
 import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from onstep import Callback, Engine, at, every
+from onstep import Batches, Callback, Engine, at, every
 from onstep.testing import EVENT_NAMES, FakeClock, Transcript
 from onstep.testing import counting_step as add
 
@@ -272,7 +274,7 @@ def test_host_state_is_reset_before_every_new_run():
 def test_host_state_is_reset_after_a_failed_run():
     counter = Counter()
     engine = Engine(add, [counter])
-    with pytest.raises(ValueError, match="exhausted"):
+    with pytest.raises(ValueError, match="can be read only once"):
         engine.run(jnp.int32(0), iter([1, 1]), epochs=2)
     engine.run(jnp.int32(0), [1], epochs=1)
     assert counter.count == 1
@@ -377,6 +379,78 @@ def test_assigned_batch_lasts_for_one_step():
     engine = Engine(add)
     engine.on("step_begin", when=2)(lambda loop: setattr(loop, "batch", 1000))
     assert int(engine.run(jnp.int32(0), [1, 1, 1], epochs=1).state) == 1002
+
+
+def test_batch_that_a_handler_only_changes_in_place_is_used_by_the_step():
+    engine = Engine(lambda state, batch: (state + batch["x"].sum(), {}), steps_per_call=2)
+    engine.on("step_begin", when=2)(lambda loop: loop.batch.update(x=np.full(2, 100.0)))
+    result = engine.run(jnp.float32(0), Batches({"x": np.ones(6)}, 2), epochs=1)
+    assert float(result.state) == 2 + 200 + 2
+
+
+def test_batch_is_not_drawn_for_a_handler_that_does_not_read_it():
+    drawn = []
+
+    def numbers():
+        for number in (1, 2, 3):
+            drawn.append(number)
+            yield number
+
+    before = []
+    engine = Engine(add)
+    engine.on("step_begin")(lambda loop: before.append(len(drawn)))
+    engine.run(jnp.int32(0), lambda epoch: numbers(), epochs=1, epoch_steps=3)
+    assert before[1:] == [1, 2]
+
+
+def test_batch_can_only_be_replaced_before_its_step():
+    engine = Engine(add)
+    engine.on("step_end")(lambda loop: setattr(loop, "batch", 5))
+    with pytest.raises(RuntimeError, match="loop.batch can only be replaced in on_step_begin"):
+        engine.run(jnp.int32(0), [1], epochs=1)
+
+
+def test_batch_after_a_stop_before_its_step_is_that_of_the_last_step():
+    seen = []
+    engine = Engine(add)
+
+    @engine.on("step_begin", when=2)
+    def stop(loop):
+        loop.batch = loop.batch * 10
+        loop.stop("no further")
+
+    engine.on("run_end")(lambda loop: seen.append(int(loop.batch)))
+    result = engine.run(jnp.int32(0), [1, 2, 3], epochs=1)
+    assert (result.step, seen) == (1, [1])
+
+
+@pytest.mark.parametrize(("name", "instead"), [("step_end", "on_step_end"), ("epoch_begin", "on_epoch_begin")])
+def test_event_without_its_prefix_is_refused_when_the_class_is_defined(name, instead):
+    with pytest.raises(TypeError, match=f"Mine.{name} is never called. The event is {instead}"):
+        type("Mine", (Callback,), {name: lambda self, loop: None})
+
+
+def test_misspelt_compiled_half_is_a_warning_when_the_class_is_defined():
+    with pytest.warns(UserWarning, match=r"Mine.updat is never called by the engine. Did you mean update\?") as warned:
+        type("Mine", (Callback,), {"updat": lambda self, carry, ctx: (carry, ctx)})
+    assert warned[0].filename == __file__
+    type("Fine", (Callback,), {"updates": property(lambda self: 0), "log": lambda self: None})
+
+
+def test_engine_is_copied_and_pickled_as_its_configuration():
+    engine = Engine(add, [Transcript(name="T")], log_every=7)
+    engine.run(jnp.int32(0), [1], epochs=1)
+    for another in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        assert repr(another) == repr(engine)
+        assert another.callbacks["T"] is not engine.callbacks["T"]
+        assert int(another.run(jnp.int32(0), [1, 2], epochs=1).state) == 3
+
+
+def test_result_that_is_copied_or_pickled_says_what_to_keep_instead():
+    result = Engine(add).run(jnp.int32(0), [1], epochs=1)
+    for make_copy in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"A Result cannot be copied or pickled.* result.state"):
+            make_copy(result)
 
 
 # The compiled half.

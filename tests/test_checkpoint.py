@@ -1,8 +1,11 @@
 """Checkpoints: what is saved, what is resumed, and what is refused."""
 
+import json
 import os
 import shutil
 import threading
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +13,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from models import fresh_state
 from onstep import Batches, Callback, Engine, every
-from onstep.callbacks import EMA, Checkpoint
+from onstep.callbacks import EMA, Checkpoint, ClipWeights, EarlyStopping
 from onstep.storage import Checkpoints, CheckpointWriter, load, save
+from onstep.storage.manifest import write_manifest
 from onstep.testing import StopAt, counting_step, same_bytes
 
 
@@ -63,7 +68,11 @@ def test_finished_run_runs_no_step_says_so_and_changes_no_file(tmp_path, capsys)
     before = files_in(tmp_path)
     result = run(tmp_path)
     assert (result.step, len(result.history)) == (36, 0)
-    assert "already at step 36 (epoch 3 of 3): nothing to do" in capsys.readouterr().err
+    message = (
+        f"onstep: already at step 36 (epoch 3 of 3): nothing to do in {tmp_path}; raise the target to train further, "
+        "or start from scratch with Checkpoint(..., overwrite=True)\n"
+    )
+    assert capsys.readouterr().err == message
     assert files_in(tmp_path) == before
 
 
@@ -81,7 +90,10 @@ def test_final_stop_stays_stopped(tmp_path, capsys):
     before = files_in(tmp_path)
     result = run(tmp_path, epochs=9)
     assert (result.step, result.stopped) == (5, "enough")
-    assert "step 5 (enough)" in capsys.readouterr().err
+    assert (
+        f"the run ended with a final stop at step 5 (enough): nothing to do in {tmp_path}; resume from an earlier "
+        "checkpoint with Checkpoint(..., resume=step), or start from scratch with Checkpoint(..., overwrite=True)"
+    ) in capsys.readouterr().err
     assert files_in(tmp_path) == before
 
 
@@ -172,15 +184,151 @@ def test_different_state_is_refused_before_anything_is_written(make, match, tmp_
 
     go(state, 2)
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match=f"The saved run does not fit this one .saved, then here.: {match}"):
+    with pytest.raises(ValueError, match=f"The saved run does not fit this one .saved, then here.: {match}") as caught:
         go(make(state), 4)
+    remedy = "To start from scratch, pass overwrite=True or another directory."
+    assert str(caught.value).endswith(f"\nCheckpoint found the saved run in {tmp_path}/2. {remedy}")
     assert files_in(tmp_path) == before
 
 
 def test_new_carry_is_refused_by_name(tmp_path):
     run(tmp_path, steps=2)
-    with pytest.raises(ValueError, match=r"carries/EMA/average: int32\[\] is new"):
+    message = rf"carries/EMA/average: int32\[\] is new.\n.* in {tmp_path}/2. To add or remove .*, pass strict=False. To"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, extra=[EMA(of=None)])
+
+
+# A changed configuration
+
+
+def double(state, batch):
+    return state + 2 * batch, {"loss": state * 1.0}
+
+
+def said(capsys):
+    """Return what the run said about changes."""
+    return [line.split(": ", 2)[2] for line in capsys.readouterr().err.splitlines() if "changed since" in line]
+
+
+CHANGED_STEP = "the step function, the optimizer or a compiled half"
+
+
+def test_changed_arguments_of_a_callback_are_said_with_both_sides(tmp_path, capsys):
+    def stops(patience, every):
+        return [EarlyStopping("train/loss", patience=patience), ClipWeights(0, 9**9, when=every, of="state")]
+
+    def step(state, batch):
+        return {"state": state["state"] + batch}, {"loss": batch}
+
+    def go(steps, *arguments):
+        engine = Engine(step, [*stops(*arguments), Checkpoint(tmp_path)])
+        engine.run({"state": jnp.int32(0)}, range(12), steps=steps)
+
+    go(4, 7, 2)
+    go(6, 7, 2)
+    assert said(capsys) == []
+    go(8, 9, 3)
+    clips = [f"ClipWeights(0, 387420489, of='state', when={every})" for every in (2, 3)]
+    stopping = [f"EarlyStopping('train/loss', patience={patience})" for patience in (7, 9, 8)]
+    assert said(capsys) == [f"{stopping[0]} is now {stopping[1]}; {clips[0]} is now {clips[1]}"]
+    go(8, 8, 3)  # has nothing to do
+    assert said(capsys) == [f"{stopping[1]} is now {stopping[2]}"]
+
+
+def test_arguments_that_differ_in_each_process_or_session_are_not_said(tmp_path, capsys):
+    class Watches(Callback):
+        def __init__(self, what, folder):
+            self.what, self.folder = what, folder
+
+    def watches(folder):
+        alive.append(object())  # so that the next one has another address
+        return [Watches(alive[-1], str(tmp_path / folder / "events")), Counts()]
+
+    alive = []
+
+    run(tmp_path, steps=4, extra=watches("old"))
+    run(tmp_path, steps=6, extra=watches("new"), keep=5, when=2)
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    run(tmp_path / "moved", steps=8, extra=watches("new"))
+    assert said(capsys) == []
+
+
+def test_callback_whose_repr_fails_is_saved_by_its_class(tmp_path):
+    class Broken(Callback):
+        def __repr__(self):
+            raise ZeroDivisionError
+
+    run(tmp_path, steps=2, extra=[Broken()])
+    assert Checkpoints(tmp_path).manifest(2)["config"]["callbacks"] == {"Broken": "Broken"}
+
+
+def test_manifest_has_no_secret_of_a_callback(tmp_path):
+    class Sends(Callback):
+        def __init__(self, *, password):
+            self.password = password
+
+    run(tmp_path, steps=2, extra=[Sends(password="1234")])
+    assert Checkpoints(tmp_path).manifest(2)["config"]["callbacks"] == {"Sends": "Sends(password=***)"}
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+@pytest.mark.parametrize("change", ["step", "rate", "compiled half"])
+def test_changed_step_is_said_at_the_first_record(change, steps_per_call, tmp_path, capsys):
+    def go(steps, rate=0.5, power=2, clip=9.0):
+        optimizer = optax.adam(rate)
+
+        def step(state, batch):
+            grad = jax.grad(lambda w: jnp.abs(w - batch) ** power)(state["w"])
+            updates, moments = optimizer.update(grad, state["moments"])
+            return {"w": state["w"] + updates, "moments": moments}, {"grad": grad}
+
+        state = {"w": jnp.float32(0), "moments": optimizer.init(jnp.float32(0))}
+        callbacks = [ClipWeights(-clip, clip, of="w"), Checkpoint(tmp_path)]
+        engine = Engine(step, callbacks, log_every=1, steps_per_call=steps_per_call)
+        engine.on("log")(lambda loop, record: seen.append((loop.step, *said(capsys))))
+        return engine.run(state, list(np.arange(9, dtype=np.float32)), steps=steps)
+
+    seen = []
+    go(2)
+    go(4)
+    changed = {"step": {"power": 3}, "rate": {"rate": 0.25}, "compiled half": {"clip": 8.0}}[change]
+    go(6, **changed)
+    go(8, **changed)
+    assert [step for step, *messages in seen if CHANGED_STEP in messages] == [5]
+
+
+def test_changed_step_is_said_at_the_latest_when_it_is_saved(tmp_path, capsys):
+    for step in (counting_step, double):
+        Engine(step, [Checkpoint(tmp_path)]).run(jnp.int32(0), range(12), epochs=1 if step is counting_step else 2)
+    assert said(capsys) == [CHANGED_STEP]
+
+
+def test_resume_at_a_short_batch_does_not_say_that_the_step_changed(tmp_path, capsys):
+    data = Batches(np.arange(7), 3, drop_last=False)
+    for steps in (2, 3, 5):
+        engine = Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine.run(jnp.int32(0), data, steps=steps)
+    assert said(capsys) == []
+
+
+@pytest.mark.parametrize("config", [None, {}, {"step": 3, "callbacks": ["Counts()"]}, {"step": {"inputs": 1}}])
+def test_run_without_a_known_configuration_in_its_manifest_resumes(config, tmp_path, capsys):
+    run(tmp_path, steps=4)
+    manifest = Checkpoints(tmp_path).manifest(4)
+    if config is None:
+        del manifest["config"]
+    else:
+        manifest["config"] = config
+    write_manifest(tmp_path / "4", manifest)
+    assert run(tmp_path, steps=6, extra=[Counts()]).step == 6
+    assert said(capsys) == []
+
+
+def test_uncompiled_run_is_saved_without_a_fingerprint_of_its_step(tmp_path):
+    Engine(counting_step, [Checkpoint(tmp_path)], jit=False).run(jnp.int32(0), range(4), epochs=1)
+    assert Checkpoints(tmp_path).manifest(4)["config"]["step"] is None
 
 
 class Counts(Callback):
@@ -301,6 +449,138 @@ def test_leaf_of_size_0_with_another_dtype_does_not_fit(tmp_path):
     save(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3))})
     with pytest.raises(ValueError, match=r"state/none: float32\[0,3\] became int32\[0,3\]"):
         load(tmp_path, {"w": jnp.ones(2), "none": jnp.zeros((0, 3), jnp.int32)})
+
+
+def on_missing_devices(directory):
+    """Change a checkpoint so that it was saved on more devices than there are."""
+    file = directory / "state" / "_sharding"
+    file.write_text(file.read_text().replace('\\"id\\": ', '\\"id\\": 9'))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest |= {"files": manifest["files"] | {"state/_sharding": [file.stat().st_size, zlib.crc32(file.read_bytes())]}}
+    del manifest["checksum"]
+    write_manifest(directory, manifest)
+
+
+@pytest.mark.parametrize("kind", ["no like", "arrays", "shapes", "numpy", "8 devices"])
+def test_checkpoint_of_many_devices_is_loaded_on_one(kind, tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    tree = {"w": jnp.arange(16.0), "n": jnp.int32(3), "key": jax.random.key(1)}
+    save(tmp_path, tree | {"w": jax.device_put(tree["w"], divided)})
+    on_missing_devices(tmp_path / "0")
+    likes = {
+        "no like": None,
+        "arrays": tree,
+        "shapes": jax.eval_shape(lambda: tree),
+        "numpy": tree | {"w": np.zeros(16, np.float32), "n": np.int32(0)},
+        "8 devices": jax.eval_shape(lambda: tree) | {"w": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=divided)},
+    }
+    loaded = load(tmp_path, likes[kind])
+    assert same_bytes(loaded, tree)
+    assert isinstance(loaded["w"], np.ndarray if kind == "numpy" else jax.Array)
+    assert getattr(loaded["w"], "sharding", divided).num_devices == (8 if kind in ("8 devices", "numpy") else 1)
+
+
+@pytest.mark.parametrize("tree", ["state", "carry"])
+@pytest.mark.parametrize("dtype", ["uint4", "uint2"])
+def test_dtype_that_cannot_be_stored_is_refused_before_the_first_step(dtype, tree, tmp_path):
+    seen = []
+
+    class Codes(Callback):
+        def init(self, state):
+            return {"codes": jnp.zeros(3, dtype)}
+
+        def update(self, carry, ctx):
+            return carry, ctx
+
+    state = {"w": jnp.zeros(2), "codes": jnp.zeros(3, dtype)}
+    extra, state = ([], state) if tree == "state" else ([Codes()], {"w": jnp.zeros(2)})
+    engine = Engine(lambda s, b: (s, {}), [*extra, Checkpoint(tmp_path / "run")])
+    engine.on("step_end")(lambda loop: seen.append(loop.step))
+    name = "state/codes" if tree == "state" else "carries/Codes/codes"
+    with pytest.raises(TypeError, match=f"A checkpoint cannot hold the leaf '{name}' of dtype {dtype}. Convert it"):
+        engine.run(state, range(3), epochs=1)
+    assert seen == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        jnp.zeros(2, "uint4"),
+        np.array(["a"]),
+        np.array([None]),
+        "text",
+        np.datetime64("2020-01-01"),
+        np.zeros(1, "i4,i4"),
+    ],
+    ids=lambda leaf: str(getattr(leaf, "dtype", leaf)),
+)
+def test_leaf_that_cannot_be_stored_is_refused_by_name(leaf, tmp_path):
+    for use in (
+        lambda tree: save(tmp_path / "run", tree),
+        lambda tree: CheckpointWriter(tmp_path).save(0, {"a": tree}),
+    ):
+        with pytest.raises(TypeError, match=r"A checkpoint cannot hold the leaf '(a/)?w/0' of dtype .+\. Convert it"):
+            use({"v": jnp.zeros(2), "w": [leaf]})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["int4", "float8_e4m3fn", "bfloat16", "complex64", "bool"])
+def test_every_dtype_that_can_be_stored_is(dtype, tmp_path):
+    tree = {"w": jnp.arange(4).astype(dtype)}
+    save(tmp_path, tree)
+    assert same_bytes(load(tmp_path, tree), tree)
+
+
+def delete(directory, step):
+    """Delete a checkpoint as a run does."""
+    (directory / str(step)).rename(directory / f"{step}.0123abcd.trash")
+    shutil.rmtree(directory / f"{step}.0123abcd.trash")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["steps", "damage", "host", "load"])
+def test_checkpoint_that_a_run_deletes_while_it_is_loaded_gives_way_to_a_newer_one(name, when, tmp_path, monkeypatch):
+    save(tmp_path / "run", {"w": jnp.ones(2)}, step=1)
+    method, newer = getattr(Checkpoints, name), [2, 3]
+
+    def meanwhile(*args, **options):
+        found = None if when == "before" else method(*args, **options)
+        if newer:
+            step = newer.pop(0)  # first, because the writer calls the method as well
+            writer = CheckpointWriter(tmp_path / "run")
+            writer.save(step, {"state": {"w": jnp.full(2, 1.0 * step)}})
+            writer.close()
+            delete(tmp_path / "run", step - 1)
+        return method(*args, **options) if when == "before" else found
+
+    monkeypatch.setattr(Checkpoints, name, meanwhile)
+    assert load(tmp_path / "run", {"w": jnp.zeros(2)})["w"].tolist() == [3, 3]
+    assert os.listdir(tmp_path / "run") == ["3"]
+
+
+def test_load_looks_again_if_checkpoints_come_and_go_while_it_lists_them(tmp_path, monkeypatch):
+    save(tmp_path, {"w": jnp.ones(2)}, step=1)
+    steps, seen = Checkpoints.steps, [[]]
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: seen.pop() if seen else steps(self))
+    assert load(tmp_path, {"w": jnp.zeros(2)})["w"].tolist() == [1, 1]
+
+
+def test_requested_step_that_a_run_deletes_while_it_is_loaded_is_missing(tmp_path, monkeypatch):
+    save(tmp_path, {"w": jnp.ones(2)}, step=1)
+    save(tmp_path, {"w": jnp.ones(2)}, step=2)
+    host = Checkpoints.host
+    monkeypatch.setattr(Checkpoints, "host", lambda self, step: delete(tmp_path, step) or host(self, step))
+    with pytest.raises(FileNotFoundError, match=r"no step 1 in .*; it holds \[2\]"):
+        load(tmp_path, step=1)
+
+
+def test_load_gives_up_if_every_checkpoint_is_deleted_while_it_is_loaded(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: tried.append(len(tried)) or list(tried))
+    with pytest.raises(RuntimeError, match=f"load: a run deletes the checkpoints in {tmp_path} before they are read"):
+        load(tmp_path)
 
 
 def test_numpy_arrays_are_loaded_where_like_has_them(tmp_path):

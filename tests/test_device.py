@@ -13,6 +13,7 @@ import pytest
 from models import Tripwire, compilations
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, Progress, TensorBoard
+from onstep.compiled.throttle import Throttle
 from onstep.testing import FakeClock
 
 
@@ -174,6 +175,14 @@ def test_blocks_without_metrics_have_something_to_wait_for():
     assert waits == [[(4,)], [(4,), (4,)]]
 
 
+def test_steps_longer_than_the_limit_are_run_one_at_a_time():
+    clock = FakeClock()
+    throttle = Throttle(2, clock, adapt=True)
+    first = throttle.most_steps(0)
+    clock.advance(10.0 * first)
+    assert throttle.most_steps(first) == 1
+
+
 def test_arrays_of_the_caller_stay_valid_and_are_not_aliased():
     params = jnp.ones(3)
     state = {"params": params, "target": params, "numpy": np.zeros(2), "number": 0, "key": jax.random.key(0)}
@@ -196,6 +205,30 @@ def test_donate_deletes_the_state_of_the_caller_even_if_leaves_are_shared():
     )
     assert shared.is_deleted()
     assert result.state["b"].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_carry_may_begin_as_the_state_itself(steps_per_call):
+    class Keeps(Callback):
+        def init(self, state):
+            return state, state
+
+        def update(self, carry, ctx):
+            return (carry[0], ctx.state), ctx
+
+    keeps, state = Keeps(), {"w": jnp.ones(3)}
+    result = Engine(lambda s, b: ({"w": s["w"] + b}, {}), [keeps], steps_per_call=steps_per_call).run(
+        state, [1.0] * 8, epochs=1
+    )
+    assert [part["w"].tolist() for part in result.carry(keeps)] == [[1, 1, 1], [9, 9, 9]]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_state_and_carries_are_donated_to_the_next_call(steps_per_call):
+    engine, earlier = Engine(step, [EMA(0.5, of=None)], steps_per_call=steps_per_call), []
+    engine.on("step_end", when=4)(lambda loop: earlier.append(jax.tree.leaves((loop.state, loop.carries))))
+    engine.run(jnp.float32(0), [1.0] * 12, epochs=1)
+    assert [all(leaf.is_deleted() for leaf in leaves) for leaves in earlier] == [True, True, False]
 
 
 def test_result_stays_valid_after_another_run_resumes_from_it():
@@ -308,3 +341,21 @@ def test_print_inside_the_step_comes_once_per_step_and_in_order(steps_per_call, 
     Engine(says, steps_per_call=steps_per_call).run(jnp.int32(0), [1] * 60, epochs=2)
     jax.effects_barrier()
     assert capsys.readouterr().out == "".join(f"state {n}\n" for n in range(120))
+
+
+def test_number_of_metrics_on_the_device_is_bounded_in_a_long_window(monkeypatch):
+    monkeypatch.setattr("onstep.loop.MOST_PENDING", 8)
+    pending = []
+
+    class Count(Callback):
+        when = 30
+
+        def on_step_end(self, loop):
+            pending.append(len(loop._windows.pending))
+
+    engine = Engine(
+        lambda state, batch: (state + batch, {"loss": batch * 1.0}), [Count()], log_every=10**9, steps_per_call=1
+    )
+    result = engine.run(jnp.int32(0), list(range(30)), epochs=1)
+    assert pending == [30 % 8]
+    assert result.latest["epoch/loss"] == sum(range(30)) / 30

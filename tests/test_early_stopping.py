@@ -126,7 +126,7 @@ def test_best_value_stays_until_min_delta_is_exceeded():
 def test_result_says_why_the_run_stopped():
     result = run([scripted([3.0, 0.5, 0.6, 0.7, 0.1]), EarlyStopping("val/loss", patience=2)], 5)
     assert result.step == 4
-    assert result.stopped == "val/loss has not improved on 0.5 in 2 evaluations"
+    assert result.stopped == "val/loss has not fallen below 0.5 in 2 evaluations (mode='min')"
 
 
 def test_run_that_does_not_stop_early_has_no_reason():
@@ -173,7 +173,7 @@ def test_first_of_two_stoppers_to_run_out_of_patience_ends_the_run(order):
     stoppers = [EarlyStopping("val/loss", patience=2), EarlyStopping("val/error", patience=2)]
     result = run([*scripts, *stoppers[::order]], 6)
     assert result.step == 3
-    assert result.stopped.startswith("val/loss has not improved")
+    assert result.stopped.startswith("val/loss has not ")
 
 
 def test_two_stoppers_of_one_metric_count_separately():
@@ -207,7 +207,7 @@ def test_resumed_run_continues_to_count():
     engine = Engine(idle, [scripted(values), EarlyStopping("val/loss", patience=3)])
     result = engine.run(jnp.int32(0), [1] * 7, steps=4)
     result = engine.run(result, [1] * 7, steps=7)
-    assert (result.step, result.stopped) == (6, "val/loss has not improved on 1 in 3 evaluations")
+    assert (result.step, result.stopped) == (6, "val/loss has not fallen below 1 in 3 evaluations (mode='min')")
 
 
 @pytest.mark.parametrize("cut", range(7))
@@ -255,15 +255,16 @@ def test_best_value_set_before_the_run_is_a_baseline_for_every_run():
     assert [engine.run(jnp.int32(0), [1] * 6, epochs=1).step for _ in range(2)] == [5, 5]
 
 
-def test_metric_that_never_appears_is_a_warning_and_then_an_error():
+def test_metric_that_never_appears_is_a_warning_at_its_first_sibling_and_at_the_end():
     engine = Engine(step, [scripted([1.0] * 6, "val/accuracy"), EarlyStopping("val/loss", patience=2)])
-    message = r"EarlyStopping watches 'val/loss', but the records hold \['epoch/loss', .*'val/accuracy'\]. Add Evaluate"
-    with (
-        pytest.raises(ValueError, match=message) as error,
-        pytest.warns(UserWarning, match=r"watches 'val/loss', but the records hold \['epoch/loss', 'val/accuracy'\]"),
-    ):
-        engine.run(jnp.int32(0), [1] * 2, epochs=3)
-    assert "EarlyStopping.on_run_end at step 6" in error.value.__notes__[0]
+    with pytest.warns(UserWarning, match="EarlyStopping watches 'val/loss'") as warned:
+        result = engine.run(jnp.int32(0), [1] * 2, epochs=3)
+    assert result.step == 6  # nothing is lost
+    assert [str(warning.message).partition("hold ")[2] for warning in warned] == [
+        "['val/accuracy']. Add Evaluate(...) or watch one of these.",
+        "['epoch/loss', 'train/loss', 'val/accuracy']. Add Evaluate(...) or watch one of these.",
+    ]
+    assert {warning.filename for warning in warned} == {__file__}  # the user's line
 
 
 def test_missing_metric_is_warned_about_once():
@@ -285,16 +286,16 @@ def test_metric_of_a_later_evaluation_causes_no_warning():
     assert result.history.steps("val/loss") == [4, 8]
 
 
-def test_metric_that_a_later_evaluation_did_not_record_is_an_error():
+def test_metric_that_a_later_evaluation_did_not_record_is_a_warning():
     evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1], when=every(epochs=2))
-    engine = Engine(idle, [evaluate, EarlyStopping("val/acc", patience=3)])
-    with pytest.raises(ValueError, match=r"watches 'val/acc', but the records hold .*'val/loss'\]"):
+    engine = Engine(idle, [evaluate, EarlyStopping("val/acc", patience=3, mode="max")])
+    with pytest.warns(UserWarning, match=r"watches 'val/acc', but the records hold .*'val/loss'\]"):
         engine.run(jnp.int32(0), [1] * 2, epochs=2)
 
 
 def test_metric_that_the_first_evaluation_did_not_record_is_a_warning():
     evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1])
-    engine = Engine(idle, [evaluate, EarlyStopping("val/acc", patience=3)])
+    engine = Engine(idle, [evaluate, EarlyStopping("val/acc", patience=3, mode="max")])
     engine.on("step_end", when=at(3))(lambda loop: loop.log({"val/acc": 1.0}))
     with pytest.warns(UserWarning, match=r"watches 'val/acc', but the records hold .*'val/loss'\]"):
         engine.run(jnp.int32(0), [1] * 2, epochs=2)
@@ -377,3 +378,23 @@ def test_evaluations_may_have_any_cadence():
 def test_repr_reads_like_the_call(stopping, text):
     stopping.stalled(0.5)  # the state of a run is no part of it
     assert repr(stopping) == text
+
+
+@pytest.mark.parametrize("metric", ["val/accuracy", "eval/top_5_acc", "f1"])
+def test_lower_accuracy_as_better_is_a_warning(metric):
+    with pytest.warns(UserWarning, match="Pass mode='max' if higher is better") as warned:
+        EarlyStopping(metric, patience=1)
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("val/accuracy", "max"), ("accuracy_loss", "min"), ("val/loss", "min")])
+def test_fitting_mode_causes_no_warning(metric, mode):
+    EarlyStopping(metric, patience=1, mode=mode)
+
+
+def test_reason_names_the_direction_and_what_was_not_reached():
+    engine = Engine(
+        idle, [scripted([0.5, 0.4, 0.55]), EarlyStopping("val/loss", patience=2, mode="max", min_delta=0.1)]
+    )
+    reason = "val/loss has not risen above 0.5 by more than 0.1 in 2 evaluations (mode='max')"
+    assert engine.run(jnp.int32(0), [1] * 3, epochs=1).stopped == reason

@@ -1,11 +1,14 @@
 """Event files: callbacks share one writer per run and directory, so they do not hide each other's points."""
 
+import errno
+import io
+import os
 import threading
 
 import jax.numpy as jnp
 import pytest
-from onstep import Callback, Engine
-from onstep.callbacks import TensorBoard
+from onstep import Callback, Engine, event_files
+from onstep.callbacks import Histograms, Images, TensorBoard
 from onstep.tools import close_event_writer, event_writer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,14 +68,9 @@ def test_points_written_after_the_writer_was_closed_hide_nothing(tmp_path):
     assert steps(tmp_path) == {"a": [1, 2], "b": [1, 2], "late": [2]}
 
 
-def test_file_and_thread_exist_only_while_somebody_writes(tmp_path):
-    before = set(threading.enumerate())
+def test_file_exists_only_if_somebody_writes(tmp_path):
     Engine(step, [Write(tmp_path / "run", "a", first=9)]).run(0, [1.0], epochs=1)
     assert not any(tmp_path.iterdir())
-    Engine(step, [Write(tmp_path / "run", "a")]).run(0, [1.0], epochs=1)
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("board_first", [True, False])
@@ -80,3 +78,80 @@ def test_tensorboard_callback_shares_the_file(tmp_path, board_first):
     callbacks = [TensorBoard(tmp_path), Write(tmp_path, "a")]
     Engine(step, callbacks if board_first else callbacks[::-1], log_every=2).run(jnp.int32(0), [1.0] * 4, epochs=1)
     assert steps(tmp_path) == {"train/loss": [2, 4], "epoch/loss": [4], "a": [1, 2, 3, 4]}
+
+
+class Faults:
+    """Counts the operations on event files, and lets chosen ones fail."""
+
+    def __init__(self, monkeypatch):
+        self.count, self.failing = 0, ()
+        monkeypatch.setattr(event_files, "open", self.open, raising=False)
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def operate(self):
+        self.count += 1
+        if self.count in self.failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open(self, path, mode):
+        self.operate()
+
+        class File(io.FileIO):
+            def write(file, data):
+                self.operate()
+                return super().write(data)
+
+        return io.BufferedWriter(File(path, mode))
+
+    def fsync(self, number):
+        self.operate()
+        self._fsync(number)
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("kind", [TensorBoard, Histograms, Images])
+def test_write_that_fails_is_an_error_and_the_next_run_is_complete(tmp_path, monkeypatch, kind, lasting):
+    def add(state, batch):
+        return {"params": state["params"] + batch}, {"loss": batch}
+
+    monkeypatch.chdir(tmp_path)
+    board = {
+        TensorBoard: lambda: TensorBoard("run", flush_seconds=0),
+        Histograms: lambda: Histograms("run"),
+        Images: lambda: Images(lambda state: {"grey": jnp.full((2, 2, 1), state["params"][0])}, events="run"),
+    }[kind]()
+    engine, faults = Engine(add, [board], log_every=1), Faults(monkeypatch)
+
+    def points():
+        engine.run({"params": jnp.zeros(2)}, [1.0, 2.0], epochs=2)
+        (file,) = sorted((tmp_path / "run").iterdir())[-1:]
+        data = file.read_bytes()
+        return {name: data.count(name) for name in (b"train/loss", b"params", b"grey")}
+
+    expected = points()
+    assert sum(expected.values()) in (2, 4)
+    for operation in range(1, faults.count + 1):
+        faults.count, faults.failing = 0, range(operation, 10**6) if lasting else (operation,)
+        with pytest.raises(OSError, match="No space left"):
+            points()
+    faults.failing = ()
+    assert points() == expected
+
+
+def test_writer_that_its_user_closed_is_replaced(tmp_path):
+    class Closes(Write):
+        def on_step_end(self, loop):
+            super().on_step_end(loop)
+            event_writer(loop, self.directory).close()
+
+    Engine(step, [Closes(tmp_path, "a"), TensorBoard(tmp_path)], log_every=1).run(0, [1.0] * 2, epochs=1)
+    assert steps(tmp_path) == {"a": [1, 2], "train/loss": [1, 2], "epoch/loss": [2]}
+
+
+def test_no_thread_writes(tmp_path):
+    before, during = set(threading.enumerate()), []
+    engine = Engine(step, [Write(tmp_path, "a"), TensorBoard(tmp_path)])
+    engine.on("run_end")(lambda loop: during.extend(threading.enumerate()))
+    engine.run(0, [1.0] * 2, epochs=1)
+    assert set(during) <= before

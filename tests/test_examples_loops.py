@@ -1,5 +1,6 @@
 """The examples about steps, loops and reuse: run as a user runs them, and tested in parts."""
 
+import importlib.util
 import inspect
 import math
 import os
@@ -16,6 +17,7 @@ import onstep
 import optax
 import pytest
 import setuptools
+from flax import nnx
 from models import EXAMPLES_FOLDER, files
 from models import load_example as load
 from onstep import Batches, Engine
@@ -24,11 +26,18 @@ from onstep.testing import same_bytes
 pytestmark = pytest.mark.slow
 
 SHARED = EXAMPLES_FOLDER / "two_projects" / "shared_callbacks"
+NEEDS_HAIKU = pytest.mark.skipif(importlib.util.find_spec("haiku") is None, reason="dm-haiku is not installed")
 RESUMABLE = [
     pytest.param("template.py", ["--model", "linen"], id="template-linen"),
     pytest.param("template.py", ["--model", "nnx"], id="template-nnx"),
     pytest.param("template.py", ["--model", "equinox"], id="template-equinox"),
+    pytest.param("libraries.py", ["--library", "linen"], id="libraries-linen"),
+    pytest.param("libraries.py", ["--library", "nnx"], id="libraries-nnx"),
+    pytest.param("libraries.py", ["--library", "nnx-split"], id="libraries-nnx-split"),
+    pytest.param("libraries.py", ["--library", "equinox"], id="libraries-equinox"),
+    pytest.param("libraries.py", ["--library", "haiku"], id="libraries-haiku", marks=NEEDS_HAIKU),
     pytest.param("advanced_step.py", [], id="advanced-step"),
+    pytest.param("reinforce.py", [], id="reinforce"),
     pytest.param("language_model.py", [], id="language-model"),
     pytest.param("functional_loop.py", [], id="functional-loop"),
     pytest.param("two_projects/project_a.py", [], id="project-a"),
@@ -82,7 +91,9 @@ def test_example_passes_its_check_and_a_second_start_does_nothing(script, flags,
     ("script", "flags"),
     [
         ("template.py", ["--epochs", 1]),
+        ("libraries.py", ["--epochs", 1]),
         ("advanced_step.py", ["--epochs", 1]),
+        ("reinforce.py", ["--steps", 1]),
         ("language_model.py", ["--fast", "--steps", 2]),
         ("functional_loop.py", ["--epochs", 1]),
         ("two_projects/project_a.py", ["--epochs", 1]),
@@ -145,6 +156,99 @@ def test_template_says_how_to_install_equinox(monkeypatch):
     template = load("template.py")
     with pytest.raises(SystemExit, match="needs Equinox: pip install equinox"):
         template.equinox_model(jax.random.key(0), template.OPTIMIZERS["sgd"]())
+
+
+LIBRARIES = [
+    *("linen", "nnx", "nnx-split", "equinox"),
+    pytest.param("haiku", marks=[NEEDS_HAIKU, pytest.mark.filterwarnings("ignore:jax.core:DeprecationWarning")]),
+]
+
+
+def library_run(library):
+    """Return a function that trains with a library on a few batches: `run(earlier result, steps)`."""
+    libraries = load("libraries.py")
+    train, _ = libraries.digits()
+    state, step, _ = libraries.LIBRARIES[library](jax.random.key(0), optax.adam(2e-3))
+    engine = Engine(step, [onstep.callbacks.GradNorm()], log_every=1)
+    data, key = Batches(train, 32), jax.random.key(1)
+    return lambda earlier, steps: engine.run(earlier or state, data, steps=steps, rng=key)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_resumed_run_ends_in_the_same_bytes_with_every_library(library):
+    run = library_run(library)
+    whole, cut = run(None, 9), run(run(None, 4), 9)
+    assert same_bytes(jax.tree.leaves(whole.snapshot.tree), jax.tree.leaves(cut.snapshot.tree))
+    assert whole.latest == cut.latest
+    assert whole.latest["train/grad_norm"] > 0
+
+
+def test_nnx_modules_and_their_arrays_train_to_the_same_bytes():
+    modules, arrays = library_run("nnx")(None, 9), library_run("nnx-split")(None, 9)
+    assert same_bytes(jax.tree.leaves(nnx.state(modules.state)), jax.tree.leaves(arrays.state))
+    assert modules.history == arrays.history
+
+
+@pytest.mark.parametrize("library", LIBRARIES[1:])
+def test_every_library_trains_the_same_network(library, monkeypatch):
+    """Without dropout, the same weights give the same losses as Linen; biases begin at zero."""
+    libraries = load("libraries.py")
+    monkeypatch.setattr(libraries, "DROPOUT", 0.0)
+    train, _ = libraries.digits()
+    first, _, last, _ = weights(jax.random.key(1))
+    new = {w.shape: w for w in (first, first.T, last, last.T, jnp.zeros(10))}
+
+    def losses(library):
+        state, step, _ = libraries.LIBRARIES[library](jax.random.key(0), optax.adam(2e-3))
+        state = jax.tree.map(lambda x: new[x.shape] if x.shape in new and x.any() else x, state)  # not Adam's moments
+        return Engine(step, log_every=1).run(state, Batches(train, 32), epochs=2, rng=jax.random.key(1)).history
+
+    expected, got = losses("linen")["train/loss"], losses(library)["train/loss"]
+    assert expected[-1] < expected[0] / 4
+    np.testing.assert_allclose(got, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("library", "package"), [("equinox", "equinox"), ("haiku", "dm-haiku")])
+def test_libraries_say_how_to_install_an_optional_library(library, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(SystemExit, match=f"--library {library} needs {library.title()}: pip install {package}"):
+        load("libraries.py").LIBRARIES[library](jax.random.key(0), optax.sgd(0.1))
+
+
+def test_every_batch_is_played_with_the_newest_policy():
+    reinforce, batches = load("reinforce.py"), []
+    engine = Engine(reinforce.train_step, [reinforce.Actor(seed=0)])
+    before = engine.run(reinforce.new_state(0), steps=2)
+    engine.on("step_end", when=3)(lambda loop: batches.append(loop.batch))
+    engine.run(reinforce.new_state(0), steps=3)
+    expected = reinforce.play(before.state.params, np.random.default_rng((0, 2)), reinforce.EPISODES)
+    assert same_bytes(batches, [expected])
+    older = reinforce.play(reinforce.new_state(0).params, np.random.default_rng((0, 2)), reinforce.EPISODES)
+    assert not same_bytes(older, expected)
+
+
+def test_resumed_reinforcement_learning_ends_in_the_same_bytes(tmp_path):
+    reinforce = load("reinforce.py")
+
+    def run(steps, *callbacks):
+        return Engine(reinforce.train_step, [reinforce.Actor(0), *callbacks]).run(reinforce.new_state(0), steps=steps)
+
+    run(3, onstep.callbacks.Checkpoint(tmp_path, when=1))
+    resumed = run(5, onstep.callbacks.Checkpoint(tmp_path, when=1))
+    assert same_bytes(jax.tree.leaves(resumed.state), jax.tree.leaves(run(5).state))
+    assert resumed.history.steps("train/moves") == [5]
+
+
+def test_cart_pole_moves_as_in_gymnasium():
+    reinforce = load("reinforce.py")
+    carts = reinforce.CartPole(np.random.default_rng(0), 2)
+    carts.state = np.zeros((2, 4))
+    assert carts.move(np.array([True, False])).all()
+    expected = [0, 0.19512195, 0, -0.29268293]  # of CartPole-v1, from rest in the middle
+    np.testing.assert_allclose(carts.state, [expected, np.negative(expected)], atol=1e-8)
+    for _ in range(8):
+        up = carts.move(np.array([True, False]))
+    assert not up.any()
 
 
 def test_without_conflict_removes_the_conflicting_part_of_a_gradient():

@@ -148,3 +148,10 @@ def test_array_that_is_not_an_image_is_refused_by_name(tmp_path, image):
 def test_missing_directory_is_an_error():
     with pytest.raises(ValueError, match="Images needs a directory: png= for files, events= for TensorBoard"):
         Images(shade)
+
+
+def test_characters_that_a_file_name_may_not_contain_on_every_system_become_dashes(tmp_path):
+    names = {"loss->top@5": "loss--top@5", 'a:b?"c"': "a-b--c-", "..\\x": "..-x"}
+    images = dict.fromkeys(names, np.zeros((1, 1, 1)))
+    Engine(step, [Images(lambda state: images, png=tmp_path)]).run({"params": 0.0}, [1.0], epochs=1)
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-000001-{name}.png" for name in names.values()}

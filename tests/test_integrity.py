@@ -1,6 +1,9 @@
 """Integrity of checkpoints: damage is found and named, and files that are not ours are never changed."""
 
 import contextlib
+import errno
+import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -8,6 +11,9 @@ import random
 import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
@@ -19,7 +25,8 @@ import numpy as np
 import pytest
 from faults import FLIPS, KILLS, SEEDS
 from onstep import Callback, Engine, at
-from onstep.callbacks import EMA, Checkpoint
+from onstep.callbacks import CSV, EMA, Checkpoint, JSONLines
+from onstep.snapshot import Snapshot
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
 from onstep.testing import LogValues, RaiseIn, StopAt
 
@@ -124,11 +131,48 @@ def test_truncated_or_missing_file_is_found_and_the_previous_checkpoint_is_used(
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[]", "null", '{"files": {}}', '{"files": 3}', "{", "\0\0\0", "\x80", '{"files": {"a": [1]}}']
+    "text",
+    ["{}", "[]", "null", '{"files": {}}', '{"files": 3}', "{", "\0\0\0", "\x80", '{"files": {"a": [1]}}', "[" * 10**5],
+    ids=lambda text: repr(text[:20]),
 )
 def test_garbled_manifest_is_damage(text, saved):
     (saved / "12" / "manifest.json").write_bytes(text.encode("latin-1"))
     assert resumes_from_8(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("files", None),
+        ("files", 3),
+        ("files", {"a": 3}),
+        ("files", {"a": [1, "b"]}),
+        ("step", None),
+        ("step", "12"),
+        ("run", None),
+        ("metrics", None),
+        ("metrics", {"train/loss": "low"}),
+        ("best", "train/loss"),
+        ("config", 3),
+        ("format", None),
+        ("format", "one"),
+    ],
+)
+def test_manifest_with_a_wrong_field_is_damage_that_names_the_field(name, value, saved):
+    reseal(saved / "12", lambda manifest: manifest.pop(name, 0) if value is None else manifest.update({name: value}))
+    assert Checkpoints(saved).damage(12) == f"manifest.json is damaged (it has no valid {name!r})"
+    assert resumes_from_8(saved)
+
+
+def test_checkpoint_of_a_newer_format_is_refused_by_number_and_not_skipped(saved):
+    reseal(saved / "12", lambda manifest: manifest.update(format=2, files=[]))
+    before = contents(saved)
+    message = r"/12 has format 2, but this version of onstep reads format 1\. Upgrade onstep"
+    for use in (lambda: run(saved, 16), lambda: run(saved, 16, resume=12), lambda: load(saved)):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert contents(saved) == before
+    assert int(load(saved, jnp.int32(0), 8)) == sum_at(8)
 
 
 def test_run_archives_a_damaged_checkpoint_when_it_saves_that_step_again(saved):
@@ -216,6 +260,7 @@ def test_leftovers_of_killed_saves_and_deletions_are_removed(saved):
     (saved / ".saving" / "14" / "manifest.json").unlink()
     (saved / ".saving" / "16.orbax-checkpoint-tmp").mkdir()
     shutil.copytree(saved / "4", saved / "2.trash")
+    shutil.copytree(saved / "4", saved / "3.0a1b2c3d.trash")
     result = run(saved, 16)
     assert int(result.state) == sum_at(16)
     assert sorted(os.listdir(saved)) == ["12", "16", "4", "8"]
@@ -286,9 +331,9 @@ def test_run_that_will_be_resumed_may_end_without_a_best(tmp_path):
     assert run(tmp_path, 12, best="score", extra=extra).step == 6
 
 
-def test_best_metric_that_never_appears_is_a_warning_and_then_an_error(tmp_path):
+def test_best_metric_that_never_appears_is_a_warning(tmp_path):
     message = r"Checkpoint watches 'val_loss', but the records hold \['epoch/loss', 'train/loss'\]. Add Evaluate"
-    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message):
         run(tmp_path, 16, best="val_loss")
     assert steps_in(tmp_path) == [4, 8, 12, 16]
     assert run(tmp_path, 16, best="val_loss").step == 16  # nothing to do
@@ -533,7 +578,7 @@ def test_directory_that_a_live_run_writes_to_is_refused(saved):
     other = Lock(str(saved))
     other.acquire()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="Another live process is writing to .*/run. Use another directory"):
+        with pytest.raises(RuntimeError, match="Another run of this process is writing to .*/run. Use"):
             run(saved, 16)
     other.release()
     assert run(saved, 16).step == 16
@@ -543,7 +588,7 @@ def test_directory_that_a_live_run_writes_to_is_refused(saved):
 def test_run_locks_its_directory_until_its_end(tmp_path):
     class Second(Callback):
         def on_run_begin(self, loop):
-            with pytest.raises(RuntimeError, match="Another live process"):
+            with pytest.raises(RuntimeError, match="Another run of this process"):
                 save(tmp_path, jnp.int32(1), step=100)
 
         on_step_end = on_run_begin
@@ -571,6 +616,146 @@ def test_symbolic_link_with_the_name_of_the_lock_is_not_followed(saved, tmp_path
     with pytest.raises(OSError, match="lock"):
         run(saved, 16)
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_file_system_that_cannot_lock_is_named_with_the_way_around(number, saved, monkeypatch):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    message = rf"{saved} cannot be locked \({os.strerror(number)}\): .* pass lock=False"
+    for use in (lambda: run(saved, 16), lambda: save(saved, jnp.int32(0), 20)):
+        with pytest.raises(OSError, match=message) as caught:
+            use()
+        assert caught.value.errno == number
+    with pytest.raises(OSError, match="cannot be locked"):
+        save(saved / "new" / "folder", jnp.int32(0))
+    assert not (saved / "new").exists()
+    assert run(saved, 16, lock=False).step == 16
+    save(saved, jnp.int32(0), 20, lock=False)
+    assert steps_in(saved) == [4, 8, 12, 16, 20]
+
+
+def test_interrupted_lock_is_tried_again(saved, monkeypatch):
+    flock, errors = fcntl.flock, [OSError(errno.EINTR, "interrupted")] * 2
+    monkeypatch.setattr(fcntl, "flock", lambda *args: flock(*args) if not errors else raise_(errors.pop()))
+    lock = Lock(saved)
+    lock.acquire()
+    with pytest.raises(RuntimeError, match="Another run of this process"):
+        Lock(saved).acquire()
+    lock.release()
+
+
+def raise_(error):
+    raise error
+
+
+def test_lock_is_not_taken_on_a_file_that_was_removed_since_it_was_opened(saved, monkeypatch):
+    flock, ends = fcntl.flock, [True]
+
+    def another_process_ends(*args):
+        if ends:
+            ends.pop()
+            os.unlink(saved / ".lock")
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", another_process_ends)
+    lock = Lock(saved)
+    lock.acquire()
+    with pytest.raises(RuntimeError, match="Another run of this process"):
+        Lock(saved).acquire()
+    lock.release()
+
+
+def test_locks_leave_no_file_open(saved, monkeypatch):
+    before, flock = set(os.listdir("/dev/fd")), fcntl.flock
+    lock = Lock(saved)
+    lock.acquire()
+    with pytest.raises(RuntimeError):
+        Lock(saved).acquire()
+    lock.release()
+    monkeypatch.setattr(fcntl, "flock", lambda *args: os.unlink(saved / ".lock") or monkeypatch.undo() or flock(*args))
+    lock.acquire()
+    lock.release()
+    assert set(os.listdir("/dev/fd")) == before
+
+
+def test_lock_whose_file_cannot_be_removed_is_released(saved, monkeypatch):
+    monkeypatch.setattr(os, "unlink", lambda path: raise_(OSError("read-only")))
+    for _ in range(2):
+        lock = Lock(saved)
+        lock.acquire()
+        lock.release()
+
+
+FORKS = """
+import importlib.util, os, signal, sys, time, types
+for name in ("onstep", "onstep.storage", "onstep.checks"):  # alone, because importing all of onstep takes seconds
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["onstep.checks"].local_path = lambda who, path: path
+spec = importlib.util.spec_from_file_location("onstep.storage.lock", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+lock = module.Lock(sys.argv[2])
+lock.acquire()
+"""
+
+
+def forks(code, directory):
+    """Run a script that holds a lock; return what it prints."""
+    script = [sys.executable, "-c", FORKS + code, importlib.util.find_spec("onstep.storage.lock").origin, directory]
+    return subprocess.run(script, stdout=subprocess.PIPE, text=True, check=False, timeout=60).stdout
+
+
+def test_worker_of_a_killed_process_does_not_hold_its_lock(saved):
+    worker = forks(
+        """
+worker = os.fork()
+if not worker:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(worker, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        saved,
+    )
+    try:
+        lock = Lock(saved)
+        lock.acquire()
+        lock.release()
+    finally:
+        os.kill(int(worker), signal.SIGKILL)
+
+
+def test_worker_cannot_release_the_lock_of_its_parent(saved):
+    said = forks(
+        """
+worker = os.fork()
+lock_file = os.path.join(sys.argv[2], ".lock")
+if not worker:
+    lock.release()
+    try:
+        module.Lock(sys.argv[2]).acquire()
+    except RuntimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(worker, 0)
+print(os.path.exists(lock_file))
+""",
+        saved,
+    )
+    assert said == f"Another live process is writing to {saved}. Use another directory.\nTrue\n"
+
+
+def test_directory_of_two_callbacks_is_refused_before_the_first_step(saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved)
+    before = contents(saved)
+    for other in (saved, tmp_path / "link"):
+        with pytest.raises(ValueError, match="two callbacks of this run have the directory .* Give each its own"):
+            run(saved, 16, extra=[Checkpoint(other, when=4)])
+    assert contents(saved) == before
 
 
 @pytest.mark.parametrize("options", [{"resume": False}, {"resume": 5}, {"extra": [EMA(0.5, of=None)]}])
@@ -678,7 +863,7 @@ def test_source_without_a_position_is_read_from_the_beginning_without_skip(tmp_p
 
     run(tmp_path, 4, data=simulator())
     assert run(tmp_path, 8, data=simulator(), skip=False).step == 8
-    assert seen == [0, 1, 2, 3, 4] * 2  # each run draws one batch ahead
+    assert seen == [0, 1, 2, 3] * 2  # no batch is drawn that is not used
     assert "skipping" not in capsys.readouterr().err
 
 
@@ -796,6 +981,167 @@ def test_error_of_a_failed_save_is_raised_once(tmp_path):
         run(tmp_path, 12, state=BIG)
     assert "could not be saved" not in "".join(caught.value.__notes__)
     assert "step 8" in str(caught.value)
+
+
+def test_writer_reports_a_failed_save_once_and_can_save_again(tmp_path):
+    writer = CheckpointWriter(tmp_path)
+    with files_up_to(1 << 16):
+        writer.save(1, {"state": BIG})
+        with pytest.raises(RuntimeError, match="checkpoint of step 1 .* could not be saved"):
+            writer.wait()
+    writer.wait()
+    writer.save(2, {"state": BIG})
+    writer.close()
+    assert writer.checkpoints.steps() == [2]
+
+
+def test_save_for_which_no_thread_is_left_does_not_block_the_next_one(tmp_path, monkeypatch):
+    start = threading.Thread.start
+
+    def fail(thread):
+        if thread.name == "onstep-commit":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    writer = CheckpointWriter(tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            writer.save(1, {"state": jnp.ones(2)})
+    writer.close()
+    save(tmp_path / "b", jnp.ones(2))
+    assert steps_in(tmp_path / "b") == [0]
+
+
+def test_orbax_is_not_asked_to_save_where_a_folder_cannot_be_created(saved, monkeypatch):
+    asked, makedirs = [], os.makedirs
+
+    def refuse(path, *args, **options):
+        if ".saving" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        makedirs(path, *args, **options)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", lambda *args, **options: asked.append(args))
+    with pytest.raises(RuntimeError, match=r"checkpoint of step 16 in .* could not be saved: .*Read-only file system"):
+        run(saved, 16)
+    assert asked == []
+
+
+def test_what_seals_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    fsync, rename, synced, sealed = os.fsync, os.rename, set(), []
+
+    def record_rename(old, new):
+        if new == str(tmp_path / "4"):
+            sealed.extend(name for name in ("host.npz", "manifest.json") if os.stat(f"{old}/{name}").st_ino in synced)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "rename", record_rename)
+    run(tmp_path, 4)
+    assert sealed == ["host.npz", "manifest.json"]
+
+
+def test_rewritten_records_are_on_disk_before_they_replace_the_old_ones(tmp_path, monkeypatch):
+    fsync, replace, synced, replaced = os.fsync, os.replace, set(), []
+
+    def record_replace(old, new):
+        replaced.append((os.path.basename(new), os.stat(old).st_ino in synced))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", record_replace)
+    run(tmp_path / "run", 4, extra=[JSONLines(tmp_path / "records.jsonl"), CSV(tmp_path / "records.csv")])
+    assert replaced[:2] == [("records.jsonl", True), ("records.csv", True)]
+
+
+def test_arrays_that_were_loaded_for_a_resume_are_not_copied_again(saved):
+    class Restores(Callback):
+        def on_load(self, loop):
+            checkpoints = Checkpoints(saved)
+
+            def tree(like):
+                loaded.update(checkpoints.load(12, like))
+                return loaded
+
+            loop.restore(Snapshot(12, tree, checkpoints.host(12)))
+            assert loop.state is loaded["state"]
+
+    loaded = {}
+    assert int(Engine(step, [Restores()], log_every=4).run(jnp.int32(0), range(12), steps=16).state) == sum_at(16)
+
+
+def test_run_can_be_resumed_twice_from_one_result():
+    engine = Engine(step, log_every=4)
+    first = engine.run(jnp.zeros(1000, jnp.int32), range(12), steps=4)
+    for _ in range(2):
+        assert int(engine.run(first, range(12), steps=8).state[0]) == sum_at(8)
+    assert int(first.state[0]) == sum_at(4)
+
+
+def test_two_threads_do_not_use_orbax_at_once(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    save_, wait_ = ocp.AsyncCheckpointer.save, ocp.AsyncCheckpointer.wait_until_finished
+    using, both, tries = [], threading.Event(), threading.Event()
+
+    def saves(*args, **options):
+        using.append(1)
+        if len(using) > 1:
+            both.set()
+        save_(*args, **options)
+
+    def waits(*args):
+        if threading.current_thread().name == "onstep-commit":
+            tries.wait(5)
+            both.wait(0.1)  # time for the other thread to get in, if it can
+            wait_(*args)
+            using.pop()
+        else:
+            wait_(*args)
+
+    def other():
+        tries.set()
+        second.save(1, {"state": jnp.ones(2)})
+        second.close()
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", saves)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waits)
+    first, second = CheckpointWriter(tmp_path / "a"), CheckpointWriter(tmp_path / "b")
+    first.save(1, {"state": jnp.ones(2)})
+    thread = threading.Thread(target=other)
+    thread.start()
+    first.close()
+    thread.join()
+    assert not both.is_set()
+    assert (steps_in(tmp_path / "a"), steps_in(tmp_path / "b")) == ([1], [1])
+
+
+def test_loading_waits_for_a_save_in_another_thread(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    wait_, restore, happened, loads = ocp.AsyncCheckpointer.wait_until_finished, ocp.Checkpointer.restore, [], []
+
+    def waits(*args):
+        if threading.current_thread().name == "onstep-commit":
+            loads[0].start()
+            loads[0].join(0.1)
+            wait_(*args)
+            happened.append("saved")
+        else:
+            wait_(*args)
+
+    def restores(*args, **options):
+        happened.append("loads")
+        return restore(*args, **options)
+
+    save(tmp_path / "a", jnp.ones(2))
+    loads.append(threading.Thread(target=load, args=(tmp_path / "a",)))
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waits)
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restores)
+    save(tmp_path / "b", jnp.ones(2))
+    loads[0].join()
+    assert happened == ["saved", "loads"]
 
 
 def test_numbers_in_the_docs_are_those_of_the_tests():

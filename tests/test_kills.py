@@ -35,7 +35,8 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    assert Child(directory, cache=cache).end() == (0, "")
+    code, error = Child(directory, cache=cache).end()
+    assert (code, re.sub("onstep: compiled the step.*\n", "", error)) == (0, "")
     return directory
 
 
@@ -96,6 +97,82 @@ Engine(lambda s, b: (s, {}), [Checkpoint(sys.argv[1])]).run(jnp.zeros(2), range(
     assert "RuntimeError: Another live process is writing to" in error
     assert first.end()[0] == 0
     assert result(tmp_path) == result(uninterrupted)
+
+
+THREADS = """
+import sys, threading, jax.numpy as jnp
+from onstep import Engine
+from onstep.callbacks import Checkpoint
+def run(number):
+    engine = Engine(lambda s, b: (s + b, {}), [Checkpoint(f"{sys.argv[1]}/{number}", when=2, keep=2)])
+    ended[number] = int(engine.run(jnp.int32(number), range(10), epochs=1).state)
+ended = {}
+threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(6)]
+[thread.start() for thread in threads]
+[thread.join(60) for thread in threads]
+print(sorted(ended.items()), flush=True)
+import os; os._exit(0)  # even if a thread hangs
+"""
+
+
+def test_runs_in_threads_of_one_process_all_save(tmp_path):
+    said, error = script(THREADS, tmp_path).communicate()
+    assert said == f"{[(number, number + 45) for number in range(6)]}\n", error
+    assert [Checkpoints(tmp_path / str(number)).steps() for number in range(6)] == [[8, 10]] * 6
+
+
+OVERWRITES = """
+import sys, jax, jax.numpy as jnp
+from onstep import Engine
+from onstep.callbacks import Checkpoint
+step = lambda s, b: (jax.tree.map(lambda x: x + 1, s), {})
+Engine(step, [Checkpoint(sys.argv[1], when=1, keep=1)]).run([jnp.zeros(99)] * 5, range(10**6), epochs=1)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's event loop
+def test_load_reads_from_a_run_that_deletes_all_but_the_newest_checkpoint(tmp_path):
+    writer = script(OVERWRITES, tmp_path)
+    try:
+        while not Checkpoints(tmp_path).steps():
+            time.sleep(0.01)
+        values = []
+        for _ in range(100):
+            leaves = load(tmp_path, [jnp.zeros(99)] * 5)
+            values.append(float(leaves[0][0]))
+            assert all(np.all(leaf == values[-1]) for leaf in leaves)
+        assert values == sorted(values)
+        assert writer.poll() is None
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+CHANGED = """
+import sys, jax, jax.numpy as jnp, numpy as np, optax
+from flax import linen as nn
+from onstep import Engine
+from onstep.callbacks import EMA, Checkpoint, NaNGuard
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(jax.nn.gelu(nn.relu(nn.Dense(8)(x))))
+model, optimizer, rate = Net(), optax.adamw(optax.cosine_decay_schedule(1e-2, 100)), float(sys.argv[3])
+def step(state, batch):
+    loss, grads = jax.value_and_grad(lambda p: jnp.mean(jax.nn.softplus(model.apply(p, batch))))(state["params"])
+    updates, moments = optimizer.update(grads, state["moments"], state["params"])
+    params = optax.apply_updates(state["params"], jax.tree.map(lambda u: rate * u, updates))
+    return {"params": params, "moments": moments}, {"loss": loss}, {"grads": grads}
+params = model.init(jax.random.key(0), np.ones((2, 4), np.float32))
+state = {"params": params, "moments": optimizer.init(params)}
+engine = Engine(step, [EMA(0.9), NaNGuard(), Checkpoint(sys.argv[1])])
+engine.run(state, [np.ones((2, 4), np.float32)] * 9, steps=int(sys.argv[2]))
+"""
+
+
+def test_only_a_changed_script_says_that_its_step_has_changed(tmp_path):
+    said = [script(CHANGED, tmp_path, *arguments).communicate()[1] for arguments in ((4, 1.0), (8, 1.0), (12, 2.0))]
+    assert ["changed since" in text for text in said] == [False, False, True], said
 
 
 BIG = """

@@ -1,6 +1,7 @@
 """MLflow: what the real package stores in a file store."""
 
 import math
+import os
 import sys
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from onstep import Engine
 from onstep.callbacks import Checkpoint, MLflow
-from onstep.testing import RaiseIn, StopAt, counting_step
+from onstep.testing import LogValues, RaiseIn, StopAt, counting_step
 
 
 @pytest.fixture
@@ -95,6 +96,44 @@ def test_record_with_more_names_than_the_limit_of_one_call_is_logged_completely(
     log.run(jnp.float32(0), [1.0], epochs=1)
     (run,) = runs(store)
     assert len(run.data.metrics) == 1003
+
+
+def test_names_that_mlflow_does_not_allow_are_changed_and_stay_different(store):
+    names = ["top@5", "top#5", "top_5", "timing(s)", "loss->", "a//b/../c", "/", "Größe 1:2", "x" * 300, "x" * 301]
+    engine = Engine(
+        lambda state, batch: (state, {}),
+        [LogValues({1: {name: float(n) for n, name in enumerate(names)}}), MLflow("digits", tracking_uri=store)],
+    )
+    engine.run(jnp.float32(0), [1.0], epochs=1)
+    (run,) = runs(store)
+    assert {name: run.data.metrics[name] for name in sorted(run.data.metrics, key=run.data.metrics.get)} == {
+        "top_5": 0.0,
+        "top_5_2": 1.0,
+        "top_5_3": 2.0,
+        "timing_s_": 3.0,
+        "loss-_": 4.0,
+        "a/b/c": 5.0,
+        "_": 6.0,
+        "Größe 1:2": 7.0,
+        "x" * 250: 8.0,
+        f"{'x' * 240}_2": 9.0,
+    }
+
+
+def test_parameter_names_that_mlflow_does_not_allow_are_changed(store):
+    engine(store, config={"top@5": 1, "layer": {"a#b": 2}}).run(jnp.float32(0), [1.0], epochs=1)
+    (run,) = runs(store)
+    assert run.data.params == {"top_5": "1", "layer.a_b": "2"}
+
+
+def test_relative_directory_keeps_its_meaning_if_the_working_directory_changes(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    run = engine("store")
+    run.on("step_end")(lambda loop: os.chdir(tmp_path / "elsewhere"))
+    run.run(jnp.float32(0), [1.0, 2.0], epochs=1)
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert points(store, *runs(store)) == [(1, 1.0), (2, 2.0)]
 
 
 def test_nothing_is_created_before_the_first_record(store, tmp_path):

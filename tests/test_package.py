@@ -57,8 +57,9 @@ LAYERS = """
     records snapshot representation spans
     placement sharding
     processes
-    config
-    messages checks redact state
+    config fields
+    checks exclusive interrupts redact state
+    messages activity
     trees
 """
 """The modules of `onstep` from top to bottom. Imports point downwards, to a line further below."""
@@ -69,7 +70,7 @@ UPWARDS = {("callback", "loop")}
 PUBLIC = {
     "onstep": set(onstep.__all__) | {"__version__"},
     "onstep.tools": None,
-    "onstep.processes": {"ProcessError", "agree", "first", "writes"},
+    "onstep.processes": {"ProcessError", "agree", "first", "handle_sigterm", "writes"},
     "onstep.redact": {"redacted", "without_secrets"},
     "onstep.plots": {"COLOURS", "DASHES", "plot", "group_by_chart", "line_styles", "spans_decades"},
     "onstep.storage": None,
@@ -78,6 +79,7 @@ PUBLIC = {
 None means everything in `__all__`."""
 
 PRIVATE = {
+    ("activity", "sys._current_frames"): "the documented way to see what another thread is doing",
     ("callback", "callback._reset"): "a public method could collide with one of a subclass",
     ("loop", "earlier._stream"): "a Result continues the iterator of its run, which is nobody else's business",
 }

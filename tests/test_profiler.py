@@ -39,12 +39,16 @@ def run(engine, steps, state=None):
 
 def traced(directory):
     """Return the names that the steps left in the only trace in a directory, in order."""
+    return [name for name in names(directory) if re.fullmatch(r"step \d+|wait", name)]
+
+
+def names(directory):
+    """Return the names of all events in the only trace in a directory, in order."""
     (xplane,) = directory.glob("plugins/profile/*/*.xplane.pb")
     (trace,) = directory.glob("plugins/profile/*/*.trace.json.gz")
     assert xplane.stat().st_size > 0
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    found = [e for e in events if re.fullmatch(r"step \d+|wait", e.get("name", ""))]
-    return [event["name"] for event in sorted(found, key=lambda event: event["ts"])]
+    return [event["name"] for event in sorted(events, key=lambda event: event.get("ts", 0)) if "name" in event]
 
 
 def test_the_chosen_steps_are_traced_until_their_computation_ends(tmp_path):
@@ -52,14 +56,26 @@ def test_the_chosen_steps_are_traced_until_their_computation_ends(tmp_path):
     assert traced(tmp_path) == ["step 4", "step 5", "wait"]
 
 
-@pytest.mark.parametrize(("options", "steps"), [({}, range(11, 16)), ({"start": 0, "steps": 1}, [1])], ids=str)
+@pytest.mark.parametrize(("options", "steps"), [({}, range(11, 16)), ({"start": 1, "steps": 1}, [2])], ids=str)
 def test_the_first_and_number_of_steps_can_be_chosen(tmp_path, options, steps):
     run(traced_engine(Profiler(str(tmp_path), **options)), 20)
     assert traced(tmp_path) == [*(f"step {n}" for n in steps), "wait"]
 
 
-def test_it_is_due_only_at_the_first_and_last_step():
-    assert Profiler("runs").when == at(11, 15)
+def test_it_is_due_only_at_the_first_and_last_step_or_one_later():
+    assert Profiler("runs").when == at(11, 12, 15, 16)
+    assert Profiler("runs", steps=1).when == at(11, 12)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_compilation_is_not_traced(tmp_path, steps_per_call):
+    def step(state, batch):
+        return state + batch, {}
+
+    Engine(step, [Profiler(tmp_path, start=0, steps=3)], steps_per_call=steps_per_call).run(
+        jnp.int32(0), [1] * 9, epochs=1
+    )
+    assert not [name for name in names(tmp_path) if "compile" in name.lower()]
 
 
 def test_a_run_that_ends_during_the_trace_writes_it(tmp_path):
@@ -94,10 +110,11 @@ def test_a_run_that_resumes_after_the_first_traced_step_writes_nothing(tmp_path,
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_that_resumes_just_before_the_traced_steps_traces_them(tmp_path):
-    first = run(Engine(lambda state, batch: (state, {}), steps_per_call=1), 3)
-    run(traced_engine(Profiler(tmp_path, start=3, steps=1)), 12, first)
-    assert traced(tmp_path) == ["step 4", "wait"]
+@pytest.mark.parametrize(("start", "traces"), [(0, [2, 3]), (3, [5, 6]), (4, [5, 6])])
+def test_the_first_step_of_a_run_is_never_traced(tmp_path, start, traces):
+    first = run(Engine(lambda state, batch: (state, {}), steps_per_call=1), 3) if start else None
+    run(traced_engine(Profiler(tmp_path, start=start, steps=2)), 12, first)
+    assert traced(tmp_path) == [*(f"step {n}" for n in traces), "wait"]
 
 
 def test_two_profilers_trace_one_after_the_other(tmp_path):

@@ -1,14 +1,18 @@
 """The progress of a run: lines in a log, a bar in a terminal and in a notebook."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import io
 import itertools
+import logging
 import os
 import pty
 import re
 import struct
+import subprocess
+import sys
 import termios
 import threading
 from types import SimpleNamespace
@@ -16,8 +20,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, evaluate, processes
-from onstep.callbacks import Evaluate, Progress, progress
+from onstep.callbacks import Evaluate, Progress, Table, Timing, progress
 from onstep.testing import FakeClock, counting_step
+from onstep.tools import log_user
 
 
 def loss(state, batch):
@@ -169,9 +174,9 @@ def test_a_second_run_counts_from_zero(clock):
     [
         (None, "val/acc 0.5000, train/loss 2.000"),
         (["train/loss"], "train/loss 2.000"),
-        (["epoch/loss", "no"], "epoch/loss 2.000"),
+        (["epoch/loss", "train/loss"], "epoch/loss 2.000, train/loss 2.000"),
     ],
-    ids=["all but means of epochs", "one", "those that exist"],
+    ids=["all but means of epochs", "one", "several"],
 )
 def test_the_metrics_to_show_can_be_chosen(clock, metrics, shown):
     file = io.StringIO()
@@ -179,6 +184,19 @@ def test_the_metrics_to_show_can_be_chosen(clock, metrics, shown):
     engine.on("epoch_end")(lambda loop: loop.log({"val/acc": 0.5}))
     engine.run(jnp.int32(0), [1, 3], epochs=1)
     assert file.getvalue() == f"epoch 1/1  step 2/2  1.00 steps/s  in 0:02  {shown}\n"
+
+
+def test_a_metric_that_was_never_recorded_is_a_warning_and_the_others_are_shown(clock):
+    file = io.StringIO()
+    engine = timed_engine(clock, 1, Progress(file=file, metrics=["epoch/lss", "epoch/loss"]))
+    with pytest.warns(UserWarning, match=r"Progress watches 'epoch/lss', but .* Did you mean epoch/loss\?"):
+        engine.run(jnp.int32(0), [1, 3], epochs=1)
+    assert file.getvalue().endswith("in 0:02  epoch/loss 2.000\n")
+
+
+def test_one_string_as_metrics_is_refused():
+    with pytest.raises(ValueError, match=r"Progress needs metrics to be a list of names, got 'train/loss'"):
+        Progress(metrics="train/loss")
 
 
 def test_a_value_that_is_not_finite_is_shown(clock):
@@ -451,10 +469,157 @@ def test_messages_before_the_first_step_do_not_mix_with_the_bar(clock, screen, m
     timed_engine(clock, 1, Progress(interval=1)).run(first, [1] * 4, epochs=3)
     assert user.rows() == [
         "onstep: resuming from step 6 (epoch 1 of 3)",
-        "onstep: skipping the first 2 batches of the data, which were already used",
+        "onstep: skipping the first 2 batches of the data, already used",
         "epoch 3/3 |████████| step 12/12  1.00 steps/s  in 0:06  train/loss 1.000",
         "",
     ]
+
+
+@pytest.fixture
+def stopped_at_step_4(clock, screen, monkeypatch):
+    """A function that runs with a bar, prints with another function after step 4, and returns the rows of the screen.
+
+    Stdout, stderr and a logger write to the same terminal.
+    """
+
+    def rows(show, *callbacks):
+        user = screen()
+        for name in ("sys.stdout", "sys.stderr"):
+            monkeypatch.setattr(name, user.file)
+        engine = timed_engine(clock, 1, *callbacks, Progress(interval=1))
+
+        @engine.on("step_begin")
+        def at_step_5(loop):
+            if loop.step == 4:
+                show()
+                seen.append(user.rows())
+
+        seen = []
+        engine.run(jnp.int32(0), [1] * 8, epochs=1)
+        return seen[0], user.rows()
+
+    return rows
+
+
+BAR = "epoch 1/1 |████████| step 8/8  1.00 steps/s  in 0:08  train/loss 1.000"
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: print("hello"),
+        lambda: print("hello", file=sys.stderr),
+        lambda: sys.stdout.write("hello\n"),
+        lambda: log_user("hello"),
+        lambda: logging.StreamHandler().emit(logging.makeLogRecord({"msg": "hello"})),
+    ],
+    ids=["print", "print to stderr", "write", "message of ours", "logger"],
+)
+def test_what_is_printed_in_a_callback_is_on_a_line_of_its_own_above_the_bar(stopped_at_step_4, show):
+    during, after = stopped_at_step_4(show)
+    assert during[0] in ("hello", "onstep: hello")
+    assert (during[1:], after) == ([""], [during[0], BAR, ""])
+
+
+def test_a_logger_that_was_made_before_the_run_prints_above_the_bar(clock, screen):
+    user = screen()
+    handler = logging.StreamHandler(user.file)
+    engine = timed_engine(clock, 1, Progress(interval=1, file=user.file))
+    engine.on("step_end", when=4)(lambda loop: handler.emit(logging.makeLogRecord({"msg": f"at {loop.step}"})))
+    engine.run(jnp.int32(0), [1] * 8, epochs=1)
+    assert user.rows() == ["at 4", "at 8", BAR, ""]
+
+
+def test_a_line_that_a_callback_begins_is_completed_by_the_bar_on_the_next_line(stopped_at_step_4):
+    during, after = stopped_at_step_4(lambda: print("hello", end="", flush=True))
+    assert (during, after) == (["hello"], ["hello", BAR, ""])
+
+
+def test_a_moving_line_of_another_library_is_overwritten(stopped_at_step_4):
+    during, after = stopped_at_step_4(lambda: print("\rloading 3%", end="", flush=True))
+    assert (during, after) == (["loading 3%"], [BAR, ""])
+
+
+def test_rows_of_a_table_are_above_the_bar(stopped_at_step_4):
+    _, after = stopped_at_step_4(lambda: None, Table(["epoch/loss"], when=4, best={"epoch/loss": "min"}))
+    assert after == ["epoch     step  epoch/loss", "    1        8      1.0000*", BAR, ""]
+
+
+def test_the_bar_of_a_run_inside_a_callback_takes_the_place_of_the_outer_bar(clock, stopped_at_step_4):
+    inner = timed_engine(clock, 1, Progress(interval=1))
+    during, after = stopped_at_step_4(lambda: inner.run(jnp.int32(0), [1] * 4, epochs=1))
+    row = "epoch 1/1 |████████| step 4/4  1.00 steps/s  in 0:04  train/loss 1.000"
+    assert (during, after[0], len(after)) == ([row, ""], row, 3)
+
+
+def test_streams_are_as_they_were_after_a_run(stopped_at_step_4):
+    stopped_at_step_4(lambda: print("hello"))
+    assert "write" not in vars(sys.stdout)
+    assert "write" not in vars(sys.stderr)
+
+
+def test_a_stream_whose_write_another_library_replaced_in_mid_run_works_after_it(stopped_at_step_4):
+    def replace():
+        before = sys.stdout.write
+        sys.stdout.write = lambda text: seen.append(text) or before(text)
+
+    seen = []
+    _, rows = stopped_at_step_4(replace)
+    print("hello")
+    assert (rows[-2], seen[-2:]) == (BAR, ["hello", "\n"])
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal], ids=["lines", "bar"])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left")], ids=["nobody reads", "disk full"]
+)
+def test_a_run_goes_on_when_nothing_can_be_shown_any_more(kind, error):
+    class Broken(kind):
+        def write(self, text):
+            raise error
+
+    file, silent = Broken(), isinstance(error, BrokenPipeError)
+    engine = Engine(counting_step, [Progress(interval=1e-9, file=file), Table(file=file), Timing(file=file)])
+    with contextlib.nullcontext() if silent else pytest.warns(UserWarning, match="could not be printed.*No space left"):
+        result = engine.run(jnp.int32(0), [1] * 4, epochs=2)
+    assert (result.step, file.getvalue()) == (8, "")
+
+
+PIPED = """
+import sys
+import jax.numpy as jnp
+from onstep import Engine
+from onstep.callbacks import Progress, Table, Timing
+from onstep.testing import counting_step
+engine = Engine(counting_step, [Progress(interval=1e-9), Table(file=sys.stderr), Table(), Timing()], log_every=1)
+sys.stdin.readline()
+result = engine.run(jnp.int32(0), [1] * 50, epochs=20)
+open(sys.argv[1], "w").write(str(result.step))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_whose_output_nobody_reads_any_more_runs_to_its_end(tmp_path):
+    command = [sys.executable, "-c", PIPED, str(tmp_path / "result")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        process.communicate("begin\n", timeout=120)
+    assert (process.returncode, (tmp_path / "result").read_text()) == (0, "1000")
+
+
+@pytest.mark.parametrize("callback", [Progress, Table])
+@pytest.mark.parametrize("kind", ["lines", "bar"])
+def test_a_name_that_the_console_cannot_show_is_shown_with_question_marks(monkeypatch, callback, kind):
+    class Console(io.TextIOWrapper):
+        def isatty(self):
+            return kind == "bar"
+
+    monkeypatch.setenv("COLUMNS", "150")
+    file = Console(io.BytesIO(), encoding="cp1252")
+    engine = Engine(lambda state, batch: (state, {"loss→€\x81": batch}), [callback(file=file)])
+    assert engine.run(jnp.int32(0), [1, 3], epochs=1).step == 2
+    assert "/loss?€?" in file.buffer.getvalue().decode("cp1252")
 
 
 def test_a_run_whose_first_step_fails_shows_no_bar(clock, screen):

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -201,11 +202,14 @@ def test_page_is_replaced_atomically(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_page_that_cannot_be_written_is_an_error_and_leaves_no_file(tmp_path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        run(tmp_path / "folder")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+def test_page_that_cannot_be_written_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
+    def replace(old, new):
+        raise OSError(f"cannot write {new}")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match=r"cannot write .*report\.html"):
+        run(tmp_path / "report.html")
+    assert not any(tmp_path.iterdir())
 
 
 def kill(loop):

@@ -1,12 +1,14 @@
 """Files of records: an interrupted and resumed run writes the same as an uninterrupted one."""
 
+import errno
+import io
 import json
 import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
-from onstep import Callback, Engine, Record, every, processes
+from onstep import Callback, Engine, Record, every, processes, record_files
 from onstep.callbacks import (
     CSV,
     Checkpoint,
@@ -135,6 +137,35 @@ def test_record_after_the_file_was_closed_removes_no_line(tmp_path, kind, start)
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     assert [batch for batch in BATCHES if f" {batch}" in text or f",{batch}" in text] == BATCHES[start:3]
     assert "end" in text
+
+
+@pytest.mark.parametrize("kind", [JSONLines, CSV])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+def test_callback_whose_file_could_not_be_written_works_in_the_next_run(tmp_path, monkeypatch, kind, lasting):
+    class File(io.FileIO):
+        def write(self, data):
+            nonlocal writes
+            writes += 1
+            if writes == 4 or (lasting and writes > 4):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def faulty(path, mode, *, encoding, newline):
+        raw = File(path, mode.replace("r+", "rb+"))
+        buffer = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw) if "w" in mode else raw
+        return io.TextIOWrapper(buffer, encoding=encoding, newline=newline)
+
+    log = Engine(counting_step, [kind(tmp_path / "log.txt")], log_every=1)
+    writes = 0
+    monkeypatch.setattr(
+        record_files, "open", lambda path, mode="r", **options: faulty(path, mode, **options), raising=False
+    )
+    with pytest.raises(OSError, match="No space left"):
+        log.run(jnp.float32(0), BATCHES, epochs=1)
+    monkeypatch.undo()
+    assert log.run(jnp.float32(0), BATCHES, epochs=1).step == 4
+    text = (tmp_path / "log.txt").read_text()
+    assert all(f" {batch}" in text or f",{batch}" in text for batch in BATCHES)
 
 
 def test_record_file_appends_replaces_and_returns_lines(tmp_path):

@@ -15,6 +15,7 @@ ACCURACY = [0.5, 0.75, math.nan, 0.625, 0.875]
 class Validate(Callback):
     """Logs an accuracy at the end of every second epoch."""
 
+    name = "val"
     when = every(epochs=2)
 
     def on_step_end(self, loop):
@@ -98,3 +99,14 @@ def test_table_prints_to_stdout_by_default(capsys):
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="Table column 'loss' needs mode 'min' or 'max', got 'best'"):
         Table(best={"loss": "best"})
+
+
+def test_one_string_as_columns_is_refused():
+    with pytest.raises(ValueError, match=r"Table needs columns to be a list of names, got 'loss'\. Pass columns=\['lo"):
+        Table("loss")
+
+
+@pytest.mark.parametrize("options", [{"columns": ["epoch/lss"]}, {"best": {"epoch/lss": "min"}}], ids=["shown", "best"])
+def test_name_that_was_never_recorded_is_a_warning(options):
+    with pytest.warns(UserWarning, match=r"Table watches 'epoch/lss', but .* Did you mean epoch/loss\?"):
+        shown(**options)

@@ -36,7 +36,8 @@ def sessions(path):
     """Return run, rows and exit code of each session."""
     wandb.teardown()  # waits for the process in which W&B writes, as happens when a program ends
     found = []
-    for folder in sorted(path.glob("wandb/offline-run-*"), key=lambda folder: folder.stat().st_ctime_ns):
+    files = path.glob("wandb/offline-run-*/run-*.wandb")  # W&B leaves an empty folder when it returns an active run
+    for folder in sorted((file.parent for file in files), key=lambda folder: folder.stat().st_ctime_ns):
         rows, run, code = [], None, None
         for entry in entries(folder):
             if entry.HasField("history"):
@@ -132,6 +133,58 @@ def test_logged_steps_are_found_next_to_block_padding_and_an_incomplete_end(tmp_
     first = framed(entry(1, 32000 + filler))
     (tmp_path / "file").write_bytes(bytes(7) + first + bytes(room) + framed(entry(2)) + framed(entry(3))[:-1])
     assert list(_logged_steps(tmp_path / "file")) == [1, 2]
+
+
+@pytest.fixture
+def user_run(tmp_path):
+    """A W&B run that the user has begun."""
+    run = wandb.init(id="user", mode="offline", dir=str(tmp_path), settings=SETTINGS)
+    yield run
+    run.finish()
+
+
+def test_run_that_the_user_has_begun_gets_the_records_and_stays_open(tmp_path, user_run):
+    engine(tmp_path, config={"rate": 0.1}).run(jnp.float32(0), [1.0, 2.0], epochs=1)
+    assert wandb.run is user_run
+    assert user_run.config["rate"] == 0.1
+    user_run.log({"mine": 5.0})
+    user_run.finish()
+    ((run, rows, code),) = sessions(tmp_path)
+    assert (run.run_id, code) == ("user", 0)
+    assert [(step, values["train/loss"]) for step, values in rows if "train/loss" in values] == [(1, 1.0), (2, 2.0)]
+    assert [values["mine"] for _, values in rows if "mine" in values] == [5.0]
+
+
+def test_no_point_is_lost_if_the_user_has_logged_more_often(tmp_path, user_run):
+    run = engine(tmp_path)
+    run.on("step_end")(lambda loop: [wandb.log({"mine": loop.step}) for _ in range(3)])
+    run.run(jnp.float32(0), [1.0, 2.0, 3.0], epochs=1)
+    user_run.finish()
+    ((_, rows, _),) = sessions(tmp_path)
+    assert [values["train/loss"] for _, values in rows if "train/loss" in values] == [1.0, 2.0, 3.0]
+    assert [values["mine"] for _, values in rows if "mine" in values] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_run_inside_a_callback_has_its_own_wandb_run_and_leaves_the_outer_one_open(tmp_path):
+    inner, outer = engine(tmp_path, id="inner"), engine(tmp_path, id="outer")
+    outer.on("step_end", when=2)(lambda loop: inner.run(jnp.float32(0), [5.0], epochs=1))
+    outer.run(jnp.float32(0), [1.0, 2.0, 3.0], epochs=1)
+    found = {run.run_id: ([values["train/loss"] for _, values in rows], code) for run, rows, code in sessions(tmp_path)}
+    assert found == {"outer": ([1.0, 2.0, 3.0], 0), "inner": ([5.0], 0)}
+    assert wandb.run is None
+
+
+def test_run_that_the_user_has_begun_beside_the_current_one_stays_open(tmp_path):
+    with wandb.init(id="beside", mode="offline", dir=str(tmp_path), settings=SETTINGS, reinit="create_new") as user_run:
+        engine(tmp_path).run(jnp.float32(0), [1.0], epochs=1)
+        user_run.log({"mine": 5.0})
+    ((run, rows, _),) = sessions(tmp_path)
+    assert (run.run_id, rows[-1][1]["mine"]) == ("beside", 5.0)
+
+
+def test_one_string_as_tags_is_refused():
+    with pytest.raises(ValueError, match=r"WandB needs tags to be a list of names, got 'baseline'"):
+        WandB("project", tags="baseline")
 
 
 def test_nothing_is_created_before_the_first_record(tmp_path):

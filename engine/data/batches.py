@@ -40,12 +40,16 @@ class Batches:
 
     def __init__(self, arrays: Any, batch_size: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = True):
         self._arrays = jax.tree.map(np.asarray, arrays)
-        sizes = {name: array.shape[:1] for name, array in named_leaves(self._arrays).items()}
-        if len(set(sizes.values())) != 1 or () in sizes.values():
-            raise ValueError(f"Batches needs arrays with the same leading axis, got {sizes}.")
-        self.examples: int = next(iter(sizes.values()))[0]
-        if not self.examples:
-            raise ValueError(f"Batches needs at least one example, got {sizes}.")
+        named = named_leaves(self._arrays)
+        if scalars := [name for name, array in named.items() if not array.ndim]:
+            raise ValueError(f"Batches needs arrays of shape (examples, ...), got a single number at {scalars[0]!r}.")
+        sizes = {name: len(array) for name, array in named.items()}
+        if len(set(sizes.values())) > 1:
+            counts = ", ".join(f"{name} has {count}" for name, count in sizes.items())
+            raise ValueError(f"Batches needs the same number of examples in all arrays: {counts}.")
+        if not any(sizes.values()):
+            raise ValueError(f"Batches needs at least one example, got {sizes or 'no arrays'}.")
+        self.examples: int = next(iter(sizes.values()))
         check_int("Batches", "batch_size", batch_size, 1)
         if batch_size > self.examples and drop_last:
             raise ValueError(

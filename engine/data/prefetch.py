@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+from ..checks import check_batch
 from ..trees import Batch, copy_numpy
+
+Error = TypeVar("Error", bound=BaseException)
+
+PATIENCE = 5.0
+"""Seconds that `close` waits for a thread that is loading a batch."""
+
+
+def not_the_end(error: Error) -> Error | RuntimeError:
+    """Return an error of the data; a StopIteration, which would look like the end of the data, as a RuntimeError."""
+    if not isinstance(error, StopIteration):
+        return error
+    new = RuntimeError(
+        "The data raised StopIteration outside of __next__: a next() in it found nothing. Give it a default, or fix it."
+    )
+    new.__cause__ = error
+    return new
 
 
 class Prefetch(Iterator[Batch]):
@@ -29,20 +48,27 @@ class Prefetch(Iterator[Batch]):
     def __init__(self, source: Any, depth: int, put: Callable[[Batch], Batch] = jax.device_put):
         self._source, self._depth, self._put = source, depth, put
         self._drawn: deque[tuple[Batch, Any, BaseException | None]] = deque()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards what follows
         self._thread: threading.Thread | None = None
+        self._running = self._closing = False
+        self._loading = 0  # batches that the thread is loading: 0 or 1
+        self._left = math.inf  # batches that it may load after that
         if hasattr(source, "get_state") and hasattr(source, "set_state"):
             self._state = self._source_state()
             self.get_state: Callable[[], Any] = lambda: self._state
             self.set_state: Callable[[Any], None] = source.set_state
 
-    def __next__(self) -> Batch:
-        if self._thread is None and not self._drawn:
-            self._thread = threading.Thread(target=self._draw, name="onstep-prefetch", daemon=True)
-            self._closing = False
-            self._thread.start()
+    def limit(self, count: float) -> None:
+        """Load no more in advance than what the next `count` calls of `next` return."""
         with self._changed:
-            self._changed.wait_for(lambda: self._drawn)
+            self._left = count - len(self._drawn) - self._loading
+            self._changed.notify_all()
+
+    def __next__(self) -> Batch:
+        with self._changed:
+            if not self._drawn:
+                self._request()
+                self._changed.wait_for(lambda: self._drawn)
             batch, state, error = self._drawn.popleft()
             self._changed.notify_all()
         if error is not None:
@@ -51,30 +77,54 @@ class Prefetch(Iterator[Batch]):
         self._state = state
         return batch
 
+    def _request(self) -> None:
+        """Have the thread load at least one batch."""
+        self._closing, self._left = False, max(self._left, 1 - self._loading)
+        if self._running:  # also after a `close` that did not wait for its end
+            self._changed.notify_all()
+        else:
+            self._running = True
+            self._thread = threading.Thread(target=self._draw, name="onstep-prefetch", daemon=True)
+            self._thread.start()
+
     def close(self) -> None:
-        """Stop the thread after the batch it is loading."""
+        """Stop the thread after the batch it is loading. If that takes too long, warn and leave the thread behind."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         if self._thread is not None:
-            with self._changed:
-                self._closing = True
-                self._changed.notify_all()
-            self._thread.join()
-            self._thread = None
+            self._thread.join(PATIENCE)
+            if self._thread.is_alive():
+                warnings.warn(
+                    f"The prefetch thread has waited more than {PATIENCE:g} s for the next batch of the data "
+                    f"({type(self._source).__name__}). It is left behind, and ends with its batch or with the process.",
+                    stacklevel=2,
+                )
 
     def _draw(self) -> None:
         error: BaseException | None = None
         while error is None:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or len(self._drawn) < self._depth)
+                self._changed.wait_for(lambda: self._closing or (len(self._drawn) < self._depth and self._left > 0))
                 if self._closing:
+                    self._running = False
                     return
+                self._left, self._loading = self._left - 1, 1
             batch = state = None
             try:
-                batch = jax.block_until_ready(self._put(copy_numpy(next(self._source))))
-                state = self._source_state()
+                batch = next(self._source)
             except BaseException as raised:  # includes StopIteration, which ends the batches
                 error = raised
+            else:
+                try:
+                    check_batch(batch)
+                    batch = jax.block_until_ready(self._put(copy_numpy(batch)))
+                    state = self._source_state()
+                except BaseException as raised:
+                    error = not_the_end(raised)
             with self._changed:
                 self._drawn.append((batch, state, error))
+                self._running, self._loading = error is None, 0
                 self._changed.notify_all()
 
     def _source_state(self) -> Any:

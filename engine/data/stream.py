@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import copy
+import math
+import operator
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
+import jax
+
+from ..checks import check_batch
 from ..messages import log_user
 from ..placement import Placement
 from ..spans import DATA, Spans
 from ..trees import Batch, copy_numpy
 from .batches import EpochIterator
-from .prefetch import Prefetch
-from .source import Data, check_source, length, open_pass
+from .prefetch import Prefetch, not_the_end
+from .source import Data, check_data, choose_pass, length, read_pass
 from .stacking import BatchStacker
+
+_END = object()
+
+
+class WaitInterrupted(BaseException):
+    """Ends the wait for a batch; raised inside the data by `BatchStream.interrupt`. The run then ends with a stop.
+
+    Not an `Exception`, so that data that handle errors let it pass.
+    """
 
 
 class BatchStream:
     """Reads a source of batches epoch by epoch, and tracks its position.
 
-    An epoch is one pass over the data, or `epoch_steps` batches from consecutive passes. If the length of an epoch is
-    unknown, one batch is drawn ahead to find out whether the epoch continues. The position does not depend on that.
+    An epoch is one pass over the data, or `epoch_steps` batches from consecutive passes. A batch is drawn when a step
+    needs it, or when the end of data without a length must be noticed. The position does not depend on that.
 
     Args:
         data: the source.
@@ -37,6 +52,9 @@ class BatchStream:
         one_shot: whether the data can be read only once.
         pass_index: the current pass over the data, counted from 0.
         used: the number of batches of the current pass that were returned.
+
+    Raises:
+        TypeError, ValueError: the data cannot be read as batches; see `check_data`.
     """
 
     def __init__(
@@ -47,8 +65,7 @@ class BatchStream:
         prefetch: int = 0,
         put: Callable[[Batch], Batch] = lambda batch: batch,
     ):
-        if not callable(data):
-            check_source(data)
+        check_data(data)
         self.data: Data = data
         self.epoch_steps: int | None = epoch_steps
         self.length: int | None = epoch_steps or length(data)
@@ -56,50 +73,105 @@ class BatchStream:
         self.pass_index: int = 0
         self.used: int = 0
         self._placement, self._prefetch, self._put = placement, prefetch, put
-        self._sought: Any = None  # state to restore in the loader
         self._iterator: Any = None
         self._loader: Any = None  # the iterator of the pass, if it has get_state and set_state
         self._ahead: list[Batch] = []  # at most one batch, drawn but not returned yet
         self._replaced = False  # whether a callback replaced that batch
-        self._before: Any = None  # the loader's state before that batch was drawn
         self._failure: Exception | None = None  # an error in drawing it, raised when the batch is due
+        self._ended = False  # whether the pass has ended: its iterator is not asked again
+        # A state of the loader, and how many batches of the pass come before it. As a rule that of the next batch.
+        self._before: tuple[Any, int] = None, 0
+        self._pass_length: int | None = None  # batches in the pass, if a callable returned data with a length
+        self._end: float = math.inf  # the run needs this many batches of the pass, or fewer
+        self._taking: Any = None  # the generator that `take` returned last
+        self._waiting = False  # whether a batch is being drawn elsewhere
+        self._interrupted = False
 
     def observe(self, spans: Spans) -> None:
         """From now on, report every wait for a batch as a span, except in `take` and `blocks`."""
-        spans.instrument(self, DATA, "begin_epoch", "peek", "epoch_done")
+        spans.instrument(self, DATA, "begin_epoch", "peek", "ended", "end_epoch")
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Draw the first batch of an epoch, counted from 0.
+    def skip(self) -> None:
+        """Open the pass in which a resumed run stands, and draw the batches that it has used."""
+        self._waiting = True
+        try:
+            self._iterator = self._open()
+        except WaitInterrupted:  # the run ends before its first step
+            pass
+        except Exception as error:
+            raise self._add_note(error) from error.__cause__
+        finally:
+            self._waiting = False
+
+    @property
+    def must_skip(self) -> bool:
+        """Whether the next batch can only be reached by drawing others before it."""
+        return self._iterator is None and self.used > 0 and self._before[0] is None
+
+    def begin_epoch(self, epoch: int, needed: float = math.inf) -> None:
+        """Draw the next batch of an epoch, if there is one.
+
+        Args:
+            epoch: the epoch, counted from 0.
+            needed: batches until the run reaches its target. The prefetch thread loads no more.
 
         Raises:
-            ValueError: the data has no more batches.
+            ValueError: the data has no batch for a new epoch, or has one although its length is 0.
         """
+        self._end = self.used + needed
+        if isinstance(self._iterator, Prefetch):
+            self._iterator.limit(needed - len(self._ahead))
+        kind = type(self.data).__name__
         if self._has_next():
             self.peek()
+            if self.length == 0:
+                raise ValueError(
+                    f"The data has len 0, but pass {self.pass_index + 1} yielded batch 1. Fix its __len__."
+                )
+        elif self.used and self.length is None:
+            return  # a resumed run, whose epoch was complete
         elif self.one_shot:
             raise ValueError(
-                f"The data is exhausted at the start of epoch {epoch + 1}: a {type(self.data).__name__} can be read "
+                f"The data is exhausted at the start of epoch {epoch + 1}: a {kind} can be read "
                 "only once. Pass a list, a callable epoch -> iterable, or epochs=1."
             )
         else:
-            raise ValueError(f"The training data yielded no batches in epoch {epoch + 1}: {type(self.data).__name__}.")
+            raise ValueError(f"The training data yielded no batches in epoch {epoch + 1}: {kind}.")
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise a ValueError if the data can be read only once, but the run needs several passes.
+
+        Args:
+            epochs: the number of epochs to come.
+        """
+        if self.one_shot and self.epoch_steps is None and epochs > 1:
+            raise ValueError(
+                f"The run needs {epochs} passes over the data, but a {type(self.data).__name__} can be read only once. "
+                "Pass a list or a callable epoch -> iterable; or epochs=1, or the batches in an epoch (epoch_steps=)."
+            )
 
     def take(self, count: int) -> Iterator[tuple[Batch, int]]:
         """Yield the next `count` batches, each with the number 1; fewer only if the epoch ends."""
+        self._taking = self._take(count)
+        return self._taking
+
+    def _take(self, count: int) -> Iterator[tuple[Batch, int]]:
         while count > 0 and self._has_next():
             # These sources never reuse a batch's memory; batches of all others are copied.
             stable = isinstance(self._iterator, (EpochIterator, Prefetch)) or isinstance(self.data, (list, tuple))
-            batch, self._ahead = self.peek(), []
-            self.used, count = self.used + 1, count - 1
-            yield batch if stable else copy_numpy(batch), 1
+            batch = self.peek() if stable else copy_numpy(self.peek())
+            # A batch is counted immediately before its `yield`, with no call between, where a signal could be handled.
+            self._ahead, self.used, count = [], self.used + 1, count - 1
+            yield batch, 1
             try:
-                batches = islice(self._iterator or (), count)
+                batches = islice(self._iterator, count)
                 for batch in batches if stable else map(copy_numpy, batches):
                     self.used, count = self.used + 1, count - 1
                     yield batch, 1
             except Exception as error:
                 self._add_note(error)
                 raise
+            self._ended = count > 0
         self._check_end(count)
 
     def blocks(self, count: int, block_size: int, most: int) -> Iterator[tuple[Batch, int]]:
@@ -119,14 +191,19 @@ class BatchStream:
             return None
         self.peek()
         if isinstance(self._iterator, EpochIterator) and not self._replaced:
-            self._iterator.set_state(self._before)  # so that the block begins with the batch drawn ahead
+            self._iterator.set_state(self._before[0])  # so that the block begins with the batch drawn ahead
             self._ahead.clear()
             return self._iterator.block(most, block_size)
-        stack = BatchStacker(self._ahead.pop(), block_size)
-        self._replaced = False
-        while stack.count < most and self._draw(stack.count) and self._ahead and stack.add(self._ahead[0]):
-            self._ahead.clear()
-        return stack.batches(), stack.count
+        first = self._ahead.pop()
+        try:
+            stack = BatchStacker(first, block_size)
+            with suppress(WaitInterrupted):  # the run ends after the steps of the batches drawn before
+                while stack.count < most and self._draw(stack.count) and self._ahead and stack.add(self._ahead[0]):
+                    self._ahead.clear()
+            return stack.batches(), stack.count
+        except TypeError:
+            check_batch(first)  # which says it in the user's words, if that is why
+            raise
 
     def _check_end(self, missing: int) -> None:
         if missing and self.length is not None and self.epoch_steps is None:
@@ -136,15 +213,41 @@ class BatchStream:
             )
 
     def epoch_done(self, epoch_step: int) -> bool:
-        """Return whether the epoch is over after `epoch_step` of its batches."""
+        """Return whether the epoch is known to be over after `epoch_step` of its batches."""
         if self.length is None:
-            return not self._has_next()
+            return self._ended and not self._ahead
         return epoch_step >= self.length
 
-    def end_epoch(self) -> None:
-        """End the epoch; the next batch starts a new epoch."""
-        if self.epoch_steps is None:
-            self._next_pass()
+    def ended(self) -> bool:
+        """Return whether an epoch of unknown length has ended. Draws the next batch to find out."""
+        return self.length is None and not self._has_next()
+
+    def end_epoch(self, check: bool = True) -> None:
+        """End the epoch; the next batch starts a new epoch.
+
+        Args:
+            check: whether to try to draw another batch, to find out whether the pass is longer than its length.
+
+        Raises:
+            ValueError: the pass is longer.
+        """
+        if self.epoch_steps is not None:
+            return
+        if check and self.length is not None and not self.one_shot and self._is_longer():
+            raise ValueError(
+                f"The data has len {self.length}, but pass {self.pass_index + 1} yielded batch {self.used + 1}. "
+                f"Fix its __len__, or pass epoch_steps={self.length} to run."
+            )
+        self._next_pass()
+
+    def _is_longer(self) -> bool:
+        try:
+            longer = self._has_next()
+        except WaitInterrupted:  # the run ends, and this epoch is complete as far as is known
+            return False
+        if self._failure is not None:
+            raise self._failure
+        return longer
 
     def peek(self) -> Batch:
         """Return the next batch without consuming it."""
@@ -153,13 +256,45 @@ class BatchStream:
         return self._ahead[0]
 
     def replace(self, batch: Batch) -> None:
-        """Replace the next batch, the one that `peek` returned."""
-        self._ahead[0], self._replaced = batch, True
+        """Replace the next batch. The same arrays in other containers are not a replacement."""
+        old, new = jax.tree.leaves(self.peek()), jax.tree.leaves(batch)
+        self._replaced = len(old) != len(new) or not all(map(operator.is_, old, new))
+        self._ahead[0] = batch
+
+    def interrupt(self) -> None:
+        """End the wait for a batch, if the thread that calls this waits for one in the code of the data.
+
+        Only a signal handler can call it then. `Batches`, lists and tuples are never waited for.
+
+        Raises:
+            WaitInterrupted: the thread waits.
+        """
+        never = isinstance(self._iterator, EpochIterator) or isinstance(self.data, (list, tuple))
+        if not never and (self._waiting or (self._taking is not None and self._taking.gi_running)):
+            self._interrupted = True
+            raise WaitInterrupted
 
     def position(self) -> dict[str, Any]:
         """Return the position of the next batch, as JSON values and arrays."""
-        state = self._before if self._ahead or self._failure else self._loader_state()
-        return {"pass": self.pass_index, "used": self.used, "loader": state, "length": self.length}
+        state, before = self._position()
+        return {
+            "pass": self.pass_index,
+            "used": self.used,
+            "loader": state,
+            "before": before,
+            "length": self.length,
+            "pass_length": self._pass_length,
+        }
+
+    def _position(self) -> tuple[Any, int]:
+        """Return a state of the loader, and the number of batches of the pass before it.
+
+        That is the state before the next batch, unless a wait for that batch was interrupted: the loader may have
+        changed its state in the meantime.
+        """
+        if self._iterator is None or self._ahead or self._failure is not None or self._interrupted:
+            return self._before
+        return self._loader_state(), self.used
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go to a position when the next batch is drawn: restore the loader's state, or skip used batches.
@@ -172,7 +307,8 @@ class BatchStream:
             raise ValueError(
                 f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data and epoch_steps."
             )
-        self.pass_index, self.used, self._sought = position["pass"], position["used"], position["loader"]
+        self.pass_index, self.used, self._pass_length = position["pass"], position["used"], position.get("pass_length")
+        self._before = position["loader"], position.get("before", self.used)
 
     def resume_as(self, new: BatchStream) -> BatchStream:
         """Return this stream if it is already where `new` would start, otherwise `new`.
@@ -181,12 +317,12 @@ class BatchStream:
         """
         if self.data is not new.data or (self.epoch_steps is None) != (new.epoch_steps is None):
             return new
-        if (self.pass_index, self.used) == (new.pass_index, new.used):
+        if (self.pass_index, self.used) == (new.pass_index, new.used) and not self._interrupted:
             return self
         if self.one_shot and new.position()["loader"] is None:
-            raise ValueError(
-                f"The {type(self.data).__name__} was read beyond the step from which the run resumes. Pass a new one."
-            )
+            how = "interrupted while it waited for a batch" if self._interrupted else "read beyond the step"
+            where = "" if self._interrupted else " from which the run resumes"
+            raise ValueError(f"The {type(self.data).__name__} was {how}{where}. Pass a new one.")
         return new
 
     def _has_next(self) -> bool:
@@ -201,35 +337,57 @@ class BatchStream:
         Args:
             unused: the number of batches drawn before it that are not returned yet.
         """
+        if self._ended:
+            return False
+        self._waiting = True
         try:
             if self._iterator is None:
                 self._iterator = self._open()
-            self._before = self._loader_state()
-            self._ahead.append(next(self._iterator))
-        except StopIteration:
-            return False
+            self._before = self._loader_state(), self.used + unused
+            batch = next(self._iterator, _END)
+            if batch is _END:
+                self._ended = True
+                return False
+            self._ahead.append(batch)
+            self._replaced = False
         except Exception as error:  # raised once the batches before it are used
-            self._failure = self._add_note(error, unused)
+            self._failure = self._add_note(not_the_end(error), unused)
+        finally:
+            self._waiting = False
         return True
 
     def _open(self) -> Iterator[Batch]:
         """Return an iterator over the rest of the current pass."""
-        iterator = open_pass(self.data, self.pass_index, self._placement)
+        source = choose_pass(self.data, self.pass_index)
+        self._check_pass_length(length(source) if callable(self.data) else None)
+        iterator = read_pass(source, self._placement)
         self._loader = iterator if hasattr(iterator, "get_state") and hasattr(iterator, "set_state") else None
-        if self._loader is not None and self._sought is not None:
-            self._loader.set_state(self._sought)
-        elif self.used:
-            log_user(f"skipping the first {self.used} batches of the data, which were already used")
-            skipped = sum(1 for _ in islice(iterator, self.used))
-            if skipped < self.used:
+        state, before = self._before
+        if self._loader is None or state is None:
+            before = 0
+        else:
+            self._loader.set_state(state)
+        if count := self.used - before:
+            log_user(f"skipping {f'the first {count}' if not before else count} batches of the data, already used")
+            skipped = sum(1 for _ in islice(iterator, count))
+            if skipped < count:
                 raise ValueError(
-                    f"The run had used {self.used} batches of this pass, but the data now has only {skipped}."
+                    f"The run had used {self.used} batches of this pass, but the data now has only {before + skipped}."
                 )
-        self._sought = None
         if self._prefetch:
             iterator = Prefetch(iterator, self._prefetch, self._put)
+            iterator.limit(self._end - self.used)
             self._loader = iterator if self._loader is not None else None
         return iterator
+
+    def _check_pass_length(self, here: int | None) -> None:
+        """Raise a ValueError if a resumed run finds its pass with another number of batches."""
+        saved, self._pass_length = self._pass_length, here
+        if None not in (saved, here) and saved != here:
+            raise ValueError(
+                f"Pass {self.pass_index + 1} of the data had {saved} batches in the saved run, but has {here} in this "
+                "one. Pass a callable that returns the same batches."
+            )
 
     def close(self) -> None:
         """Stop the prefetch thread."""
@@ -238,8 +396,10 @@ class BatchStream:
 
     def _next_pass(self) -> None:
         self.close()
+        self._end -= self.used
         self.pass_index, self.used = self.pass_index + 1, 0
-        self._iterator = self._loader = self._before = None
+        self._iterator = self._loader = self._pass_length = None
+        self._before, self._ended = (None, 0), False
 
     def _continue_in_next_pass(self) -> bool:
         """Go to the next pass in the middle of an epoch, which has `epoch_steps` batches."""
@@ -251,9 +411,7 @@ class BatchStream:
         return self._has_next()
 
     def _loader_state(self) -> Any:
-        if self._loader is None:
-            return self._sought
-        return copy.deepcopy(self._loader.get_state())
+        return None if self._loader is None else copy.deepcopy(self._loader.get_state())
 
     def _add_note(self, error: Exception, unused: int = 0) -> Exception:
         number = self.used + unused + 1

@@ -8,6 +8,7 @@ others.
 |---|---|
 | list, check or load the checkpoints of a run | `Checkpoints(directory)` |
 | save checkpoints from your own callback or loop | `CheckpointWriter(directory)`, and `Lock(directory)` |
+| check early that a pytree can be saved | `check_storable(tree)` |
 | save or load one pytree, without a run | `save(directory, tree)`, `load(directory, like)` |
 
 Orbax is imported when something is saved or loaded. With several processes, all call `save`, `load`, `wait` and
@@ -16,7 +17,8 @@ Orbax is imported when something is saved or loaded. With several processes, all
 
 from .checkpoints import Checkpoints
 from .lock import Lock
+from .orbax_trees import check_storable
 from .trees import load, save
 from .writer import CheckpointWriter
 
-__all__ = ["CheckpointWriter", "Checkpoints", "Lock", "load", "save"]
+__all__ = ["CheckpointWriter", "Checkpoints", "Lock", "check_storable", "load", "save"]

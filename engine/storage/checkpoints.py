@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from ..checks import check_mode
+from ..checks import check_mode, local_path
+from ..placement import device_of
 from ..records import improves
 from .files import names_in
-from .manifest import MANIFEST, find_damage, read_manifest
-from .orbax_trees import from_orbax, to_orbax
+from .manifest import MANIFEST, NewerFormatError, find_damage, read_manifest
+from .orbax_trees import ORBAX, from_orbax, to_orbax
 
 HOST = "host.npz"
 
@@ -53,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike[str], *, best: str | None = None, mode: str = "min"):
         check_mode("Checkpoints", mode)
-        self.directory: str = os.path.abspath(directory)
+        self.directory: str = local_path("Checkpoints", directory)
         self.best: str | None = best
         self.mode: str = mode
 
@@ -91,7 +92,8 @@ class Checkpoints:
 
         Returns:
             `run` (an id), `step`, `best` (None, or metric and mode), `metrics` (by name, the values recorded at this
-            step) and `files` (by name, size in bytes and CRC-32).
+            step), `files` (by name, size in bytes and CRC-32) and `config` (how the run was configured, if the writer
+            was told).
 
         Raises:
             OSError: the manifest cannot be read.
@@ -103,9 +105,15 @@ class Checkpoints:
         return manifest
 
     def damage(self, step: int) -> str | None:
-        """Return what is wrong with a checkpoint, None if it is intact."""
+        """Return what is wrong with a checkpoint, None if it is intact.
+
+        Raises:
+            ValueError: a newer version of onstep wrote it in another format.
+        """
         try:
             return find_damage(self.path(step), self.manifest(step)["files"])
+        except NewerFormatError:
+            raise
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
         except (OSError, ValueError) as error:
@@ -117,7 +125,8 @@ class Checkpoints:
         Args:
             step: the step of the checkpoint.
             likes: by name, a tree of the same structure, shapes and dtypes, of arrays or `jax.ShapeDtypeStruct`;
-                None loads nested dicts. A run saves the trees `"state"` and `"carries"`.
+                None loads nested dicts. Arrays that say no placement get the saved one, or the default device where
+                the saved devices do not exist. A run saves the trees `"state"` and `"carries"`.
             partial: True allows the checkpoint to hold more than `likes`.
 
         Raises:
@@ -126,14 +135,15 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         items: dict[str, Any] = {}
+        elsewhere = device_of(()) if jax.process_count() == 1 else None
         for name, like in likes.items():
             target = None if like is None else to_orbax(like)
             if target is None or (jax.tree.leaves(target) and not partial):
-                items[name] = ocp.args.StandardRestore(target)
+                items[name] = ocp.args.StandardRestore(target, fallback_sharding=elsewhere)
             elif jax.tree.leaves(target):
                 how = ocp.checkpoint_utils.construct_restore_args(target)
                 items[name] = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ORBAX, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
         return {
             name: found[name]["tree"] if like is None else from_orbax(found[name] if name in items else {}, like)

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 def names_in(path: str) -> set[str]:
     """Return the names in a folder, an empty set if it does not exist."""
-    return set(os.listdir(path)) if os.path.isdir(path) else set()
+    try:
+        return set(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def files_below(path: str) -> Iterator[tuple[str, str]]:
@@ -18,6 +21,14 @@ def files_below(path: str) -> Iterator[tuple[str, str]]:
         for name in sorted(names):
             file = os.path.join(folder, name)
             yield os.path.relpath(file, path).replace(os.sep, "/"), file
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file to disk; it is durable when this returns."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def join(folder: str, name: str) -> str:

@@ -6,11 +6,18 @@ import contextlib
 import json
 import os
 import zlib
+from collections.abc import Callable
 from typing import Any
 
-from .files import checksum, files_below, is_plain_file, join
+from .files import checksum, files_below, is_plain_file, join, write_file
 
 MANIFEST = "manifest.json"
+FORMAT = 1
+"""The format of manifests, as they say themselves. A newer one keeps the checksum at the end."""
+
+
+class NewerFormatError(ValueError):
+    """A checkpoint was written by a newer version."""
 
 
 def describe_files(folder: str) -> dict[str, list[int]]:
@@ -20,10 +27,7 @@ def describe_files(folder: str) -> dict[str, list[int]]:
 
 def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
     """Write a manifest to disk; it is durable when this returns."""
-    with open(os.path.join(folder, MANIFEST), "w") as file:
-        file.write(_sealed(manifest))
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(os.path.join(folder, MANIFEST), _sealed({"format": FORMAT, **manifest}).encode())
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -31,13 +35,26 @@ def read_manifest(folder: str) -> dict[str, Any]:
 
     Raises:
         OSError: the manifest cannot be read.
+        NewerFormatError: a newer version wrote it.
         ValueError: it is not exactly what was written.
     """
     with open(os.path.join(folder, MANIFEST), encoding="ascii") as file:
         text = file.read()
-    manifest = json.loads(text)
-    if not isinstance(manifest, dict) or manifest.pop("checksum", None) is None or _sealed(manifest) != text:
+    try:
+        manifest = json.loads(text)
+        intact = isinstance(manifest, dict) and manifest.pop("checksum", None) is not None
+        intact = intact and _sealed(manifest) == text
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not intact:
         raise ValueError("its checksum does not match")
+    if isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
+        raise NewerFormatError(
+            f"{folder} has format {manifest['format']}, but this version of onstep reads format {FORMAT}. "
+            "Upgrade onstep, or use another directory."
+        )
+    if wrong := [name for name, is_valid in _FIELDS.items() if not is_valid(manifest.get(name))]:
+        raise ValueError(f"it has no valid {', '.join(map(repr, wrong))}")
     return manifest
 
 
@@ -76,6 +93,34 @@ def delete_listed(folder: str) -> None:
     for inner, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):  # it contains other files
             os.rmdir(inner)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _is_dict(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_item, value.values()))
+
+
+def _is_pair(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_item, value))
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "format": lambda value: value == FORMAT,
+    "run": lambda value: isinstance(value, str),
+    "step": _is_int,
+    "best": lambda value: value is None or _is_pair(value, lambda item: isinstance(item, str)),
+    "metrics": lambda value: _is_dict(value, _is_number),
+    "files": lambda value: _is_dict(value, lambda item: _is_pair(item, _is_int)),
+    "config": lambda value: value is None or isinstance(value, dict),
+}
+"""Whether a field of a manifest is valid, by name. `best` and `config` are missing in those of early versions."""
 
 
 def _sealed(manifest: dict[str, Any]) -> str:

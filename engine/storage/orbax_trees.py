@@ -1,11 +1,55 @@
-"""Convert pytrees to the form that Orbax can store, and back."""
+"""What Orbax needs: one user at a time, and pytrees in the form that it can store."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import jax
 import numpy as np
+
+from ..trees import named_leaves
+
+ORBAX = threading.Lock()
+"""Held while Orbax saves or loads: it hangs, or fails, when two threads of a process use it at once."""
+
+
+_STORABLE = frozenset(map(np.dtype, ("bool", "int32", "int64", "uint8", "uint32", "float16", "float32", "float64")))
+"""Common dtypes that Orbax can store. Others need TensorStore, which takes a while to import, to tell."""
+
+
+def check_storable(tree: Any) -> None:
+    """Check that Orbax can store every leaf of a tree.
+
+    Raises:
+        TypeError: it cannot; the message names the first such leaf.
+
+    >>> check_storable({"w": np.zeros(2), "codes": jax.numpy.zeros(2, "uint4")})
+    Traceback (most recent call last):
+    ...
+    TypeError: A checkpoint cannot hold the leaf 'codes' of dtype uint4. Convert it, or keep it out of the tree.
+    """
+    for name, leaf in named_leaves(tree).items():
+        dtype = leaf.dtype if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(leaf).dtype
+        if not _is_storable(dtype):
+            raise TypeError(
+                f"A checkpoint cannot hold the leaf {name!r} of dtype {dtype}. Convert it, or keep it out of the tree."
+            )
+
+
+def _is_storable(dtype: Any) -> bool:
+    """Return whether Orbax can store arrays of a dtype: that of random keys, or one that TensorStore has as well."""
+    if dtype in _STORABLE or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return True
+    if dtype.kind in "OSUMm" or dtype.names:
+        return False
+    import tensorstore
+
+    try:
+        tensorstore.dtype(dtype)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def to_orbax(tree: Any) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import jax
 
 from .. import processes
 from .checkpoints import HOST, Checkpoints, host_name
-from .files import names_in
+from .files import names_in, write_file
 from .manifest import delete_listed, describe_files, write_manifest
-from .orbax_trees import to_orbax
+from .orbax_trees import ORBAX, check_storable, to_orbax
 
 SAVING, ARCHIVE, TRASH = ".saving", "archive", ".trash"
 ARCHIVE_0_1 = "aside"
@@ -82,7 +82,12 @@ class CheckpointWriter:
         self._run, self._resumed = self.checkpoints.manifest(step)["run"], step
 
     def save(
-        self, step: int, trees: Mapping[str, Any], host: bytes = b"", metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        host: bytes = b"",
+        metrics: Mapping[str, float] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Start a save after the previous one has finished; return once the arrays may be modified.
 
@@ -91,34 +96,43 @@ class CheckpointWriter:
             trees: by name, pytrees of arrays; trees without arrays are left out.
             host: bytes to save with them; each process may pass its own.
             metrics: by name, the values recorded at this step, which decide which checkpoint is best.
+            config: JSON values that describe how the run is configured, for the manifest.
 
         Raises:
             FileExistsError: the path of the checkpoint already exists.
             RuntimeError: the previous save failed.
+            TypeError: Orbax cannot store a leaf.
         """
         import orbax.checkpoint as ocp
 
         self.wait()
+        check_storable(trees)
         items = {name: to_orbax(tree) for name, tree in trees.items()}
         args = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
         self._saving = step
+        ORBAX.acquire()  # until Orbax has finished, in `_finish`
         try:
             processes.first(self._make_room, step)
             if self._checkpointer is None:
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             if not processes.writes():  # before Orbax's save, because all processes wait for its end
-                with open(self._path(SAVING, f"{step}.{host_name(jax.process_index())}"), "wb") as file:
-                    file.write(host)
+                write_file(self._path(SAVING, f"{step}.{host_name(jax.process_index())}"), host)
             self._checkpointer.save(self._path(SAVING, step), args=ocp.args.Composite(**args))
-        except FileExistsError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            ORBAX.release()
+            if isinstance(error, FileExistsError) or not isinstance(error, Exception):
+                raise
             self._failure = error
             self.wait()
-        self._commit = threading.Thread(
-            target=self._finish, args=(step, host, dict(metrics or {})), name="onstep-commit"
-        )
-        self._commit.start()
+            return
+        rest = (step, host, dict(metrics or {}), dict(config or {}))
+        self._commit = threading.Thread(target=self._finish, args=rest, name="onstep-commit")
+        try:
+            self._commit.start()
+        except RuntimeError:  # the system has no thread left
+            self._commit = None
+            ORBAX.release()
+            raise
 
     def wait(self) -> None:
         """Wait until the last save is committed.
@@ -152,7 +166,8 @@ class CheckpointWriter:
         finally:
             checkpointer, self._checkpointer = self._checkpointer, None
             if checkpointer is not None:
-                checkpointer.close()
+                with ORBAX:
+                    checkpointer.close()
                 with contextlib.suppress(OSError):
                     os.rmdir(self._path(SAVING))
 
@@ -202,21 +217,23 @@ class CheckpointWriter:
         os.makedirs(self._path(SAVING, "writable"))  # Orbax would hang on a folder that it cannot create
         os.rmdir(self._path(SAVING, "writable"))
 
-    def _finish(self, step: int, host: bytes, metrics: dict[str, float]) -> None:
+    def _finish(self, step: int, host: bytes, metrics: dict[str, float], config: dict[str, Any]) -> None:
         """Commit in the background: checksums, manifest, rename. Then old checkpoints are deleted."""
         try:
-            self._checkpointer.wait_until_finished()
+            try:
+                self._checkpointer.wait_until_finished()
+            finally:
+                ORBAX.release()
             if not processes.writes():
                 return
             path = self._path(SAVING, step)
-            with open(os.path.join(path, HOST), "wb") as file:
-                file.write(host)
+            write_file(os.path.join(path, HOST), host)
             for process in range(1, jax.process_count()):
                 os.rename(f"{path}.{host_name(process)}", os.path.join(path, host_name(process)))
             files = describe_files(path)
             best = [self.checkpoints.best, self.checkpoints.mode] if self.checkpoints.best else None
-            manifest = {"format": 1, "run": self._run, "step": step, "best": best, "metrics": metrics, "files": files}
-            write_manifest(path, manifest)
+            manifest = {"run": self._run, "step": step, "best": best, "metrics": metrics, "files": files}
+            write_manifest(path, manifest | {"config": config})
             os.rename(path, self._path(step))
             self.prune()
         except BaseException as error:
