@@ -146,12 +146,20 @@ class SameShapes:
 
     Args:
         source: the data, for messages.
+
+    Attributes:
+        source: as given.
+        batches: the number of batches that were checked.
+        shapes: the shapes of the last one.
+        newest: the newest one by source.
     """
 
-    newest: ClassVar[dict[str, SameShapes]] = {}  # by source
+    newest: ClassVar[dict[str, SameShapes]] = {}
 
     def __init__(self, source: str):
-        self.source, self.batches, self.shapes = source, 0, ""
+        self.source: str = source
+        self.batches: int = 0
+        self.shapes: str = ""
         self._key = f"onstep/{_run}/{_number}/{source}"
         self._before: Any = None
         self.newest[source] = self

@@ -93,6 +93,7 @@ def test_decisions_by_clock_stop_and_file_are_the_same_in_every_process(tmp_path
     assert first == second
     assert all(whole == again for whole, again in bytes_of)
     assert first["timed"] == 200
+    assert first["examples"] == 64  # of the whole batch
     assert 0 < len(first["times"]) < 200
     assert first["stopped"] == [3, "enough (requested by process 1)"]
     assert first["early"] == 0
