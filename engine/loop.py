@@ -6,11 +6,12 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
@@ -23,6 +24,7 @@ from .data.stacking import last_batch
 from .data.stream import BatchStream, WaitInterrupted
 from .events import Events, Handler
 from .exclusive import exclusive
+from .interrupts import deferred_interrupts
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
@@ -34,7 +36,7 @@ from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, copy_containers, difference, signature
+from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
 
 MOST_PENDING = 4096
 """Calls whose metrics may wait on the device to be read, so that their memory is bounded in a long window."""
@@ -100,7 +102,9 @@ class Loop:
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, needed=compiled.takes_rng)
         earlier = state if isinstance(state, Result) else None
-        state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
+        given = earlier.state if earlier else state
+        state = placement.place(given, "The state", copy=not (donate or earlier))
+        compiled.function.weak = weak_leaves(given)
 
         self.step: int = 0
         self.epoch: int = 0
@@ -113,7 +117,8 @@ class Loop:
         self.error: BaseException | None = None
         self.steps: int | None = steps
         self.epochs: int | None = epochs
-        self.rng: Any = placement.key(rng)
+        # A copy if the state is donated, because a leaf of it may share the key's memory.
+        self.rng: Any = placement.key(jnp.copy(rng) if donate and rng is not None else rng)
         self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
@@ -134,13 +139,16 @@ class Loop:
 
         self._requested: tuple[str, bool] | None = None  # a stop that the processes have not agreed on yet
         self._final = True  # whether the stop is final
+        self._leave = False  # whether _run_steps must return after the call in progress
+        self._interrupted = False  # whether it must raise a KeyboardInterrupt then
         self._loading = True
         self._restored = self._saving = self._prepared = False
         self._restored_from = ""  # the directory of the checkpoint, for messages
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
         self._epoch_done = False  # whether the last step completed its epoch
         self._completed = 0  # that epoch, 0 if none
-        self._earlier = earlier  # the result from which the run resumes
+        self._earlier = earlier  # the result from which the run resumes, until it has begun
+        self._reported = earlier is not None  # whether the record of the last window cannot have been lost
         self._final_snapshot: Snapshot | None = None
         self._failed: str | None = None  # the error that ended the run
 
@@ -156,7 +164,7 @@ class Loop:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
             exclusive({"This engine": self._compiled, **self.callbacks}),
-            closing(self._stream),
+            self._deferred_interrupts(),
             closing(self._group),
             closing(self._spans),
             self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
@@ -311,12 +319,14 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self.stopped is not None or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                if self._leave or (has_deadline and clock() >= deadline) or (several and should_stop()):
                     break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
             self._batch = batch, count if block_size else 0
+        if self._interrupted:
+            raise KeyboardInterrupt
         return stream.epoch_done(self.epoch_step)
 
     def _after_step(self) -> None:
@@ -350,13 +360,13 @@ class Loop:
     def _finish(self) -> None:
         """Save with every handler that has not saved this step, and record the last partial window.
 
-        The record is not in the snapshot, because a later target continues the window. A run that resumes at its target
-        records it again: it may have been killed between the two.
+        The record is not in the snapshot, because a later target continues the window. A run that resumes from a
+        checkpoint at its target records it again, because the run before may have been killed between the two.
         """
         if self.step > self.start_step:
             self._save([h for h in self._events.handlers["on_save"] if h.called_at != self.step])
         self._final_snapshot = self.snapshot()
-        if self.finished:
+        if self.finished and (self.step > self.start_step or not self._reported):
             self.log(self._windows.take_means("train"))
 
     def result(self) -> Result:
@@ -395,7 +405,7 @@ class Loop:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
         if self._choosing:
             if not self._next_batch:
-                self._next_batch = [self._stream.peek()]
+                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
             return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
@@ -574,7 +584,7 @@ class Loop:
         self.latest, self._restored, self._saved = host["latest"], True, host["program"]
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
-            self.stopped = host["stopped"]
+            self.stopped, self._final = host["stopped"], True
         self._windows.set_state(host["windows"])
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])
@@ -590,6 +600,15 @@ class Loop:
                 )
 
     # Details of the above.
+
+    def _deferred_interrupts(self) -> AbstractContextManager[None]:
+        """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
+        code = Loop._run_steps.__code__
+        return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
+
+    def _interrupt_later(self) -> bool:
+        first, self._interrupted, self._leave = not self._interrupted, True, True
+        return first
 
     @contextmanager
     def _ensure_end(self) -> Iterator[None]:
@@ -608,6 +627,8 @@ class Loop:
                 where = "; ".join(notes) or f"raised by the step, or by the body of the `for`, at step {self.step}"
                 raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
             raise
+        finally:
+            self._stream.close()  # here, because a run that continues takes over the stream of the earlier run
 
     def _callback_states(self) -> dict[str, Any]:
         """Return what callbacks keep on the host, by name."""
@@ -643,6 +664,7 @@ class Loop:
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
+            self._leave = True
         self._requested = None
 
     def _resume_message(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 from models import Tripwire, compilations
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, Progress, TensorBoard
+from onstep.compiled.throttle import Throttle
 from onstep.testing import FakeClock
 
 
@@ -132,6 +133,56 @@ def test_no_more_calls_than_in_flight_are_queued(seconds, more):
         assert max(most) == in_flight + 1 + more  # the call being started, in addition to those that are queued
 
 
+class Logs(Callback):
+    """Log a metric at some steps."""
+
+    def __init__(self, update_when):
+        self.update_when = update_when
+
+    def update(self, carry, ctx):
+        return carry, ctx.log(x=1.0)
+
+
+@pytest.mark.parametrize("callbacks", [[], [Logs(10)]], ids=["at all", "at most steps"])
+def test_calls_without_metrics_are_awaited_as_well(callbacks):
+    finished, started, most, clock = set(), [], [], FakeClock()
+
+    class Handle(Tripwire):
+        def block_until_ready(self):
+            finished.update(range(self.step + 1))
+
+    def call(*args):
+        started.append(len(started))
+        clock.advance(1e-3)
+        most.append(len(started) - len(finished))
+        bundle, metrics = compiled(*args)
+        return bundle, jax.tree.map(lambda _: Handle(started[-1], []), metrics)
+
+    engine = Engine(lambda state, batch: (state, {}), callbacks, in_flight=2, steps_per_call=1, clock=clock)
+    seen = []
+    engine.on("step_end", when=7)(lambda loop: seen.append(dict(loop.metrics)))
+    compiled, engine._compiled.call = engine._compiled.call, call
+    engine.run(jnp.int32(0), range(29), epochs=1)
+    assert max(most) == 3
+    assert seen == [{}] * 4
+
+
+def test_blocks_without_metrics_have_something_to_wait_for():
+    waits = []
+    engine = Engine(lambda state, batch: (state, {}), in_flight=1, steps_per_call=4)
+    engine.on("step_end", when=4)(lambda loop: waits.append([m.columns.done.shape for m in loop._windows.pending]))
+    engine.run(jnp.int32(0), range(8), epochs=1)
+    assert waits == [[(4,)], [(4,), (4,)]]
+
+
+def test_steps_longer_than_the_limit_are_run_one_at_a_time():
+    clock = FakeClock()
+    throttle = Throttle(2, clock, adapt=True)
+    first = throttle.most_steps(0)
+    clock.advance(10.0 * first)
+    assert throttle.most_steps(first) == 1
+
+
 def test_arrays_of_the_caller_stay_valid_and_are_not_aliased():
     params = jnp.ones(3)
     state = {"params": params, "target": params, "numpy": np.zeros(2), "number": 0, "key": jax.random.key(0)}
@@ -154,6 +205,30 @@ def test_donate_deletes_the_state_of_the_caller_even_if_leaves_are_shared():
     )
     assert shared.is_deleted()
     assert result.state["b"].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_carry_may_begin_as_the_state_itself(steps_per_call):
+    class Keeps(Callback):
+        def init(self, state):
+            return state, state
+
+        def update(self, carry, ctx):
+            return (carry[0], ctx.state), ctx
+
+    keeps, state = Keeps(), {"w": jnp.ones(3)}
+    result = Engine(lambda s, b: ({"w": s["w"] + b}, {}), [keeps], steps_per_call=steps_per_call).run(
+        state, [1.0] * 8, epochs=1
+    )
+    assert [part["w"].tolist() for part in result.carry(keeps)] == [[1, 1, 1], [9, 9, 9]]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_state_and_carries_are_donated_to_the_next_call(steps_per_call):
+    engine, earlier = Engine(step, [EMA(0.5, of=None)], steps_per_call=steps_per_call), []
+    engine.on("step_end", when=4)(lambda loop: earlier.append(jax.tree.leaves((loop.state, loop.carries))))
+    engine.run(jnp.float32(0), [1.0] * 12, epochs=1)
+    assert [all(leaf.is_deleted() for leaf in leaves) for leaves in earlier] == [True, True, False]
 
 
 def test_result_stays_valid_after_another_run_resumes_from_it():

@@ -229,8 +229,7 @@ def test_data_that_was_interrupted_is_read_from_a_new_iterator(one_shot, steps_p
     assert int(engine.run(part, data(0) if one_shot else data, epochs=1).state) == 10
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_epoch_begin"])
-def test_a_signal_while_the_first_batch_is_drawn_runs_no_step(event):
+def test_a_signal_while_the_first_batch_is_drawn_runs_no_step():
     class Interrupting(SizedData):
         def __iter__(self):
             signal.raise_signal(signal.SIGINT)

@@ -30,6 +30,7 @@ from ..trees import (
     compare_signatures,
     copy_containers,
     difference,
+    dtype_advice,
     ignore_sizes,
     signature,
     strip_weak_types,
@@ -278,6 +279,7 @@ class StepFunction:
         logged: by name of such a half, the metrics that it adds.
         expected: the signature of the run's first batch.
         times: how many times it was traced.
+        weak: the dtypes, by name, that leaves of the state got because the caller gave them none.
     """
 
     def __init__(self, step: Step, transforms: dict[str, Callback], conditional: list[str], takes_rng: bool):
@@ -288,6 +290,7 @@ class StepFunction:
         self.logged: dict[str, list[str]] = {}
         self.expected: dict[str, str] | None = None
         self.times: int = 0
+        self.weak: dict[str, str] = {}
         # JAX names the compiled function and its arguments in errors: they should be the user's.
         self.__name__: str = function_name(step)
         self.__wrapped__: Step = step
@@ -308,11 +311,13 @@ class StepFunction:
         state, carries, count = bundle
         self._warn_if_reshaped(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
-        with note_origin(f"the step {self.__name__}", self.step):
+        with note_origin(f"the step {self.__name__}", self.step), _note_weak_types(self.weak):
             results = self.step(*copy_containers((state, batch)), *([folded] if self.takes_rng else []))
-            new, metrics, aux = self._results(results, state)
-        # Without this barrier, what observers compute could change how XLA fuses the step, and so its exact results.
-        new, metrics = jax.lax.optimization_barrier((new, metrics))
+            results = self._results(results, state)
+        # Observers must not change a bit of the results. XLA fuses a value into its consumers, and rounds a product and
+        # a sum that are fused once instead of twice, so a new consumer of one result could change another one. `aux`
+        # belongs inside as well: a gradient norm would otherwise change how gradients and parameters are fused.
+        new, metrics, aux = isolate(results)
         ctx = Context(count, state, new, batch, metrics, aux, folded)
         carries = dict(carries)
         for name, half in self.transforms.items():
@@ -373,6 +378,31 @@ class StepFunction:
             )
 
 
+@contextlib.contextmanager
+def _note_weak_types(weak: dict[str, str]) -> Iterator[None]:
+    """Add a note to an error about types, if leaves of the state had no dtype of their own."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        others = [f"{name} ({dtype})" for name, dtype in weak.items() if f"{name}: " not in message]
+        if others and ("types" in message or "became" in message):
+            error.add_note(
+                f"onstep: the state began with Python numbers, which have no dtype, at {', '.join(others)}. "
+                "Start them as arrays with the dtype that the step computes with, such as jnp.bfloat16(0.5)."
+            )
+        raise
+
+
+def isolate(tree: Any) -> Any:
+    """Return the tree with a barrier between the computation of its arrays and their consumers."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [number for number, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    for number, array in zip(arrays, jax.lax.optimization_barrier([leaves[n] for n in arrays]), strict=True):
+        leaves[number] = array
+    return jax.tree.unflatten(structure, leaves)
+
+
 def _with_own_containers(ctx: Context) -> Context:
     """Return a context whose dicts, lists and modules a compiled half may change in place."""
     names = ("before", "state", "batch", "metrics", "aux")
@@ -410,7 +440,7 @@ def _check_unchanged(old: Any, new: Any, who: str, what: str = "state") -> Any:
     """Return a new state or carry, which must have the tree, shapes and dtypes of the old one."""
     new = strip_weak_types(new)
     if changed := difference(old, new):
-        raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.")
+        raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.{dtype_advice(old, new)}")
     return new
 
 
