@@ -184,7 +184,7 @@ class Loop:
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
-        self._group.begin(self._current_step)
+        self._group.begin(self._position)
         self._placement.begin("training")
         self._check_processes()
         reset(self.callbacks)
@@ -651,10 +651,11 @@ class Loop:
         new = {} if strict else self._compiled.init(tree["state"])
         return tree["state"], new | tree["carries"]
 
-    def _current_step(self) -> int:
-        """Return the number of the step in progress, as far as it is known between two host stops."""
+    def _position(self) -> tuple[int, bool]:
+        """Return the number of the step in progress, and whether it ends its epoch, as far as these are known."""
         stream = self._stream
-        return self.step if stream.epoch_steps is not None else self.step - self.epoch_step + stream.used
+        step = self.step if stream.epoch_steps is not None else self.step - self.epoch_step + stream.used
+        return step, self._epoch_done
 
     def _agree_on_stop(self) -> None:
         """Act on a stop that any process requested. All processes call this at the same steps."""
