@@ -104,8 +104,7 @@ class Checkpoint(Callback):
             processes.first(self._lock.acquire)
         step = processes.first(self._find_resume_step, loop.step)
         others = {name: each for name, each in loop.callbacks.items() if not isinstance(each, Checkpoint)}
-        texts = {name: _stable(without_secrets(repr(each))) for name, each in others.items()}
-        self._config: dict[str, Any] = {"callbacks": texts}
+        self._config: dict[str, Any] = {"callbacks": {name: _describe(each) for name, each in others.items()}}
         self._saved_config: dict[str, Any] = {}
         if step is not None and not loop.step:
             self._restore(loop, step)
@@ -155,7 +154,7 @@ class Checkpoint(Callback):
                 "To start from scratch, pass overwrite=True or another directory."
             ) from error
         self._saved_config = checkpoints.manifest(step).get("config") or {}
-        saved, here = self._saved_config.get("callbacks", {}), self._config["callbacks"]
+        saved, here = self._saved_part("callbacks"), self._config["callbacks"]
         if changed := [
             f"{saved[name]} is now {here[name]}" for name in here if saved.get(name, here[name]) != here[name]
         ]:
@@ -166,10 +165,15 @@ class Checkpoint(Callback):
         if "step" in self._config or loop.step == loop.start_step or not processes.writes():
             return
         self._config["step"] = here = _fingerprint(loop.traced)
-        saved = self._saved_config.get("step")
-        if saved and here and saved["program"] != here["program"] and saved["inputs"] == here["inputs"]:
+        saved = self._saved_part("step")
+        if here and saved.get("inputs") == here["inputs"] and saved.get("program") != here["program"]:
             path = self._writer.checkpoints.path(loop.start_step)
             log_user(f"changed since {path} was saved: the step function, the optimizer or a compiled half")
+
+    def _saved_part(self, name: str) -> dict[str, str]:
+        """Return a part of the configuration of the saved run, empty if it is unknown."""
+        part = self._saved_config.get(name)
+        return part if isinstance(part, dict) else {}
 
     def _warn_if_none_is_best(self, loop: Loop, best: str) -> None:
         checkpoints, over = self._writer.checkpoints, loop.error is None and loop.finished and self._saved
@@ -220,6 +224,15 @@ class Checkpoint(Callback):
         if damage := checkpoints.damage(step):
             raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
         return step
+
+
+def _describe(callback: Callback) -> str:
+    """Return the call that makes a callback, the same in every process that makes it."""
+    try:
+        with jax.transfer_guard_device_to_host("allow"):  # an argument may be an array
+            return _stable(without_secrets(repr(callback)))
+    except Exception:  # a repr of the user's that fails must not end the run
+        return type(callback).__name__
 
 
 def _fingerprint(traced: Any) -> dict[str, str] | None:

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 from onstep import Cadence, Callback, Loop, evaluate, every
-from onstep.tools import check_int, fold_in, takes_rng
+from onstep.tools import check_evaluation, check_int, fold_in, takes_rng
 
 
 class Averaged(Protocol):
@@ -29,14 +29,19 @@ class Evaluate(Callback):
 
     Args:
         step: `(state, batch) -> metrics`; a third required argument is a random key.
-        data: an iterable of batches, read completely in each evaluation. Each batch is weighted by its leading axis.
+        data: an iterable of batches, read completely in each evaluation. Unless it can be read only once, its first
+            batch is also drawn when the run begins, to trace the step: an error in it does not wait for the first
+            evaluation.
         name: the first part of the recorded names, and the callback's name. Give each data set its own.
         when: when to evaluate; at the end of every epoch by default.
         using: a callback whose `apply(loop)` returns the state to evaluate, such as `using=ema`.
         steps: the number of batches to use, for data without an end.
+        weight: the name of a metric that is the weight of its batch; by default its number of examples counts, as
+            `onstep.evaluate` explains.
 
     Raises:
-        ValueError: `data` yields no batch, or `step` takes a random key and the run has none.
+        ValueError: `data` yields no batch, the number of examples is unknown, or `step` takes a random key and the
+            run has none.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -53,6 +58,7 @@ class Evaluate(Callback):
     when: Cadence | int = every(epochs=1)  # noqa: RUF009 (frozen)
     using: Averaged | None = None
     steps: int | None = None
+    weight: str | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -66,14 +72,19 @@ class Evaluate(Callback):
             raise ValueError(
                 f"The step of Evaluate {self.name!r} takes a random key as its third argument. Pass one: rng=..."
             )
+        if not loop.over and (self.using is None or isinstance(self.using, Callback)):  # others may have no state yet
+            check_evaluation(self.step, self._state(loop), self.data, rng=loop.rng, mesh=loop.mesh)
 
     def on_step_end(self, loop: Loop) -> None:
-        state = self.using.apply(loop) if self.using is not None else loop.state
         key = None if loop.rng is None else fold_in(loop.rng, zlib.crc32(str(self.name).encode()))
         watch = functools.partial(loop.progress, str(self.name))
         watch(0, self._batches())
-        means = evaluate(self.step, state, self.data, rng=key, steps=self.steps, mesh=loop.mesh, watch=watch)
+        options: dict[str, Any] = {"rng": key, "steps": self.steps, "mesh": loop.mesh, "weight": self.weight}
+        means = evaluate(self.step, self._state(loop), self.data, **options, watch=watch)
         loop.log({f"{self.name}/{metric}": mean for metric, mean in means.items()})
+
+    def _state(self, loop: Loop) -> Any:
+        return self.using.apply(loop) if self.using is not None else loop.state
 
     def _batches(self) -> int | None:
         """The number of batches of an evaluation, None if it is unknown."""

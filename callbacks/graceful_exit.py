@@ -33,9 +33,9 @@ class GracefulExit(Callback):
 
     Use it for runs that a scheduler may preempt or that you interrupt yourself. After everything is saved, the run
     then ends as the signal would have ended it: with KeyboardInterrupt, exit status 143, or whatever the previous
-    handler does. A second signal, half a second later or more, goes to
-    the previous handler immediately. The handlers are installed from `on_load`
-    to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback first, so
+    handler does. If the run is waiting for a batch, the wait ends, and the batch is drawn again when the run resumes.
+    A second signal, half a second later or more, goes to the previous handler immediately. The handlers are installed
+    from `on_load` to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback first, so
     that it ends last.
 
     With several processes, a signal to any of them stops all of them after the same step, the next one that none has
@@ -102,7 +102,7 @@ class GracefulExit(Callback):
         return every(seconds=self.deadline) if self.deadline > 0 else Cadence()
 
     def on_load(self, loop: Loop) -> None:
-        self._first, self._previous, self._process = None, {}, os.getpid()
+        self._loop, self._first, self._previous, self._process = loop, None, {}, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             if self.signals:
                 warnings.warn(
@@ -119,8 +119,7 @@ class GracefulExit(Callback):
                 signal.signal(number, self._receive)
 
     def on_run_begin(self, loop: Loop) -> None:
-        self._loop = loop  # not in on_load: restoring a run there would undo a stop
-        if self._first is not None:
+        if self._first is not None:  # again, because restoring a run in on_load undoes a stop
             self._stop(signal.Signals(self._first).name)
         if self._passed(0.0):
             self.on_step_end(loop)
@@ -151,13 +150,12 @@ class GracefulExit(Callback):
         if here and self._first is None:
             self._first, self._at = number, now
             name = signal.Signals(number).name
-            self._stop(name)
             if self._all_stop:
                 signal.raise_signal(signal.SIGTERM)  # JAX tells the other processes
             with contextlib.suppress(Exception):  # such as a signal during another write to stderr
                 text = f"{name}: finishing this step and saving before stopping. Send it again to stop immediately."
                 _tell(text, everywhere=True)
-            if self._loop is not None:
+            if self._loop is not None and not self._loop.over:
                 self._loop.interrupt(name)  # last, because it raises if the run is waiting for a batch
         elif here and now - self._at < ECHO:
             self._at = now  # the storm of the first signal is not over

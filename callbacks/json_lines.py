@@ -65,10 +65,12 @@ class JSONLines(Callback):
         self._file.check_names(record)
         if not self._file.is_open:
             lines = self._file.open(loop)
+            self._known = [_known(line) for line in lines if _step(line) == loop.start_step]
             if self.config is not None and (first := _line({"config": self.config})) not in lines:
                 self._file.append(first)
-        line = {"step": record.step, "epoch": record.epoch, "time": time.time()}
-        self._file.append(_line(line | record.values))
+        line = _line({"step": record.step, "epoch": record.epoch, "time": time.time()} | record.values)
+        if _known(line) not in self._known:  # a run that resumes at its target repeats its last record
+            self._file.append(line)
 
     def on_run_end(self, loop: Loop) -> None:
         self._file.close()
@@ -108,6 +110,11 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)  # NaN, Infinity, -Infinity
     return value
+
+
+def _known(line: str) -> dict[str, Any]:
+    """Return what a line says, without the time."""
+    return {name: value for name, value in json.loads(line).items() if name != "time"}
 
 
 def _step(line: str) -> int:

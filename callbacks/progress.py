@@ -81,6 +81,7 @@ class Progress(Callback):
             self._show(loop)
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        self._check_metrics(loop, record)
         if self._paused:  # by an evaluation, which has ended with this record
             self._spent["evaluating"] += self._paused
             self._spent["until"], self._paused = loop.step, 0.0
@@ -90,8 +91,8 @@ class Progress(Callback):
                 self._show(loop)
 
     def on_epoch_end(self, loop: Loop) -> None:
-        for metric in self.metrics or ():
-            warn_missing_metric("Progress", metric, loop)
+        if not loop.over:  # otherwise on_run_end follows
+            self._check_metrics(loop)
 
     def on_run_end(self, loop: Loop) -> None:
         self._beside, self._ended = None, True
@@ -100,6 +101,7 @@ class Progress(Callback):
         if self._to is not None:
             self._to.close()
         self._loop = self._to = None
+        self._check_metrics(loop)
 
     def evaluating(self, loop: Loop, name: str) -> Callable[[int, int | None], None]:
         """Show an evaluation that begins now. Deprecated since 0.2: use `functools.partial(loop.progress, name)`.
@@ -133,6 +135,10 @@ class Progress(Callback):
     def set_state(self, state: dict[str, Any]) -> None:
         self._spent = state
         self._mark: tuple[float, int] | None = None  # the time and the step at which measuring the rate began
+
+    def _check_metrics(self, loop: Loop, record: Record | None = None) -> None:
+        for metric in self.metrics or ():
+            warn_missing_metric("Progress", metric, loop, record)
 
     def _report(self, loop: Loop, name: str, done: int, total: int | None) -> None:
         """Handle a report of `loop.progress`, and show it if it is time to update."""

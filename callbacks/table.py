@@ -64,6 +64,7 @@ class Table(Callback):
         self._rows = 0
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        self._check_names(loop, record)
         for name, value in record.values.items():
             is_best = name in self._modes and improves(value, self._best.get(name), mode=self._modes[name])
             if is_best:
@@ -71,8 +72,11 @@ class Table(Callback):
             self._values[name] = (value, is_best)
 
     def on_epoch_end(self, loop: Loop) -> None:
-        for metric in dict.fromkeys([*(self.columns or ()), *self._modes]):
-            warn_missing_metric("Table", metric, loop)
+        if not loop.over:  # otherwise on_run_end follows
+            self._check_names(loop)
+
+    def on_run_end(self, loop: Loop) -> None:
+        self._check_names(loop)
 
     def on_save(self, loop: Loop) -> None:  # by now, everything due at this step has been recorded
         if self._values and processes.writes():
@@ -90,6 +94,10 @@ class Table(Callback):
     def set_state(self, state: dict[str, Any]) -> None:
         self._values: dict[str, tuple[float, bool]] = dict(state["values"])
         self._best: dict[str, float] = dict(state["best"])
+
+    def _check_names(self, loop: Loop, record: Record | None = None) -> None:
+        for name in dict.fromkeys([*(self.columns or ()), *self._modes]):
+            warn_missing_metric("Table", name, loop, record)
 
     def _chosen(self) -> Sequence[str]:
         if self.columns is not None:

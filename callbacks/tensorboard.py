@@ -11,7 +11,7 @@ from onstep import Callback, Loop, Record
 from onstep.redact import redacted
 from onstep.tools import close_event_writer, event_writer, local_path
 
-from ._support.event_files import hparams_summary, scalars_summary
+from ._support.event_files import hparams_summary, scalars_summary, written_names
 
 
 @dataclass(eq=False, repr=False)
@@ -57,6 +57,8 @@ class TensorBoard(Callback):
         self._configured = False
 
     def on_log(self, loop: Loop, record: Record) -> None:
+        if loop.step == loop.start_step > 0 and record.values.keys() <= written_names(self._path, record.step):
+            return  # a run that resumes at its target repeats its last record
         writer = event_writer(loop, self._path, flush_seconds=self.flush_seconds).file_writer
         if self.config is not None and not self._configured:
             writer.add_summary(hparams_summary(self.config), 0)

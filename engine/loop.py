@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import jax
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
-from .checks import check_reachable, check_rng, check_targets
+from .checks import check_batch, check_reachable, check_rng, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import Throttle
 from .data.batches import Batches
@@ -23,6 +23,7 @@ from .data.stacking import last_batch
 from .data.stream import BatchStream, WaitInterrupted
 from .events import Events, Handler
 from .exclusive import exclusive
+from .interrupts import deferred_interrupts
 from .means import to_float
 from .messages import log_user
 from .metrics import Metrics, Windows
@@ -138,12 +139,16 @@ class Loop:
 
         self._requested: tuple[str, bool] | None = None  # a stop that the processes have not agreed on yet
         self._final = True  # whether the stop is final
+        self._leave = False  # whether _run_steps must return after the call in progress
+        self._interrupted = False  # whether it must raise a KeyboardInterrupt then
         self._loading = True
         self._restored = self._saving = self._prepared = False
         self._restored_from = ""  # the directory of the checkpoint, for messages
         self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
-        self._completed = 0  # the epoch that the last step completed, 0 if none
-        self._earlier = earlier  # the result from which the run resumes
+        self._epoch_done = False  # whether the last step completed its epoch
+        self._completed = 0  # that epoch, 0 if none
+        self._earlier = earlier  # the result from which the run resumes, until it has begun
+        self._reported = earlier is not None  # whether the record of the last window cannot have been lost
         self._final_snapshot: Snapshot | None = None
         self._failed: str | None = None  # the error that ended the run
 
@@ -159,7 +164,7 @@ class Loop:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
         with (
             exclusive({"This engine": self._compiled, **self.callbacks}),
-            closing(self._stream),
+            self._deferred_interrupts(),
             closing(self._group),
             closing(self._spans),
             self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
@@ -169,20 +174,12 @@ class Loop:
             with suppress(WaitInterrupted):  # a stop that ended the wait for a batch
                 while not self.over:
                     self._begin_epoch()  # on_epoch_begin
-                    epoch_done = False
-                    while not (epoch_done or self.over):
-                        epoch_done = self._data_ended()
-                        if not epoch_done:
-                            self._before_step()  # on_step_begin
-                            if self.over:
-                                break
-                            epoch_done = self._run_steps(trigger)  # compiled calls, and nothing else
-                        self._after_step(epoch_done)  # on_step_end, on_log, on_epoch_end
+                    while self._advance(trigger):  # on_step_begin, then compiled calls and nothing else
+                        self._after_step()  # on_step_end, on_log, on_epoch_end
                         if trigger.fires(self.step, self._completed):
                             yield self
                         self._agree_on_stop()
-                        if epoch_done or self.over or not self._data_ended():  # else first the end of the epoch
-                            self._save(self._events.due("on_save", self.step, self._completed))
+                        self._save_due()  # on_save
             self._finish()  # on_save, on_snapshot, on_log
 
     def _load(self) -> None:
@@ -221,12 +218,29 @@ class Loop:
 
     def _begin_epoch(self) -> None:
         """Begin an epoch, unless a resumed run continues it, and draw its first batch."""
+        self._epoch_done = False
         if self.epoch_step == 0:
             self._events.fire("on_epoch_begin", self)
             self._agree_on_stop()
         if not self.over:
             total = self.total
             self._stream.begin_epoch(self.epoch, math.inf if total is None else total - self.step)
+
+    def _advance(self, trigger: Trigger) -> bool:
+        """Run steps up to the next one at which anything is due; return False if the epoch or the run is over instead.
+
+        If data without a length has ended with the last step, only the end of the epoch is due, without another step.
+        """
+        if self._epoch_done or self.over:
+            return False
+        if self._data_ended():
+            self._epoch_done = True
+            return True
+        self._before_step()
+        if self.over:
+            return False
+        self._epoch_done = self._run_steps(trigger)
+        return True
 
     def _data_ended(self) -> bool:
         """Return whether data without a length has ended with the last step. That takes a batch, so it may wait.
@@ -249,8 +263,9 @@ class Loop:
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
         if not (self._prepared or self.over):
+            check_batch(batch := self._stream.peek())
             with self._spans.span(COMPILE):
-                self._compiled.prepare(self._bundle, self._stream.peek(), self._call_rng)
+                self._compiled.prepare(self._bundle, batch, self._call_rng)
             self._prepared = True
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
@@ -304,31 +319,36 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self.stopped is not None or (has_deadline and clock() >= deadline):  # a signal may request a stop
-                    break
-                if several and should_stop():
-                    break
+                if self._leave or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                    break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
             self._batch = batch, count if block_size else 0
+        if self._interrupted:
+            raise KeyboardInterrupt
         return stream.epoch_done(self.epoch_step)
 
-    def _after_step(self, epoch_done: bool) -> None:
+    def _after_step(self) -> None:
         """Count the epoch, and call the handlers that are due after the step."""
-        if epoch_done:
+        if self._epoch_done:
             self._stream.end_epoch(not self.over)
             self.epoch, self.epoch_step = self.epoch + 1, 0
-        self._completed = self.epoch if epoch_done else 0
+        self._completed = self.epoch if self._epoch_done else 0
         for handler in self._events.due("on_step_end", self.step, self._completed):
             handler.call(self)
         if self.step % self._log_every == 0:
             self.log(self._windows.take_means("train"))
         elif len(self._windows.pending) >= MOST_PENDING:
             self._windows.read()
-        if epoch_done:
+        if self._epoch_done:
             self.log(self._windows.take_means("epoch"))
             self._events.fire("on_epoch_end", self)
+
+    def _save_due(self) -> None:
+        """Save with the handlers that are due, unless the end of the epoch comes first."""
+        if self._epoch_done or self.over or not self._data_ended():
+            self._save(self._events.due("on_save", self.step, self._completed))
 
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. A final stop is refused here, because the save would not include it."""
@@ -340,13 +360,13 @@ class Loop:
     def _finish(self) -> None:
         """Save with every handler that has not saved this step, and record the last partial window.
 
-        The record is not in the snapshot, because a later target continues the window. A run that resumes at its target
-        records it again: it may have been killed between the two.
+        The record is not in the snapshot, because a later target continues the window. A run that resumes from a
+        checkpoint at its target records it again, because the run before may have been killed between the two.
         """
         if self.step > self.start_step:
             self._save([h for h in self._events.handlers["on_save"] if h.called_at != self.step])
         self._final_snapshot = self.snapshot()
-        if self.finished:
+        if self.finished and (self.step > self.start_step or not self._reported):
             self.log(self._windows.take_means("train"))
 
     def result(self) -> Result:
@@ -385,7 +405,7 @@ class Loop:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
         if self._choosing:
             if not self._next_batch:
-                self._next_batch = [self._stream.peek()]
+                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
             return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
@@ -564,7 +584,7 @@ class Loop:
         self.latest, self._restored, self._saved = host["latest"], True, host["program"]
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
-            self.stopped = host["stopped"]
+            self.stopped, self._final = host["stopped"], True
         self._windows.set_state(host["windows"])
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])
@@ -580,6 +600,15 @@ class Loop:
                 )
 
     # Details of the above.
+
+    def _deferred_interrupts(self) -> AbstractContextManager[None]:
+        """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
+        code = Loop._run_steps.__code__
+        return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
+
+    def _interrupt_later(self) -> bool:
+        first, self._interrupted, self._leave = not self._interrupted, True, True
+        return first
 
     @contextmanager
     def _ensure_end(self) -> Iterator[None]:
@@ -598,6 +627,8 @@ class Loop:
                 where = "; ".join(notes) or f"raised by the step, or by the body of the `for`, at step {self.step}"
                 raise RuntimeError(f"A StopIteration ended the run: {where}.") from None  # contextlib drops the cause
             raise
+        finally:
+            self._stream.close()  # here, because a run that continues takes over the stream of the earlier run
 
     def _callback_states(self) -> dict[str, Any]:
         """Return what callbacks keep on the host, by name."""
@@ -632,6 +663,7 @@ class Loop:
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
+            self._leave = True
         self._requested = None
 
     def _resume_message(self) -> str:

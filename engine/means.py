@@ -129,11 +129,11 @@ class Mean:
     1.0
     """
 
-    count: int = 0
+    count: float = 0
     terms: list[float] = field(default_factory=list)
     merged: Any = None
 
-    def add(self, values: list[Any], weights: list[int] | None = None) -> None:
+    def add(self, values: list[Any], weights: Sequence[float] | None = None) -> None:
         """Add values as `fetch` returns them, each with its weight (1 by default)."""
         if values and merges(values[0]):
             before = [] if self.merged is None else [self._unflatten(values[0])]
@@ -154,7 +154,7 @@ class Mean:
         """Return the mean."""
         if self.merged is not None:
             return to_float(self.merged.compute(), name)
-        return _fsum(self.terms) / self.count
+        return _fsum(self.terms) / self.count if self.count else math.nan  # of batches whose weight is 0
 
     def get_state(self) -> dict[str, Any]:
         """Return the sum as JSON values and arrays."""

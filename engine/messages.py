@@ -100,4 +100,4 @@ def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
     except BrokenPipeError:
         pass
     except OSError as error:
-        warnings.warn(f"A text could not be printed, and the run continues without it: {error}.", stacklevel=2)
+        warn_user(f"A text could not be printed, and the run continues without it: {error}.")

@@ -25,6 +25,7 @@ from .checks import (
     takes_rng,
 )
 from .compiled.cost import count_flops
+from .evaluate import check_evaluation
 from .event_files import close_event_writer, event_writer
 from .fields import get_field, get_fields, set_field, set_fields
 from .loop import Loop
@@ -41,6 +42,7 @@ __all__ = [
     "RecordFile",
     "Span",
     "cast_like",
+    "check_evaluation",
     "check_int",
     "check_list",
     "check_mode",

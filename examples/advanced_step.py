@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from onstep import Batches, Engine
+from onstep import Batches, Engine, every
 from onstep.callbacks import EMA, Checkpoint, Evaluate, GracefulExit, GradNorm, Progress, TensorBoard
 from onstep.state import TrainState
 from sklearn.datasets import load_digits
@@ -125,7 +125,7 @@ def main():
         GradNorm(),
         Evaluate(score, tests, name="val"),
         Evaluate(score, tests, name="averaged", using=ema),
-        Checkpoint(directory),
+        Checkpoint(directory, when=every(epochs=5)),
         TensorBoard(directory),
         Progress(),
     ]

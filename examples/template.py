@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen, nnx
-from onstep import Batches, Engine
+from onstep import Batches, Engine, every
 from onstep.callbacks import Checkpoint, Evaluate, GracefulExit
 from onstep.state import TrainState
 from sklearn.datasets import load_digits
@@ -135,7 +135,7 @@ def main():
     callbacks = [
         GracefulExit(),
         Evaluate(score, Batches(held_out, 120, shuffle=False, drop_last=False), name="val"),
-        Checkpoint(args.directory or Path("runs", name)),
+        Checkpoint(args.directory or Path("runs", name), when=every(epochs=5)),
     ]
     engine = Engine(step, callbacks)
 

@@ -17,7 +17,9 @@ from models import step as real_step
 from onstep import Batches, Callback, Engine, at, every
 from onstep.callbacks import EMA, Checkpoint, GradNorm
 from onstep.compiled.blocks import choose_block_size
+from onstep.data.stacking import BatchStacker
 from onstep.snapshot import unpack
+from onstep.spans import Observer
 from onstep.testing import FakeClock, FakeLoader, StopAt, Transcript, same_bytes
 
 KEY = jax.random.key(7)
@@ -265,6 +267,70 @@ def test_callback_may_turn_raw_data_into_a_batch_before_the_step():
 
     data = [{"x": np.ones(3), "file": "a.png"}] * 5
     assert float(engine.run(0.0, data, epochs=1).state) == 10
+
+
+def test_callback_that_only_looks_at_batches_keeps_the_gather_of_whole_blocks(monkeypatch):
+    stacks, looked = [], []
+    monkeypatch.setattr("onstep.data.stream.BatchStacker", lambda *args: stacks.append(args) or BatchStacker(*args))
+    engine = Engine(total, steps_per_call=4)
+
+    @engine.on("step_begin", when=3)
+    def look(loop):
+        looked.append(loop.batch.tolist())
+        if loop.step == 5:
+            loop.batch = loop.batch * 10
+
+    result = engine.run(0.0, Batches(np.arange(24.0), 2, shuffle=False), epochs=1)
+    assert looked == [[4, 5], [10, 11], [16, 17], [22, 23]]
+    assert float(result.state) == np.arange(24).sum() + 9 * (10 + 11)
+    assert len(stacks) == 1  # of the batch that was replaced
+
+
+def test_replaced_batch_ends_the_gather_of_whole_blocks_only_for_its_own_block(monkeypatch):
+    stacks = []
+    monkeypatch.setattr("onstep.data.stream.BatchStacker", lambda *args: stacks.append(args) or BatchStacker(*args))
+    engine = Engine(total, steps_per_call=4)
+
+    @engine.on("step_begin", when=at(2))
+    def replace(loop):
+        loop.batch = loop.batch * 10
+
+    result = engine.run(0.0, Batches(np.arange(12.0), 2, shuffle=False), epochs=2)
+    assert float(result.state) == 2 * np.arange(12).sum() + 9 * (2 + 3)
+    assert len(stacks) == 1
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_batch_changed_in_place_is_the_one_that_the_step_gets(steps_per_call):
+    engine = Engine(lambda state, batch: (state + batch["x"].sum(), {}), steps_per_call=steps_per_call)
+
+    @engine.on("step_begin", when=2)
+    def double(loop):
+        loop.batch["x"] = loop.batch["x"] * 10
+
+    batches = Batches({"x": np.arange(8.0)}, 2, shuffle=False)
+    assert float(engine.run(0.0, batches, epochs=1).state) == (0 + 1) + 10 * (2 + 3) + (4 + 5) + 10 * (6 + 7)
+
+
+def test_run_saved_in_blocks_resumes_in_blocks_of_two_where_auto_would_not_choose_blocks():
+    def step(state, batch):
+        return state + jnp.convolve(jnp.ones(3) * batch, jnp.ones(2)).sum(), {}
+
+    class Calls(Observer):
+        count = 0
+
+        def begin(self, span):
+            self.count += span.kind == "call"
+
+    def mode(result):
+        return unpack(result.snapshot.host)["program"]["mode"]
+
+    part, calls = Engine(step, steps_per_call=4).run(0.0, [1.0] * 8, steps=3), Calls()
+    engine = Engine(step)
+    engine.on("run_begin")(lambda loop: loop.observe(calls))
+    rest = engine.run(part, [1.0] * 8, epochs=1)
+    assert (mode(part), mode(rest), calls.count, float(rest.state)) == ("block", "block", 3, 48.0)
+    assert mode(Engine(step).run(0.0, [1.0] * 8, epochs=1)) == "plain"
 
 
 # Batches

@@ -106,7 +106,7 @@ def test_cadence_in_epochs_is_not_due_in_an_unfinished_epoch():
 
 
 def test_cadence_in_epochs_needs_no_known_length_for_on_step_end():
-    assert ends(every(epochs=1), data=lambda epoch: iter([1] * (epoch + 1)), steps=6) == [1, 3, 6]
+    assert ends(every(epochs=1), data=lambda epoch: iter([1] * (epoch + 1)), steps=7) == [1, 3, 6]
 
 
 def test_cadence_in_epochs_counts_epochs_of_epoch_steps():

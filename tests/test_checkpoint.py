@@ -241,13 +241,25 @@ def test_arguments_that_differ_in_each_process_or_session_are_not_said(tmp_path,
             self.what, self.folder = what, folder
 
     def watches(folder):
-        return [Watches(object(), str(tmp_path / folder / "events")), Counts()]
+        alive.append(object())  # so that the next one has another address
+        return [Watches(alive[-1], str(tmp_path / folder / "events")), Counts()]
+
+    alive = []
 
     run(tmp_path, steps=4, extra=watches("old"))
     run(tmp_path, steps=6, extra=watches("new"), keep=5, when=2)
     shutil.copytree(tmp_path, tmp_path / "moved")
     run(tmp_path / "moved", steps=8, extra=watches("new"))
     assert said(capsys) == []
+
+
+def test_callback_whose_repr_fails_is_saved_by_its_class(tmp_path):
+    class Broken(Callback):
+        def __repr__(self):
+            raise ZeroDivisionError
+
+    run(tmp_path, steps=2, extra=[Broken()])
+    assert Checkpoints(tmp_path).manifest(2)["config"]["callbacks"] == {"Broken": "Broken"}
 
 
 def test_manifest_has_no_secret_of_a_callback(tmp_path):
@@ -274,7 +286,7 @@ def test_changed_step_is_said_at_the_first_record(change, steps_per_call, tmp_pa
         callbacks = [ClipWeights(-clip, clip, of="w"), Checkpoint(tmp_path)]
         engine = Engine(step, callbacks, log_every=1, steps_per_call=steps_per_call)
         engine.on("log")(lambda loop, record: seen.append((loop.step, *said(capsys))))
-        return engine.run(state, np.arange(9, dtype=np.float32), steps=steps)
+        return engine.run(state, list(np.arange(9, dtype=np.float32)), steps=steps)
 
     seen = []
     go(2)
@@ -301,10 +313,14 @@ def test_resume_at_a_short_batch_does_not_say_that_the_step_changed(tmp_path, ca
     assert said(capsys) == []
 
 
-def test_run_of_a_version_without_a_configuration_in_its_manifest_resumes(tmp_path, capsys):
+@pytest.mark.parametrize("config", [None, {}, {"step": 3, "callbacks": ["Counts()"]}, {"step": {"inputs": 1}}])
+def test_run_without_a_known_configuration_in_its_manifest_resumes(config, tmp_path, capsys):
     run(tmp_path, steps=4)
     manifest = Checkpoints(tmp_path).manifest(4)
-    del manifest["config"]
+    if config is None:
+        del manifest["config"]
+    else:
+        manifest["config"] = config
     write_manifest(tmp_path / "4", manifest)
     assert run(tmp_path, steps=6, extra=[Counts()]).step == 6
     assert said(capsys) == []
@@ -542,6 +558,13 @@ def test_checkpoint_that_a_run_deletes_while_it_is_loaded_gives_way_to_a_newer_o
     monkeypatch.setattr(Checkpoints, name, meanwhile)
     assert load(tmp_path / "run", {"w": jnp.zeros(2)})["w"].tolist() == [3, 3]
     assert os.listdir(tmp_path / "run") == ["3"]
+
+
+def test_load_looks_again_if_checkpoints_come_and_go_while_it_lists_them(tmp_path, monkeypatch):
+    save(tmp_path, {"w": jnp.ones(2)}, step=1)
+    steps, seen = Checkpoints.steps, [[]]
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: seen.pop() if seen else steps(self))
+    assert load(tmp_path, {"w": jnp.zeros(2)})["w"].tolist() == [1, 1]
 
 
 def test_requested_step_that_a_run_deletes_while_it_is_loaded_is_missing(tmp_path, monkeypatch):

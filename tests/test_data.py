@@ -1,15 +1,17 @@
 """Data sources: which ones are accepted, when batches are drawn, how a run resumes, and which errors are raised."""
 
+import functools
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import refilled
-from onstep import Batches, Engine, evaluate, every
+from onstep import Batches, Callback, Engine, evaluate, every
 from onstep.snapshot import unpack
-from onstep.testing import EVENT_NAMES, FakeLoader, SizedData, StopAt, Transcript
+from onstep.testing import EVENT_NAMES, FakeLoader, FakeLoaderIterator, SizedData, StopAt, Transcript
 from onstep.testing import counting_step as add
 
 
@@ -34,6 +36,21 @@ class EndsOnce:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+class Live:
+    """A live source of so many batches. It fails if it is asked for more, where a real one would block."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.left -= 1
+        assert self.left >= 0, "asked for a batch that no step needs"
+        return 1
 
 
 class SizedLoader(FakeLoader):
@@ -147,13 +164,101 @@ def test_data_without_a_length_is_asked_for_a_batch_only_after_everything_due_at
     drawn, counts = [], []
     engine = Engine(add, log_every=when)
     for event in ("step_end", "log", "save"):
-        engine.on(event, when=when)(lambda loop, *record, event=event: counts.append((event, loop.step, len(drawn))))
+        note = functools.partial(lambda event, loop, *record: counts.append((event, loop.step, len(drawn))), event)
+        engine.on(event, when=1 if event == "log" else when)(note)
     engine.run(jnp.int32(0), recorded(itertools.count(), drawn), steps=8)
     assert counts == [
         line
         for step in range(when, 9, when)
         for line in [("step_end", step, step), ("log", step, step), ("save", step, step + (step < 8))]
     ]
+
+
+@pytest.mark.parametrize("epoch_steps", [None, 3, 7])
+@pytest.mark.parametrize("when", [1, 3])
+@pytest.mark.parametrize("options", [{"steps_per_call": 1}, {"steps_per_call": 4}, {"prefetch": 3}], ids=str)
+@pytest.mark.parametrize("kind", [lambda live: live, lambda live: lambda epoch: live], ids=["iterator", "callable"])
+def test_run_to_a_number_of_steps_draws_no_further_batch(kind, options, when, epoch_steps):
+    live, engine = Live(7), Engine(add, [saves_and_epochs(when)], **options)
+    result = engine.run(jnp.int32(0), kind(live), steps=7, epoch_steps=epoch_steps)
+    assert (int(result.state), live.left) == (7, 0)
+
+
+def test_run_to_a_number_of_epochs_of_epoch_steps_draws_no_further_batch():
+    for prefetch in (0, 3):
+        assert Engine(add, prefetch=prefetch).run(jnp.int32(0), Live(6), epochs=2, epoch_steps=3).step == 6
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_resumed_run_draws_what_its_new_target_needs(prefetch):
+    live, engine = Live(9), Engine(add, prefetch=prefetch)
+    result = engine.run(jnp.int32(0), live, steps=3)
+    for target in (4, 9):
+        result = engine.run(result, live, steps=target)
+    assert (int(result.state), live.left) == (9, 0)
+
+
+@pytest.mark.parametrize("ends", ["stop", "error", "break"])
+def test_source_that_has_no_further_batch_yet_does_not_delay_the_end_of_a_run(ends):
+    def train():
+        engine = Engine(add)
+
+        @engine.on("step_end")
+        def end(loop):
+            if loop.step == 3 and ends != "break":
+                loop.stop("enough") if ends == "stop" else int("enough")
+
+        with engine.steps(jnp.int32(0), Live(3), steps=7) as steps:
+            for loop in steps:
+                if loop.step == 3:
+                    break
+        return steps.result.stopped
+
+    if ends == "error":
+        with pytest.raises(ValueError, match="invalid literal") as caught:
+            train()
+        assert caught.value.__notes__ == ["onstep: raised by end.on_step_end at step 3"]
+    else:
+        assert train() == ("enough" if ends == "stop" else "the for loop was left early")
+
+
+def test_iterator_that_has_ended_is_not_asked_again():
+    events = saves_and_epochs(when=2)
+    Engine(add, [events]).run(jnp.int32(0), EndsOnce([1, 2, 3, 4]), epochs=1)
+    Engine(add, [events]).run(jnp.int32(0), EndsOnce([1, 2, 3]), epochs=1)
+    assert events.steps("epoch_end") == [4, 3]
+
+
+@pytest.mark.parametrize("through", ["result", "other data"])
+def test_target_at_the_last_batch_of_an_epoch_leaves_its_end_to_the_resumed_run(through):
+    def data(epoch):
+        yield from [1, 2, 3]
+
+    whole, parts = saves_and_epochs(every(epochs=1)), saves_and_epochs(every(epochs=1))
+    uninterrupted = Engine(add, [whole], log_every=2).run(jnp.int32(0), data, epochs=3)
+    engine = Engine(add, [parts], log_every=2)
+    part = engine.run(jnp.int32(0), data, steps=6)
+    assert (part.epoch, parts.steps("epoch_end"), parts.steps("save")) == (1, [3], [3, 6])
+    yielded = []
+    here = data if through == "result" else lambda epoch: data(epoch)
+    with engine.steps(part, here, epochs=3, when=every(epochs=1)) as steps:
+        yielded = [loop.step for loop in steps]
+    assert yielded == [6, 9]
+    assert parts.steps("epoch_end") == whole.steps("epoch_end") == [3, 6, 9]
+    assert parts.steps("save") == [3, 6, 9]
+    assert (steps.result.epoch, int(steps.result.state)) == (3, int(uninterrupted.state))
+    assert steps.result.history["epoch/loss"] == [2, 2]
+    assert steps.result.latest == uninterrupted.latest
+
+
+def test_handler_by_steps_and_epochs_is_due_once_at_a_step_that_ends_an_epoch_of_unknown_length():
+    noted = []
+    engine = Engine(add)
+    for event in ("step_end", "save"):
+        engine.on(event, when=every(3) | every(epochs=1))(lambda loop, event=event: noted.append((event, loop.step)))
+    with engine.steps(jnp.int32(0), lambda n: iter([1] * 3), epochs=2, when=every(3) | every(epochs=1)) as steps:
+        assert [loop.step for loop in steps] == [3, 6]
+    assert noted == [("step_end", 3), ("save", 3), ("step_end", 6), ("save", 6)]
 
 
 @pytest.mark.parametrize("event", ["load", "run_begin", "epoch_begin"])
@@ -315,6 +420,67 @@ def test_resuming_with_another_epoch_length_names_both_lengths(data, options, ma
         engine.run(part, data, steps=10, **options)
 
 
+@pytest.mark.parametrize("through", ["result", "snapshot"])
+def test_callable_whose_pass_has_another_length_than_in_the_saved_run_names_both(through):
+    engine = Engine(add)
+    part = engine.run(jnp.int32(0), lambda epoch: [1] * (5 + epoch), steps=8)
+    state = part
+    if through == "snapshot":
+        engine.on("load")(lambda loop: loop.restore(part.snapshot))
+        state = jnp.int32(0)
+    with pytest.raises(ValueError, match="Pass 2 of the data had 6 batches in the saved run, but has 4 in this one"):
+        engine.run(state, lambda epoch: [1] * 4, steps=20)
+    assert engine.run(state, lambda epoch: [1] * (5 + epoch), steps=20).step == 20
+
+
+class Augmented:
+    """Data that draw from a random generator of a callback."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        for _ in range(6):
+            yield self.generator.integers(1000)
+
+
+class Generator(Callback):
+    """Save and restore a random generator."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def get_state(self):
+        return self.generator.bit_generator.state
+
+    def set_state(self, state):
+        self.generator.bit_generator.state = state
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.parametrize("cut", [4, 6, 10])
+def test_generator_that_a_callback_restores_is_not_advanced_by_skipped_batches(cut, steps_per_call):
+    def run(state, callback, steps):
+        engine = Engine(add, [callback, Keep()], steps_per_call=steps_per_call)
+        return engine.run(state, Augmented(callback.generator), steps=steps), engine.callbacks["Keep"].batches
+
+    class Keep(Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_step_end(self, loop):
+            self.batches.append(int(loop.batch))
+
+    whole, expected = run(jnp.int32(0), Generator(), 12)
+    part, first = run(jnp.int32(0), Generator(), cut)
+    rest, second = run(part, Generator(), 12)
+    assert first + second == expected
+    assert int(rest.state) == int(whole.state)
+
+
 def test_new_generator_skips_used_batches(capsys):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), itertools.count(1), steps=2)
@@ -411,9 +577,116 @@ def test_len_that_is_too_long_is_an_error_with_a_handler_at_every_step():
 
 
 @pytest.mark.parametrize(
+    ("data", "options", "match"),
+    [
+        (
+            SizedData([1] * 5, 3),
+            {"epochs": 1},
+            "The data has len 3, but pass 1 yielded batch 4. Fix its __len__, or pass",
+        ),
+        (SizedData([1] * 3, 0), {"epochs": 1}, "The data has len 0, but pass 1 yielded batch 1. Fix its __len__"),
+        (SizedLoader([1] * 3), {"epochs": 1}, None),
+        (SizedData([1] * 5, 3), {"steps": 3}, None),
+        (SizedData([1] * 5, 3), {"epochs": 2, "epoch_steps": 5}, None),
+    ],
+    ids=["short", "zero", "right", "target in steps", "epoch_steps"],
+)
+@pytest.mark.parametrize("setup", [{"steps_per_call": 1}, {"steps_per_call": 8}, {"prefetch": 2}], ids=str)
+def test_len_that_is_too_short_is_an_error_at_the_end_of_the_epoch(data, options, match, setup):
+    events = saves_and_epochs()
+    engine = Engine(add, [events], **setup)
+    if match is None:
+        engine.run(jnp.int32(0), data, **options)
+    else:
+        with pytest.raises(ValueError, match=match):
+            engine.run(jnp.int32(0), data, **options)
+        assert events.steps("epoch_end") == []
+
+
+def test_error_after_the_last_batch_of_sized_data_is_raised():
+    def data():
+        yield from [1, 2]
+        raise OSError("disk gone")
+
+    class Source(SizedData):
+        def __iter__(self):
+            return data()
+
+    with pytest.raises(OSError, match="disk gone"):
+        Engine(add).run(jnp.int32(0), Source([], 2), epochs=1)
+
+
+X, Y = np.zeros((640, 4), np.float32), np.zeros(640, np.int32)
+
+
+@pytest.mark.parametrize("run", [Engine(add).run, lambda state, data, **targets: evaluate(add, state, data)])
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (X, r"one array of shape \(640, 4\)\. .* Batches\(x, batch_size\)\. If every row is a batch: list\(x\)"),
+        (jnp.zeros(3), r"one array of shape \(3,\)"),
+        (
+            (X, Y),
+            r"a tuple of arrays: float32\[640, 4\] and int32\[640\]\. .* Batches\({\"x\": x, \"y\": y}, batch_size\)",
+        ),
+        ((X, X), "a tuple of arrays: .* If every array is a batch, pass a list"),
+        ([X, Y], "a list of arrays: .* and "),
+        ([jnp.asarray(X), Y], "a list of arrays: .* and "),
+        (lambda epoch: (X, Y), "a tuple of arrays: .* and "),
+    ],
+    ids=["array", "jax array", "tuple", "same kind", "list", "jax and numpy", "callable"],
+)
+def test_arrays_that_are_not_batches_are_refused_with_the_remedy(data, match, run):
+    with pytest.raises(TypeError, match=f"data needs to be an iterable of batches, got {match}"):
+        run(jnp.int32(0), data, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "data", [list(X[:3]), [X[:8], X[:8], X[:3]], [X[:2, :3], X[:2, :4]], ({"x": X}, {"x": X}), (1, 2), [X], list(Y[:4])]
+)
+def test_sequences_of_batches_are_accepted(data):
+    def step(state, batch):
+        return state + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(batch)), {}
+
+    with warnings.catch_warnings(action="ignore"):  # about the shapes
+        assert Engine(step).run(jnp.float32(0), data, epochs=1).step == len(data)
+
+
+@pytest.mark.parametrize("run", [Engine(add).run, Engine(add).plan, lambda s, data, **targets: evaluate(add, s, data)])
+def test_callable_without_an_argument_is_refused(run):
+    def gen():
+        yield 1
+
+    match = r"A callable as data needs one argument, the epoch: data needs the arguments \(epoch\), got \(\)"
+    with pytest.raises(TypeError, match=match):
+        run(jnp.int32(0), gen, epochs=1)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("place", ["callable", "iter", "get_state"])
+def test_stop_iteration_that_is_not_the_end_of_the_data_is_an_error(place, prefetch):
+    def stop(*args):
+        return next(iter(()))
+
+    class Iterator(FakeLoaderIterator):
+        def get_state(self):
+            return stop() if self.next == 1 else super().get_state()
+
+    class Loader(FakeLoader):
+        def __iter__(self):
+            return stop() if place == "iter" else Iterator(self)
+
+    data = stop if place == "callable" else Loader([1, 2, 3])
+    with pytest.raises(RuntimeError, match="The data raised StopIteration outside of __next__") as caught:
+        Engine(add, [saves_and_epochs()], prefetch=prefetch).run(jnp.int32(0), data, epochs=1)
+    assert isinstance(caught.value.__cause__, StopIteration)
+    assert caught.value.__notes__[0].startswith("onstep: raised by the data, at batch")
+
+
+@pytest.mark.parametrize(
     ("data", "kind"),
-    [({"x": [1, 2]}, "dict"), ("abc", "str"), (5, "int"), (None, "NoneType"), (lambda epoch: None, "NoneType")],
-    ids=["dict", "string", "number", "None", "callable to None"],
+    [({"x": [1, 2]}, "dict"), ("abc", "str"), (5, "int"), (lambda epoch: None, "NoneType")],
+    ids=["dict", "string", "number", "callable to None"],
 )
 def test_object_that_is_not_a_data_source_is_refused(data, kind):
     with pytest.raises(TypeError, match=f"data needs to be an iterable of batches or a callable .*, got {kind}"):

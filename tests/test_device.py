@@ -141,6 +141,48 @@ def test_steps_longer_than_the_limit_are_run_one_at_a_time():
     assert throttle.most_steps(first) == 1
 
 
+class Logs(Callback):
+    """Log a metric at some steps."""
+
+    def __init__(self, update_when):
+        self.update_when = update_when
+
+    def update(self, carry, ctx):
+        return carry, ctx.log(x=1.0)
+
+
+@pytest.mark.parametrize("callbacks", [[], [Logs(10)]], ids=["at all", "at most steps"])
+def test_calls_without_metrics_are_awaited_as_well(callbacks):
+    finished, started, most, clock = set(), [], [], FakeClock()
+
+    class Handle(Tripwire):
+        def block_until_ready(self):
+            finished.update(range(self.step + 1))
+
+    def call(*args):
+        started.append(len(started))
+        clock.advance(1e-3)
+        most.append(len(started) - len(finished))
+        bundle, metrics = compiled(*args)
+        return bundle, jax.tree.map(lambda _: Handle(started[-1], []), metrics)
+
+    engine = Engine(lambda state, batch: (state, {}), callbacks, in_flight=2, steps_per_call=1, clock=clock)
+    seen = []
+    engine.on("step_end", when=7)(lambda loop: seen.append(dict(loop.metrics)))
+    compiled, engine._compiled.call = engine._compiled.call, call
+    engine.run(jnp.int32(0), range(29), epochs=1)
+    assert max(most) == 3
+    assert seen == [{}] * 4
+
+
+def test_blocks_without_metrics_have_something_to_wait_for():
+    waits = []
+    engine = Engine(lambda state, batch: (state, {}), in_flight=1, steps_per_call=4)
+    engine.on("step_end", when=4)(lambda loop: waits.append([m.columns.done.shape for m in loop._windows.pending]))
+    engine.run(jnp.int32(0), range(8), epochs=1)
+    assert waits == [[(4,)], [(4,), (4,)]]
+
+
 def test_arrays_of_the_caller_stay_valid_and_are_not_aliased():
     params = jnp.ones(3)
     state = {"params": params, "target": params, "numpy": np.zeros(2), "number": 0, "key": jax.random.key(0)}

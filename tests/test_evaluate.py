@@ -61,9 +61,86 @@ def test_a_short_last_batch_is_weighted_by_its_examples():
     assert evaluate(mean, None, ROWS) == {"x": 4.0}
 
 
-def test_examples_are_counted_along_the_leading_axis_of_the_first_array():
-    data = [{"a": np.float32(7), "x": rows, "z": np.zeros((5, 2))} for rows in ROWS]
-    assert evaluate(lambda state, batch: {"x": batch["x"].mean()}, None, data) == {"x": 4.0}
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda x: {"a": np.float32(7), "x": x, "z": np.zeros((5, 2))}, id="an array without examples"),
+        pytest.param(lambda x: (np.zeros(2, np.uint32), x), id="a tuple that begins with a key"),
+        pytest.param(lambda x: {"weights": np.ones(3), "x": x}, id="an array that has their number at first"),
+        pytest.param(lambda x: {"lengths": x, "x": np.stack([x, x])}, id="time-major with lengths"),
+    ],
+)
+def test_examples_are_counted_along_the_axes_that_a_short_last_batch_makes_shorter(make):
+    def step(state, batch):
+        return {"x": (batch["x"] if isinstance(batch, dict) else batch[1]).mean()}
+
+    assert evaluate(step, None, [make(rows) for rows in ROWS]) == {"x": 4.0}
+    assert evaluate(step, None, [make(rows) for rows in [ROWS[0], ROWS[0], ROWS[1]]]) == {"x": 22 / 7}
+
+
+def short_last(shape, last):
+    return [np.zeros(shape), np.zeros(shape), np.ones(last)]
+
+
+UNKNOWN = {
+    "two axes of one leaf, and labels": [
+        {"x": x, "y": np.zeros(n)} for x, n in zip(short_last((5, 4), (3, 2)), (4, 4, 2), strict=True)
+    ],
+    "class weights and sequences": [{"w": np.ones(10), "x": x} for x in short_last((4, 8), (4, 2))],
+    "graphs of any size": [{"labels": np.ones(2), "x": np.ones(n)} for n in (5, 7, 6)],
+    "other leaves": [{"w": np.ones(10), "x": np.ones(4)}, {"w": np.ones(10), "x": np.ones(2), "y": np.ones(2)}],
+}
+
+
+@pytest.mark.parametrize("data", UNKNOWN.values(), ids=UNKNOWN)
+def test_examples_that_shapes_do_not_tell_are_asked_for(data):
+    with pytest.raises(ValueError, match=r'cannot tell how many examples .* pass its name: weight="examples"'):
+        evaluate(lambda state, batch: {"x": batch["x"].mean()}, None, data)
+
+    def step(state, batch):
+        return {"x": batch["x"].mean(), "examples": batch["x"].shape[-1]}
+
+    sizes = [batch["x"].shape[-1] for batch in data]
+    expected = sum(batch["x"].mean() * n for batch, n in zip(data, sizes, strict=True)) / sum(sizes)
+    assert evaluate(step, None, data, weight="examples") == {"x": pytest.approx(expected)}
+
+
+def test_batches_that_differ_along_inner_axes_count_the_same_with_a_warning():
+    with pytest.warns(UserWarning, match=r'differ along other axes than the leading one.* weight="examples"'):
+        assert evaluate(mean, None, short_last((4, 8), (4, 2))) == {"x": 1 / 3}
+
+
+def test_the_sharded_axis_counts_the_examples():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    assert evaluate(mean, None, short_last((4, 8), (4, 2)), mesh=sharding) == {"x": pytest.approx(1 / 9)}
+
+
+def test_clu_metrics_need_no_number_of_examples():
+    def step(state, batch):
+        return {"x": clu_metrics.Average.from_model_output(batch["x"])}
+
+    data = [{"x": np.float32([1, 2, 3]), "y": np.ones(1)}, {"x": np.float32([2]), "y": np.ones(2)}]
+    assert evaluate(step, None, data) == {"x": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("weight", "found"),
+    [("n", r"\['u', 'x'\]"), ("u", r"\[0.0, 0.0\]"), ("x", r"\[-1.0, 1.0\]")],
+    ids=["missing", "always 0", "negative"],
+)
+def test_a_weight_that_is_none_is_an_error(weight, found):
+    with pytest.raises(ValueError, match=rf"needs the metric '{weight}' in every batch as its weight, .* got {found}"):
+        evaluate(lambda state, batch: {"x": batch, "u": 0.0}, None, [-1.0, 1.0], weight=weight)
+
+
+def test_the_weight_of_a_run_is_a_metric_that_is_not_recorded():
+    def step(state, batch):
+        return {"x": batch.mean(), "n": batch.size}
+
+    with pytest.warns(UserWarning, match="differ"):
+        run([Evaluate(mean, short_last((4, 8), (4, 2)))])
+    assert run([Evaluate(step, short_last((4, 8), (4, 2)), weight="n")]).latest == {"val/x": 1 / 9}
 
 
 def test_scalar_batches_have_equal_weights():
@@ -292,7 +369,46 @@ def test_a_step_that_takes_a_key_raises_if_the_run_has_none():
 def test_empty_data_is_an_error_in_the_run():
     with pytest.raises(ValueError, match=r"The evaluation data yielded no batches: list") as error:
         run([Evaluate(mean, [])])
-    assert "val.on_step_end at step 3" in error.value.__notes__[0]
+    assert "val.on_run_begin at step 0" in error.value.__notes__[0]
+
+
+def broken(state, batch):
+    return {"x": batch @ jnp.ones(17)}
+
+
+@pytest.mark.parametrize(
+    "data", [ROWS, lambda epoch: iter(ROWS), Batches(ROWS[0], 1)], ids=["list", "callable", "Batches"]
+)
+def test_an_error_in_an_evaluation_step_is_raised_before_the_first_step(data):
+    seen = []
+    engine = Engine(train, [Evaluate(broken, data)])
+    engine.on("step_begin")(lambda loop: seen.append(loop.step))
+    with pytest.raises(TypeError, match="contracting dimensions") as error:
+        engine.run({"params": jnp.float32(0)}, [1, 1], epochs=1)
+    origin, event = [note for note in error.value.__notes__ if note.startswith("onstep")]
+    assert origin.startswith("onstep: raised by the evaluation step broken, ")
+    assert origin.endswith('return {"x": batch @ jnp.ones(17)}')
+    assert event == "onstep: raised by val.on_run_begin at step 0"
+    assert seen == []
+
+
+def test_data_that_can_be_read_once_is_not_touched_before_its_evaluation():
+    with pytest.raises(TypeError, match="contracting dimensions") as error:
+        run([Evaluate(broken, iter(ROWS))])
+    assert error.value.__notes__[-1] == "onstep: raised by val.on_step_end at step 3"
+
+
+def test_a_run_with_nothing_left_to_do_draws_no_evaluation_data():
+    def draw(epoch):
+        drawn.append(epoch)
+        return ROWS
+
+    drawn = []
+    engine = Engine(train, [Evaluate(mean, draw)])
+    result = engine.run({"params": jnp.float32(0)}, [1], epochs=1)
+    assert drawn == [0, 0]
+    engine.run(result, [1], epochs=1)
+    assert drawn == [0, 0]
 
 
 def test_a_generator_is_enough_for_one_evaluation():

@@ -5,7 +5,7 @@ import contextlib
 import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, every
-from onstep.testing import RaiseIn, Transcript
+from onstep.testing import RaiseIn, Restore, Transcript
 
 
 def show(loop, event):
@@ -311,7 +311,7 @@ def test_stop_iteration_is_reported_with_the_place_where_it_was_raised():
         Engine(step).steps(jnp.int32(0), [1, 2], epochs=1) as steps,
     ):
         next(map(end, steps))
-    with pytest.raises(RuntimeError, match="raised by the step, or by the body of the `for`, at step 0"):
+    with pytest.raises(RuntimeError, match="A StopIteration ended the run: raised by the step <lambda>"):
         Engine(lambda state, batch: end()).run(jnp.int32(0), [1], epochs=1)
 
 
@@ -348,7 +348,8 @@ def test_window_whose_record_was_lost_is_recorded_by_the_rerun():
         for _ in steps:
             pass
     assert steps.result.history["train/loss"] == [1.5]
-    assert Engine(step, log_every=2).run(steps.result, [1, 2, 3], steps=3).history["train/loss"] == [3.0]
+    rerun = Engine(step, [Restore(steps.result)], log_every=2).run(jnp.int32(0), [1, 2, 3], steps=3)
+    assert rerun.history["train/loss"] == [3.0]
 
 
 def test_cadence_without_effect_is_refused():

@@ -187,13 +187,12 @@ def test_resumed_run_ends_in_the_same_bytes_and_records(cut, through, whole, tmp
     engine = Engine(step, [*callbacks, StopAt(cut, final=False, reason="cut")], log_every=5)
     first = engine.run(fresh_state(), lambda number: epoch(number, seen), epochs=3, rng=KEY)
     assert (first.step, first.stopped) == (cut, "cut")
-    del seen[cut:]  # one batch may have been drawn ahead, to find out whether the epoch continues
     if through == "checkpoint":
         ema, callbacks = observers(tmp_path)
     engine = Engine(step, callbacks, log_every=5)
     start = first if through == "result" else fresh_state()
     second = engine.run(start, lambda number: epoch(number, seen), epochs=3, rng=KEY)
-    assert seen[:cut] + seen[cut + cut % 12 :] == expected_batches  # skipped batches are drawn again
+    assert seen[:cut] + seen[cut + (cut % 12 or 12) :] == expected_batches  # skipped batches are drawn again
     assert same_bytes(second.state, expected.state)
     assert same_bytes(second.carry(ema), expected.carry(expected_ema))
     assert second.latest == expected.latest

@@ -1,10 +1,13 @@
 """Signals and deadlines: what still runs, what is saved, what `run` raises, and which handlers are restored."""
 
+import contextlib
 import itertools
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -16,7 +19,18 @@ import pytest
 from models import epoch, fresh_state, step
 from onstep import Engine
 from onstep.callbacks import Checkpoint, EarlyStopping, Evaluate, GracefulExit
-from onstep.testing import EVENT_NAMES, FakeClock, RaiseIn, StopAt, Transcript, counting_step, same_bytes
+from onstep.testing import (
+    EVENT_NAMES,
+    FakeClock,
+    FakeLoader,
+    FakeLoaderIterator,
+    RaiseIn,
+    SizedData,
+    StopAt,
+    Transcript,
+    counting_step,
+    same_bytes,
+)
 
 ENDS = {signal.SIGTERM: (SystemExit, r"^143\n"), signal.SIGINT: (KeyboardInterrupt, r"^\n")}  # and then a note
 BOTH = pytest.mark.parametrize("number", list(ENDS), ids=lambda number: number.name)
@@ -126,18 +140,132 @@ def test_a_signal_during_an_evaluation_lets_it_finish():
     assert (transcript.lines, means) == (["save 2/0", "run_end 2/0"], [None, 2.0])
 
 
+# While the run waits for a batch.
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{"steps_per_call": 1}, {"steps_per_call": 8}, {"prefetch": 2}], ids=str)
+@pytest.mark.parametrize("when", [1, 100], ids=["host at every step", "host never"])
+def test_a_signal_ends_the_wait_for_a_batch(when, options, number):
+    transcript, live = Transcript(quiet=set(EVENT_NAMES) - {"save", "run_end"}, when=when), queue.Queue()
+    for _ in range(3):
+        live.put(1)
+
+    def stream():
+        while True:
+            if live.empty():
+                threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            yield live.get(timeout=30)
+
+    engine = Engine(counting_step, [transcript, GracefulExit()], **options)
+    with contextlib.ExitStack() as stack:
+        if "prefetch" in options:
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr("onstep.data.prefetch.PATIENCE", 0.05)
+            stack.enter_context(pytest.warns(UserWarning, match=r"waited more than 0.05 s .* \(generator\)"))
+        interrupted(engine, number, data=stream(), steps=7)
+    live.put(1)  # lets the thread end
+    assert transcript.steps("save")[-1] == 3
+    assert transcript.lines[-1] == "run_end 3/0"
+
+
+class Changing(FakeLoaderIterator):
+    """Changes its state first, and then is interrupted at its sixth batch, unless it has been before."""
+
+    def __next__(self):
+        self.next += 1
+        if self.next == 6 and not self.loader.sought:
+            signal.raise_signal(signal.SIGINT)
+        if self.next > len(self.loader.batches):
+            raise StopIteration
+        return self.loader.batches[self.next - 1]
+
+
+class ChangingLoader(FakeLoader):
+    def __iter__(self):
+        return Changing(self)
+
+
+class SizedChangingLoader(ChangingLoader):
+    def __len__(self):
+        return len(self.batches)
+
+
+@pytest.mark.parametrize("kind", [ChangingLoader, SizedChangingLoader], ids=["without len", "with len"])
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+@pytest.mark.parametrize("when", [1, 4])
+def test_loader_that_changes_its_state_before_it_waits_resumes_exactly(when, steps_per_call, kind, capsys):
+    signal.signal(signal.SIGINT, lambda *args: None)
+    engine = Engine(counting_step, [GracefulExit()], steps_per_call=steps_per_call)
+    engine.on("step_end", when=when)(lambda loop: None)
+    part = engine.run(jnp.int32(0), kind(range(1, 10)), epochs=1)
+    assert (part.step, part.stopped, int(part.state)) == (5, "SIGINT", 15)
+    again = kind(range(1, 10))
+    again.sought.append(None)
+    whole = engine.run(part, again, epochs=1)
+    assert (whole.step, int(whole.state), len(again.sought)) == (9, 45, 2)
+    err = capsys.readouterr().err
+    assert "ended with a final stop" not in err
+
+
 @pytest.mark.parametrize(("steps_per_call", "drawn"), [(1, 3), (8, 4)])
-def test_a_signal_while_a_batch_is_drawn_lets_its_step_run(steps_per_call, drawn):
-    transcript = saves_and_ends()
+@pytest.mark.parametrize("one_shot", [False, True], ids=["callable", "iterator"])
+def test_data_that_was_interrupted_is_read_from_a_new_iterator(one_shot, steps_per_call, drawn):
+    signal.signal(signal.SIGINT, lambda *args: None)
 
     def data(number):
-        yield from [1, 1]
-        signal.raise_signal(signal.SIGINT)
-        yield from [1, 1]
+        yield from [1, 2]
+        if not transcript.lines:
+            signal.raise_signal(signal.SIGINT)
+        yield from [3, 4]
 
-    interrupted(Engine(counting_step, [transcript, GracefulExit()], steps_per_call=steps_per_call), data=data)
-    endings = [[f"save {n}/{n // 4}", f"run_end {n}/{n // 4}"] for n in range(2, drawn + 1)]
-    assert transcript.lines in endings  # the batches that were drawn are used
+    transcript = saves_and_ends()
+    engine = Engine(counting_step, [transcript, GracefulExit()], steps_per_call=steps_per_call)
+    source = data(0) if one_shot else data
+    part = engine.run(jnp.int32(0), source, epochs=1)
+    assert transcript.lines == ["save 2/0", "run_end 2/0"]
+    if one_shot:
+        with pytest.raises(ValueError, match="generator was interrupted while it waited for a batch. Pass a new one"):
+            engine.run(part, source, epochs=1)
+    assert int(engine.run(part, data(0) if one_shot else data, epochs=1).state) == 10
+
+
+def test_a_signal_while_the_first_batch_is_drawn_runs_no_step():
+    class Interrupting(SizedData):
+        def __iter__(self):
+            signal.raise_signal(signal.SIGINT)
+            return super().__iter__()
+
+    for length in (3, TypeError("no len")):
+        transcript = saves_and_ends()
+        engine = Engine(counting_step, [transcript, GracefulExit()])
+        interrupted(engine, data=Interrupting([1, 1, 1], length), epochs=1)
+        assert transcript.lines == ["run_end 0/0"]
+
+
+def test_a_signal_while_the_end_of_sized_data_is_checked_completes_the_epoch():
+    class Interrupting(SizedData):
+        def __iter__(self):
+            yield from super().__iter__()
+            signal.raise_signal(signal.SIGINT)
+            yield 1
+
+    transcript = saves_and_ends()
+    interrupted(Engine(counting_step, [transcript, GracefulExit()]), data=Interrupting([1, 1, 1], 3), epochs=2)
+    assert transcript.lines == ["save 3/1", "run_end 3/1"]
+
+
+def test_a_signal_during_lists_and_batches_lets_the_next_step_run():
+    class Interrupting(list):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__(), start=1):
+                if number == 3:
+                    signal.raise_signal(signal.SIGINT)
+                yield batch
+
+    transcript = saves_and_ends()
+    engine = Engine(counting_step, [transcript, GracefulExit()], steps_per_call=1)
+    interrupted(engine, data=Interrupting([1] * 5), epochs=1)
+    assert transcript.lines == ["save 3/0", "run_end 3/0"]
 
 
 def test_a_signal_during_fast_forward_runs_no_step_and_saves_nothing():
@@ -656,11 +784,10 @@ def test_a_second_signal_during_a_save_leaves_the_previous_checkpoint(number, tm
 
 @pytest.mark.slow
 @BOTH
-def test_a_process_that_waits_for_data_ends_at_the_second_signal(number, tmp_path):
-    began = time.monotonic()
-    code, _, _ = run(tmp_path, "no more data", number, number)
-    assert code == -number
-    assert time.monotonic() - began < 40
+def test_a_process_that_waits_for_data_saves_and_ends(number, tmp_path):
+    code, _, _ = run(tmp_path, "no more data", number)
+    assert (code, saved(tmp_path)) == ({signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}[number], [6])
+    assert resumes(tmp_path)
 
 
 @pytest.mark.slow

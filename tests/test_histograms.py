@@ -133,8 +133,10 @@ def test_resumed_run_writes_each_step_once(tmp_path):
 
 def test_histograms_do_not_change_the_run(tmp_path):
     grads = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
-    plain = Engine(descend).run({"params": np.ones(9)}, grads, epochs=1).state["params"]
-    drawn = Engine(descend, [Histograms(tmp_path, grads=True, when=1)]).run({"params": np.ones(9)}, grads, epochs=1)
+    plain = Engine(descend).run({"params": np.ones(9)}, list(grads), epochs=1).state["params"]
+    drawn = Engine(descend, [Histograms(tmp_path, grads=True, when=1)]).run(
+        {"params": np.ones(9)}, list(grads), epochs=1
+    )
     assert plain.tobytes() == drawn.state["params"].tobytes()
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from faults import FLIPS, KILLS, SEEDS
 from onstep import Callback, Engine, at
-from onstep.callbacks import EMA, Checkpoint
+from onstep.callbacks import CSV, EMA, Checkpoint, JSONLines
 from onstep.snapshot import Snapshot
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
 from onstep.testing import LogValues, RaiseIn, StopAt
@@ -629,6 +629,9 @@ def test_file_system_that_cannot_lock_is_named_with_the_way_around(number, saved
         with pytest.raises(OSError, match=message) as caught:
             use()
         assert caught.value.errno == number
+    with pytest.raises(OSError, match="cannot be locked"):
+        save(saved / "new" / "folder", jnp.int32(0))
+    assert not (saved / "new").exists()
     assert run(saved, 16, lock=False).step == 16
     save(saved, jnp.int32(0), 20, lock=False)
     assert steps_in(saved) == [4, 8, 12, 16, 20]
@@ -687,10 +690,13 @@ def test_lock_whose_file_cannot_be_removed_is_released(saved, monkeypatch):
 
 
 FORKS = """
-import importlib.util, os, signal, sys, time
-spec = importlib.util.spec_from_file_location("lock", sys.argv[1])
+import importlib.util, os, signal, sys, time, types
+for name in ("onstep", "onstep.storage", "onstep.checks"):  # alone, because importing all of onstep takes seconds
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["onstep.checks"].local_path = lambda who, path: path
+spec = importlib.util.spec_from_file_location("onstep.storage.lock", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)  # alone, because importing all of onstep takes seconds
+spec.loader.exec_module(module)
 lock = module.Lock(sys.argv[2])
 lock.acquire()
 """
@@ -989,6 +995,24 @@ def test_writer_reports_a_failed_save_once_and_can_save_again(tmp_path):
     assert writer.checkpoints.steps() == [2]
 
 
+def test_save_for_which_no_thread_is_left_does_not_block_the_next_one(tmp_path, monkeypatch):
+    start = threading.Thread.start
+
+    def fail(thread):
+        if thread.name == "onstep-commit":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    writer = CheckpointWriter(tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            writer.save(1, {"state": jnp.ones(2)})
+    writer.close()
+    save(tmp_path / "b", jnp.ones(2))
+    assert steps_in(tmp_path / "b") == [0]
+
+
 def test_orbax_is_not_asked_to_save_where_a_folder_cannot_be_created(saved, monkeypatch):
     asked, makedirs = [], os.makedirs
 
@@ -1016,6 +1040,19 @@ def test_what_seals_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, mo
     monkeypatch.setattr(os, "rename", record_rename)
     run(tmp_path, 4)
     assert sealed == ["host.npz", "manifest.json"]
+
+
+def test_rewritten_records_are_on_disk_before_they_replace_the_old_ones(tmp_path, monkeypatch):
+    fsync, replace, synced, replaced = os.fsync, os.replace, set(), []
+
+    def record_replace(old, new):
+        replaced.append((os.path.basename(new), os.stat(old).st_ino in synced))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", record_replace)
+    run(tmp_path / "run", 4, extra=[JSONLines(tmp_path / "records.jsonl"), CSV(tmp_path / "records.csv")])
+    assert replaced[:2] == [("records.jsonl", True), ("records.csv", True)]
 
 
 def test_arrays_that_were_loaded_for_a_resume_are_not_copied_again(saved):

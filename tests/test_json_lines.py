@@ -78,12 +78,25 @@ def test_resumed_run_refuses_a_file_that_holds_something_else(tmp_path):
     assert path.read_text() == "my notes\n"
 
 
-def test_run_that_is_already_finished_changes_no_file(tmp_path):
+@pytest.mark.parametrize("log_every", [1, 5])
+@pytest.mark.parametrize("loss", [1.5, math.nan])
+def test_run_that_is_already_finished_adds_no_line(tmp_path, log_every, loss):
     path = tmp_path / "log.jsonl"
-    first = run(JSONLines(path), steps=2)
-    before = path.stat()
-    run(JSONLines(path), start=first, steps=2)
-    assert path.stat() == before
+    engine = Engine(counting_step, [JSONLines(path)], log_every=log_every)
+    first = engine.run(jnp.float32(0), [loss] * 3, epochs=1)
+    before = path.read_text()
+    engine.run(first, [loss] * 3, epochs=1)
+    assert path.read_text() == before
+
+
+def test_last_record_of_a_run_that_was_killed_before_it_comes_at_the_rerun(tmp_path):
+    path = tmp_path / "log.jsonl"
+    engine = Engine(counting_step, [JSONLines(path)], log_every=5)
+    first = engine.run(jnp.float32(0), [1.0] * 3, epochs=1)
+    before = lines(path)
+    path.write_text(path.read_text().partition("\n")[0] + "\n")
+    engine.run(first, [1.0] * 3, epochs=1)
+    assert [line | {"time": 0} for line in lines(path)] == [line | {"time": 0} for line in before]
 
 
 def test_run_that_fails_before_its_first_record_creates_nothing(tmp_path):

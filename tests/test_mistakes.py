@@ -68,6 +68,7 @@ def test_structure_that_differs_without_a_leaf_is_named():
         (lambda s: (s, {"loss": jnp.zeros(3)}), ValueError, r"scalar metrics, got shape \(3,\) for 'loss'"),
         (lambda s: (s, {"loss": {"a": s}}), TypeError, "scalar metrics, got dict for 'loss'"),
         (lambda s: (s, {"loss": "low"}), TypeError, "scalar metrics, got str for 'loss'"),
+        (lambda s: (s, {"loss": s * 1j}), ValueError, r"real metrics, got complex64 for 'loss'. Return its .real or"),
         (lambda s: (s, {}, s), TypeError, "a dict as its third result, aux"),
     ],
 )
@@ -122,11 +123,77 @@ def test_rng_that_is_not_a_random_key_is_refused(wrong):
     fails(takes_key, "rng needs a random key such as jax.random.key", TypeError, rng=wrong)
 
 
+class Tensor:
+    """Looks like a tensor of PyTorch or TensorFlow."""
+
+    shape, dtype = (2,), "torch.float32"
+
+    def numpy(self):
+        return np.zeros(self.shape)
+
+    __array__ = numpy
+
+
+class Series:
+    """Looks like a column of pandas."""
+
+    dtype = np.dtype("float64")
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros(2)
+
+
 @pytest.mark.parametrize(
-    ("leaf", "kind"), [("name", "str"), (len, "builtin_function_or_method"), (object(), "object"), ({1}, "set")]
+    ("leaf", "kind"),
+    [
+        ("name", "str"),
+        (len, "builtin_function_or_method"),
+        (object(), "object"),
+        ({1}, "set"),
+        (np.array(["a"]), "ndarray of dtype <U1"),
+        (np.array([None]), "ndarray of dtype object"),
+        (np.array([0], "datetime64[s]"), r"ndarray of dtype datetime64\[s\]"),
+        (Tensor(), "Tensor"),
+    ],
+    ids=["str", "function", "object", "set", "strings", "objects", "dates", "tensor"],
 )
 def test_state_leaf_that_is_not_an_array_is_named(leaf, kind):
     fails(step, f"arrays and numbers as leaves, got {kind} at 'a/1'", TypeError, state={"a": [1, leaf]})
+
+
+# The batches
+
+
+@pytest.mark.parametrize(
+    ("leaf", "match"),
+    [
+        ("cat", "got str at 'x/0'. Encode it as numbers, or leave it out"),
+        (object(), "got object at 'x/0'. Encode it as numbers"),
+        (np.array(["cat"]), "got ndarray of dtype <U3 at 'x/0'. Encode it as numbers"),
+        (np.array([None]), "got ndarray of dtype object at 'x/0'. Encode it as numbers"),
+        (np.timedelta64(1, "s"), r"got timedelta64 of dtype timedelta64\[s\] at 'x/0'. Encode it"),
+        (Tensor(), r"got Tensor at 'x/0'. Convert it: batch\[\"x\"\]\[0\]\.numpy\(\)\."),
+        (Series(), r"got Series at 'x/0'. Convert it: np\.asarray\(batch\[\"x\"\]\[0\]\)\."),
+    ],
+    ids=["str", "object", "strings", "objects", "duration", "tensor", "series"],
+)
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": 1}, {"jit": False}, {"prefetch": 1}], ids=str)
+def test_batch_leaf_that_is_not_an_array_is_named_before_the_first_step(options, leaf, match):
+    with pytest.raises(TypeError, match=f"A batch needs arrays and numbers as leaves, {match}"):
+        Engine(lambda s, b: (s, {}), **options).run(jnp.float32(0), [{"x": [leaf], "y": 1.0}] * 3, epochs=1)
+
+
+def test_batch_leaf_that_is_not_an_array_is_named_in_a_later_block():
+    data = [{"x": np.zeros(2)}] * 3 + [{"x": "cat"}] * 3
+    with (
+        pytest.raises(TypeError, match="A batch needs arrays and numbers as leaves, got str at 'x'"),
+    ):
+        Engine(lambda s, b: (s, {}), steps_per_call=2).run(jnp.float32(0), data, epochs=1)
+
+
+@pytest.mark.parametrize("leaf", [True, 1.0, 1j, np.bool_(True), np.float16(1), np.ones(2, jnp.bfloat16)])
+def test_numbers_and_arrays_are_leaves_of_a_batch(leaf):
+    assert Engine(lambda s, b: (s, {}), steps_per_call=2).run(jnp.float32(0), [leaf] * 3, epochs=1).step == 3
 
 
 # The run

@@ -58,7 +58,7 @@ LAYERS = """
     placement sharding
     processes
     config fields
-    checks exclusive redact state
+    checks exclusive interrupts redact state
     messages activity
     trees
 """

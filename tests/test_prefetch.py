@@ -9,7 +9,8 @@ import pytest
 from models import refilled
 from onstep import Batches, Engine
 from onstep.data.prefetch import Prefetch
-from onstep.testing import RaiseIn, SizedData, StopAt
+from onstep.snapshot import unpack
+from onstep.testing import FakeLoader, FakeLoaderIterator, RaiseIn, SizedData, StopAt
 from onstep.testing import counting_step as add
 
 
@@ -47,6 +48,107 @@ def test_batches_drawn_before_a_close_are_not_lost():
     batches.close()
     assert not threads()
     assert first + [int(batch) for batch in batches] == list(range(10))
+
+
+def test_batch_is_on_the_device_before_the_next_is_loaded():
+    class Transfer:
+        def __init__(self, number):
+            lines.append(f"put {number}")
+
+        def block_until_ready(self):
+            lines.append("ready")
+
+    lines = []
+    assert len(list(Prefetch(iter([1, 2]), 4, Transfer))) == 2
+    assert lines == ["put 1", "ready", "put 2", "ready"]
+
+
+class LiveState(FakeLoaderIterator):
+    """Its state is one dict, which changes with every batch."""
+
+    def __init__(self, loader):
+        self.state = {}
+        super().__init__(loader)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "next":
+            self.state["next"] = value
+
+    def get_state(self):
+        return self.state
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_saved_position_does_not_change_with_a_loader_that_returns_its_live_state(prefetch):
+    class Loader(FakeLoader):
+        def __iter__(self):
+            return LiveState(self)
+
+    positions = []
+    engine = Engine(add, prefetch=prefetch)
+    engine.on("save")(lambda loop: positions.append(unpack(loop.snapshot().host)["data"]["loader"]["next"]))
+    engine.run(jnp.int32(0), Loader([1, 2, 3, 4]), steps=4)
+    assert positions == [1, 2, 3, 4]
+
+
+def test_thread_that_is_stuck_in_the_source_is_left_behind_with_a_warning(monkeypatch):
+    monkeypatch.setattr("onstep.data.prefetch.PATIENCE", 0.05)
+    stuck, go = threading.Event(), threading.Event()
+
+    def source():
+        yield from [1, 2, 3]
+        stuck.set()
+        go.wait(30)
+        yield from [4, 5]
+
+    engine = Engine(add, prefetch=2)
+
+    @engine.on("step_end", when=3)
+    def fail(loop):
+        assert stuck.wait(30)
+        raise RuntimeError("enough")
+
+    warning = pytest.warns(UserWarning, match=r"waited more than 0.05 s for the next batch of the data \(generator\)")
+    with warning, pytest.raises(RuntimeError, match="enough"):
+        engine.run(jnp.int32(0), source(), epochs=1)
+    (thread,) = threads()
+    assert thread.daemon
+    go.set()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_thread_that_was_left_behind_is_used_again(monkeypatch):
+    monkeypatch.setattr("onstep.data.prefetch.PATIENCE", 0.05)
+    stuck, go = threading.Event(), threading.Event()
+
+    def source():
+        yield 1
+        stuck.set()
+        go.wait(30)
+        yield from [2, 3]
+
+    batches = Prefetch(source(), 2)
+    assert int(next(batches)) == 1
+    assert stuck.wait(30)
+    with pytest.warns(UserWarning, match="left behind"):
+        batches.close()
+    threading.Timer(0.05, go.set).start()
+    assert [int(batch) for batch in batches] == [2, 3]
+    assert not threads()
+
+
+def test_no_more_batches_are_loaded_than_the_limit_unless_they_are_asked_for():
+    drawn = []
+    batches = Prefetch((drawn.append(n) or n for n in range(9)), 3)
+    batches.limit(2)
+    assert [int(next(batches)) for _ in range(2)] == [0, 1]
+    batches.close()
+    assert drawn == [0, 1]
+    assert int(next(batches)) == 2
+    batches.close()
+    assert drawn == [0, 1, 2]
 
 
 def test_error_of_the_source_is_raised_when_its_batch_is_needed():
@@ -107,6 +209,7 @@ def test_user_iterator_loses_no_batch_between_two_runs():
     first = engine.run(jnp.int32(0), numbers, steps=4)
     second = engine.run(first, numbers, steps=10)
     assert (int(first.state), int(second.state)) == (10, 55)
+    assert not threads()
 
 
 def test_thread_ends_when_the_run_raises():

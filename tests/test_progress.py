@@ -469,7 +469,7 @@ def test_messages_before_the_first_step_do_not_mix_with_the_bar(clock, screen, m
     timed_engine(clock, 1, Progress(interval=1)).run(first, [1] * 4, epochs=3)
     assert user.rows() == [
         "onstep: resuming from step 6 (epoch 1 of 3)",
-        "onstep: skipping the first 2 batches of the data, which were already used",
+        "onstep: skipping the first 2 batches of the data, already used",
         "epoch 3/3 |████████| step 12/12  1.00 steps/s  in 0:06  train/loss 1.000",
         "",
     ]

@@ -1,6 +1,7 @@
 """Stops: which handlers still run, what is counted, and what can be resumed."""
 
 import itertools
+import signal
 
 import jax.numpy as jnp
 import pytest
@@ -316,3 +317,37 @@ def test_iterating_outside_the_with_block_is_refused(after):
             pass
     with pytest.raises(RuntimeError, match="needs a with"):
         next(iter(steps))
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_interrupt_during_a_call_leaves_the_state_that_the_call_returned(steps_per_call):
+    engine = Engine(add, steps_per_call=steps_per_call)
+    states = []
+    engine.on("exception")(lambda loop, error: states.append((loop.step, int(loop.state))))
+    call = engine._compiled.call
+
+    def interrupted_call(*args):
+        results = call(*args)
+        signal.raise_signal(signal.SIGINT)
+        return results
+
+    interrupted_call.trace = call.trace
+    engine._compiled.call = interrupted_call
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(jnp.int32(0), [1] * 8, epochs=1)
+    assert states == [(steps_per_call, steps_per_call)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_while_the_data_is_drawn_is_raised_at_once():
+    def numbers():
+        yield 1
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not interrupted")
+
+    seen = []
+    engine = Engine(add, steps_per_call=1)
+    engine.on("exception")(lambda loop, error: seen.append((loop.step, int(loop.state))))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(jnp.int32(0), numbers(), steps=3)
+    assert seen == [(1, 1)]

@@ -120,9 +120,22 @@ def test_run_that_fails_later_keeps_its_records(tmp_path):
 
 
 def test_run_that_is_already_finished_creates_no_file(tmp_path):
-    first = Engine(counting_step).run(jnp.float32(0), [1, 1], epochs=1)
-    Engine(counting_step, [TensorBoard(tmp_path / "run")]).run(first, [1, 1], epochs=1)
-    assert not any(tmp_path.iterdir())
+    engine = Engine(counting_step, [TensorBoard(tmp_path)])
+    first = engine.run(jnp.float32(0), [1, 1], epochs=1)
+    before = list(tmp_path.iterdir())
+    engine.run(first, [1, 1], epochs=1)
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_last_record_of_a_run_that_was_killed_before_it_comes_at_the_rerun(tmp_path):
+    engine = Engine(counting_step, [TensorBoard(tmp_path)])
+    first = engine.run(jnp.float32(0), [1, 1], epochs=1)
+    (file,) = tmp_path.iterdir()
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b"train/loss") - 20])  # the end of the file is incomplete
+    assert points(tmp_path) == {"epoch/loss": [(2, 1.0)]}
+    engine.run(first, [1, 1], epochs=1)
+    assert points(tmp_path) == {"epoch/loss": [(2, 1.0)], "train/loss": [(2, 1.0)]}
 
 
 def test_configuration_becomes_hyperparameters_and_its_secrets_are_in_no_file(tmp_path):

@@ -51,7 +51,8 @@ class Prefetch(Iterator[Batch]):
         self._changed = threading.Condition()  # guards what follows
         self._thread: threading.Thread | None = None
         self._running = self._closing = False
-        self._left = math.inf  # batches that the thread may still load
+        self._loading = 0  # batches that the thread is loading: 0 or 1
+        self._left = math.inf  # batches that it may load after that
         if hasattr(source, "get_state") and hasattr(source, "set_state"):
             self._state = self._source_state()
             self.get_state: Callable[[], Any] = lambda: self._state
@@ -60,7 +61,7 @@ class Prefetch(Iterator[Batch]):
     def limit(self, count: float) -> None:
         """Load no more in advance than what the next `count` calls of `next` return."""
         with self._changed:
-            self._left = count - len(self._drawn)
+            self._left = count - len(self._drawn) - self._loading
             self._changed.notify_all()
 
     def __next__(self) -> Batch:
@@ -78,7 +79,7 @@ class Prefetch(Iterator[Batch]):
 
     def _request(self) -> None:
         """Have the thread load at least one batch."""
-        self._closing, self._left = False, max(self._left, 1)
+        self._closing, self._left = False, max(self._left, 1 - self._loading)
         if self._running:  # also after a `close` that did not wait for its end
             self._changed.notify_all()
         else:
@@ -108,7 +109,7 @@ class Prefetch(Iterator[Batch]):
                 if self._closing:
                     self._running = False
                     return
-                self._left -= 1
+                self._left, self._loading = self._left - 1, 1
             batch = state = None
             try:
                 batch = next(self._source)
@@ -123,7 +124,7 @@ class Prefetch(Iterator[Batch]):
                     error = not_the_end(raised)
             with self._changed:
                 self._drawn.append((batch, state, error))
-                self._running = error is None
+                self._running, self._loading = error is None, 0
                 self._changed.notify_all()
 
     def _source_state(self) -> Any:

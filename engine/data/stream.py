@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
+
+import jax
 
 from ..checks import check_batch
 from ..messages import log_user
@@ -74,7 +78,6 @@ class BatchStream:
         self._ahead: list[Batch] = []  # at most one batch, drawn but not returned yet
         self._replaced = False  # whether a callback replaced that batch
         self._failure: Exception | None = None  # an error in drawing it, raised when the batch is due
-        self._checked = False  # whether the first batch was checked
         self._ended = False  # whether the pass has ended: its iterator is not asked again
         # A state of the loader, and how many batches of the pass come before it. As a rule that of the next batch.
         self._before: tuple[Any, int] = None, 0
@@ -191,14 +194,16 @@ class BatchStream:
             self._iterator.set_state(self._before[0])  # so that the block begins with the batch drawn ahead
             self._ahead.clear()
             return self._iterator.block(most, block_size)
-        first, self._replaced = self._ahead.pop(), False
+        first = self._ahead.pop()
         try:
             stack = BatchStacker(first, block_size)
-            while stack.count < most and self._draw(stack.count) and self._ahead and stack.add(self._ahead[0]):
-                self._ahead.clear()
-        except WaitInterrupted:  # the run ends after the steps of these batches
-            pass
-        return stack.batches(), stack.count
+            with suppress(WaitInterrupted):  # the run ends after the steps of the batches drawn before
+                while stack.count < most and self._draw(stack.count) and self._ahead and stack.add(self._ahead[0]):
+                    self._ahead.clear()
+            return stack.batches(), stack.count
+        except TypeError:
+            check_batch(first)  # which says it in the user's words, if that is why
+            raise
 
     def _check_end(self, missing: int) -> None:
         if missing and self.length is not None and self.epoch_steps is None:
@@ -251,9 +256,10 @@ class BatchStream:
         return self._ahead[0]
 
     def replace(self, batch: Batch) -> None:
-        """Replace the next batch."""
-        self.peek()  # so that it is drawn, and the position in the data includes it
-        self._ahead[0], self._replaced = batch, True
+        """Replace the next batch. The same arrays in other containers are not a replacement."""
+        old, new = jax.tree.leaves(self.peek()), jax.tree.leaves(batch)
+        self._replaced = len(old) != len(new) or not all(map(operator.is_, old, new))
+        self._ahead[0] = batch
 
     def interrupt(self) -> None:
         """End the wait for a batch, if the thread that calls this waits for one in the code of the data.
@@ -342,10 +348,8 @@ class BatchStream:
             if batch is _END:
                 self._ended = True
                 return False
-            if not self._checked:
-                check_batch(batch)
-                self._checked = True
             self._ahead.append(batch)
+            self._replaced = False
         except Exception as error:  # raised once the batches before it are used
             self._failure = self._add_note(not_the_end(error), unused)
         finally:

@@ -9,6 +9,8 @@ import os
 from ..checks import local_path
 
 LOCK = ".lock"
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN)
+"""The errors that mean that somebody else holds the lock."""
 
 _held: dict[int, Lock] = {}
 """The locks that this process holds, by the descriptor of the lock file."""
@@ -65,6 +67,8 @@ class Lock:
                     self._file, _held[file] = file, self
             except OSError as error:
                 if error.errno != errno.EINTR:
+                    if self._created and error.errno not in HELD:
+                        self._remove()
                     raise self._explain(error) from None
             finally:
                 if file not in _held:
@@ -73,20 +77,25 @@ class Lock:
     def release(self) -> None:
         """Release the lock if it is held."""
         if self._file is not None and self._is_held():
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.directory, LOCK))
-                for folder in self._created:
-                    os.rmdir(folder)
+            self._remove()
             del _held[self._file]
             os.close(self._file)
-            self._file, self._created = None, []
+            self._file = None
 
     def _is_held(self) -> bool:
         return self._file is not None and _held.get(self._file) is self
 
+    def _remove(self) -> None:
+        """Remove the lock file, and the folders that were created for it and are empty."""
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self.directory, LOCK))
+            for folder in self._created:
+                os.rmdir(folder)
+        self._created = []
+
     def _explain(self, error: OSError) -> Exception:
         """Return an error that says why the lock could not be taken, and what to do."""
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+        if error.errno not in HELD:
             return OSError(
                 error.errno,
                 f"{self.directory} cannot be locked ({os.strerror(error.errno or 0)}): its file system may not support "

@@ -118,16 +118,21 @@ class CheckpointWriter:
             if not processes.writes():  # before Orbax's save, because all processes wait for its end
                 write_file(self._path(SAVING, f"{step}.{host_name(jax.process_index())}"), host)
             self._checkpointer.save(self._path(SAVING, step), args=ocp.args.Composite(**args))
-            rest = (step, host, dict(metrics or {}), dict(config or {}))
-            commit = threading.Thread(target=self._finish, args=rest, name="onstep-commit")
-            commit.start()
-            self._commit = commit
         except BaseException as error:
             ORBAX.release()
             if isinstance(error, FileExistsError) or not isinstance(error, Exception):
                 raise
             self._failure = error
             self.wait()
+            return
+        rest = (step, host, dict(metrics or {}), dict(config or {}))
+        self._commit = threading.Thread(target=self._finish, args=rest, name="onstep-commit")
+        try:
+            self._commit.start()
+        except RuntimeError:  # the system has no thread left
+            self._commit = None
+            ORBAX.release()
+            raise
 
     def wait(self) -> None:
         """Wait until the last save is committed.
