@@ -35,8 +35,8 @@ class GracefulExit(Callback):
     then ends as the signal would have ended it: with KeyboardInterrupt, exit status 143, or whatever the previous
     handler does. If the run is waiting for a batch, the wait ends, and the batch is drawn again when the run resumes.
     A second signal, half a second later or more, goes to the previous handler immediately. The handlers are installed
-    from `on_load` to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback first, so
-    that it ends last.
+    from `on_load` to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback
+    first, so that it ends last.
 
     With several processes, a signal to any of them stops all of them after the same step, the next one that none has
     begun. JAX handles SIGTERM then, and all processes end with exit status 143.

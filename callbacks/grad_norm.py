@@ -103,9 +103,10 @@ def _norm(floats: list[jax.Array]) -> jax.Array:
 def _entries(tree: Any) -> dict[str, list[jax.Array]]:
     """Return the floats below each top-level entry, or below each entry of `params` if that is the only one."""
     entries: dict[str, list[jax.Array]] = {}
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [(path, widen(leaf)) for path, leaf in leaves if leaves_of_type(leaf, jnp.inexact)]
+    paths = jax.tree_util.tree_leaves_with_path(tree)
     depth = 1 if len({path[:1] for path, _ in paths}) == 1 and any(len(path) > 1 for path, _ in paths) else 0
-    for path, leaf in paths if paths[0][0] else []:
-        entries.setdefault(jax.tree_util.keystr(path[depth : depth + 1], simple=True), []).append(leaf)
+    for path, leaf in paths:
+        if path and leaves_of_type(leaf, jnp.inexact):
+            name = jax.tree_util.keystr(path[depth : depth + 1], simple=True)
+            entries.setdefault(name, []).append(widen(leaf))
     return entries

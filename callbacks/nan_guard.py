@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Context, Loop, Result
-from onstep.tools import check_int, did_you_mean, leaves_of_type, to_host
+from onstep.tools import check_int, did_you_mean, get_carry, leaves_of_type, to_host
 
 KINDS = ("finite", "inf", "NaN")
 FINE = np.iinfo(np.int32).max
@@ -153,7 +153,7 @@ class NaNGuard(Callback):
         return int(self._read(source).skipped)
 
     def _read(self, source: Loop | Result) -> GuardCarry:
-        return GuardCarry.unpack(to_host(source.carry(self)))
+        return GuardCarry.unpack(to_host(get_carry(source, self)))
 
     def _first(self, ctx: Context, exempt: jax.Array) -> jax.Array:
         """Return the code of the first leaf that is not finite, its number times 4 plus its kind; else `FINE`."""

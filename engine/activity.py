@@ -20,7 +20,7 @@ WORDS = (
 """Modules and functions of onstep, and what a thread inside them is doing. The innermost one counts."""
 
 _PACKAGE = __name__.rpartition(".")[0]
-_LIBRARIES = (sysconfig.get_path("stdlib"), os.path.dirname(os.path.dirname(jax.__file__)), os.path.dirname(__file__))
+_LIBRARIES = (sysconfig.get_path("stdlib"), os.path.dirname(jax.__file__))
 
 
 def main_activity() -> tuple[str, str]:
@@ -29,8 +29,8 @@ def main_activity() -> tuple[str, str]:
     Nothing has to be recorded while a run trains, because this looks at the stack of the thread.
 
     Returns:
-        For example `("reading the data", "train.py:31 in batches")`. The second is `""` if the thread is in no file of
-        the user's.
+        For example `("reading the data", "train.py:31 in batches")`. The second is `""` if no code of the user's is
+        running.
 
     >>> main_activity()[0]
     'running steps'
@@ -43,7 +43,7 @@ def main_activity() -> tuple[str, str]:
         if handler := _handler(frame):
             return (f"{activity} in {handler}" if activity else f"in {handler}"), line
         frame = frame.f_back
-    return activity or "running steps", line
+    return activity or "running steps", line if activity == "reading the data" else ""
 
 
 def _word(frame: FrameType) -> str:
@@ -61,7 +61,7 @@ def _handler(frame: FrameType) -> str:
 
 
 def _user_line(frame: FrameType) -> str:
-    path = frame.f_code.co_filename
-    if path.startswith(_LIBRARIES) or "site-packages" in path or path.startswith("<"):
+    path, package = frame.f_code.co_filename, frame.f_globals.get("__name__", "").partition(".")[0]
+    if package == _PACKAGE or path.startswith((*_LIBRARIES, "<")) or "site-packages" in path:
         return ""
     return f"{os.path.basename(path)}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -30,6 +30,27 @@ Carry = Any
 """What the compiled half of a callback keeps on the device: any pytree of arrays."""
 
 
+class _CadenceAttribute:
+    """An attribute that is checked where it is assigned, so that the error is in the line that makes the callback."""
+
+    def __init__(self, name: str, default: Cadence | int):
+        self._name, self._default = name, default
+
+    def __get__(self, callback: Callback | None, kind: type) -> Cadence | int:
+        return self._default if callback is None else vars(callback).get(self._name, self._default)
+
+    def __set__(self, callback: Callback, value: Cadence | int) -> None:
+        who = f"{type(callback).__name__}.{self._name}"
+        if as_cadence(value, who).seconds and self._name == "update_when":
+            raise ValueError(f"{who} needs steps or epochs, got {value}: it is compiled in.")
+        vars(callback)[self._name] = value
+
+
+def _cadence_attribute(name: str, default: Cadence | int) -> Any:
+    """Return the attribute; `Any`, because a class that is read or assigned sees a cadence."""
+    return _CadenceAttribute(name, default)
+
+
 class Callback:
     """Something to do around or inside the steps of a run. Override the methods you need.
 
@@ -56,8 +77,8 @@ class Callback:
     """
 
     name: str | None = None
-    when: Cadence | int = ALWAYS
-    update_when: Cadence | int = ALWAYS
+    when: Cadence | int = _cadence_attribute("when", ALWAYS)
+    update_when: Cadence | int = _cadence_attribute("update_when", ALWAYS)
     _initial: bytes | None = None  # the host half when an engine first saw it
 
     def on_load(self, loop: Loop) -> None:
@@ -164,6 +185,9 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in ("when", "update_when"):
+            if isinstance(default := vars(cls).get(name), (Cadence, int)):
+                setattr(cls, name, _cadence_attribute(name, default))
         for name, found in vars(cls).items():
             if name.startswith("on_") and name not in EVENTS:
                 raise TypeError(f"{cls.__name__}.{name} is not an event.{did_you_mean(name, EVENTS)}")
@@ -238,7 +262,7 @@ class FunctionCallback(Callback):
         self.function: Any = function
         self.plain_name: str = getattr(function, "__name__", "function")
         check_signature(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
-        self.when: Cadence | int = when
+        self.when: Cadence | int = as_cadence(when, f"{self.plain_name}.when")
         setattr(self, method, function)
         check_when(self, self.plain_name)
 

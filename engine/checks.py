@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import numbers
@@ -18,6 +19,8 @@ from .messages import warn_user
 from .trees import named_leaves
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash, because pathlib leaves only one
+DONATED = "An earlier call, such as a run with donate=True, has donated it. Create it again, or do not donate it."
+"""What to do about a deleted array."""
 
 
 def check_int(who: str, name: str, value: Any, least: int) -> int:
@@ -198,27 +201,30 @@ def check_rng(rng: Any, needed: bool) -> None:
     kind = getattr(rng, "dtype", None)
     if rng is not None and not (kind == jnp.uint32 or (kind and jnp.issubdtype(kind, jax.dtypes.prng_key))):
         raise TypeError(f"rng needs a random key such as jax.random.key(0), got {rng!r:.80}.")
+    if isinstance(rng, jax.Array) and rng.is_deleted():
+        raise ValueError(f"rng is a deleted array. {DONATED}")
 
 
 def check_state(tree: Any, what: str) -> None:
-    """Raise a TypeError unless all leaves of a state are arrays that JAX can use, and numbers.
+    """Check that all leaves of a state are arrays that JAX can use, and numbers.
 
     Args:
         tree: a state or carries.
         what: its name, for the error.
+
+    Raises:
+        TypeError: a leaf is something else; the message has its place, and how to keep it out of the tree.
+        ValueError: an array was donated and can no longer be read.
 
     >>> check_state({"x": 1.0, "label": "cat"}, "The state")
     Traceback (most recent call last):
     ...
     TypeError: The state needs arrays and numbers as leaves, got str at 'label'. Keep it out of the tree: ...
     """
-
-    def remedy(path: str, leaf: Any) -> str:
-        if callable(leaf):
-            return "Keep it out of the tree: for an Equinox model, params, static = eqx.partition(model, eqx.is_array)."
-        return "Keep it out of the tree: a closure, or a field with flax.struct.field(pytree_node=False)."
-
-    _check_leaves(tree, what, remedy)
+    _check_leaves(tree, what, lambda path, leaf: _how_to_keep_out(tree, path))
+    deleted = [isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree)]
+    if any(deleted):
+        raise ValueError(f"{what} holds a deleted array at {[*named_leaves(tree)][deleted.index(True)]!r}. {DONATED}")
 
 
 def check_batch(batch: Any) -> None:
@@ -230,8 +236,8 @@ def check_batch(batch: Any) -> None:
     TypeError: A batch needs arrays and numbers as leaves, got str at 'label'. Encode it as numbers, or leave it out.
     """
 
-    def remedy(path: str, leaf: Any) -> str:
-        where = "batch" + path.replace("'", '"')
+    def remedy(path: tuple[Any, ...], leaf: Any) -> str:
+        where = "batch" + jax.tree_util.keystr(path).replace("'", '"')
         if hasattr(leaf, "numpy"):  # a tensor of PyTorch or TensorFlow
             return f"Convert it: {where}.numpy()."
         if hasattr(leaf, "__array__") and not isinstance(leaf, (np.ndarray, np.generic)):
@@ -241,12 +247,12 @@ def check_batch(batch: Any) -> None:
     _check_leaves(batch, "A batch", remedy)
 
 
-def _check_leaves(tree: Any, what: str, remedy: Callable[[str, Any], str]) -> None:
+def _check_leaves(tree: Any, what: str, remedy: Callable[[tuple[Any, ...], Any], str]) -> None:
     if all(map(_usable, jax.tree.leaves(tree))):
         return
     for (path, leaf), name in zip(jax.tree_util.tree_leaves_with_path(tree), named_leaves(tree), strict=True):
         if not _usable(leaf):
-            advice = remedy(jax.tree_util.keystr(path), leaf)
+            advice = remedy(path, leaf)
             raise TypeError(f"{what} needs arrays and numbers as leaves, got {_kind(leaf)} at {name!r}. {advice}")
 
 
@@ -277,3 +283,26 @@ def check_reachable(*, step: int, epoch: int, steps: int | None, epochs: int | N
         if target is not None and at > target:
             plural = "" if target == 1 else "s"
             raise ValueError(f"The saved run is at {unit} {at}, beyond the target of {target} {unit}{plural}.")
+
+
+def _how_to_keep_out(tree: Any, path: tuple[Any, ...]) -> str:
+    """Return the line of code that keeps a leaf out of a state."""
+    key, parent = path[-1] if path else None, _parent(tree, path)
+    if isinstance(key, jax.tree_util.DictKey):
+        name = key.key if str(key.key).isidentifier() else "value"
+        return f"Keep it out of the tree: {name} = state{jax.tree_util.keystr(path[:-1])}.pop({key.key!r})."
+    if any(base.__module__.startswith("equinox.") for base in type(parent).__mro__):
+        return "Keep it out of the tree: params, static = eqx.partition(model, eqx.is_array)."
+    if isinstance(key, jax.tree_util.GetAttrKey) and dataclasses.is_dataclass(parent):
+        flax = hasattr(parent, "_flax_dataclass")
+        field = "flax.struct.field(pytree_node=False)" if flax else "dataclasses.field(metadata={'static': True})"
+        return f"Keep it out of the tree: declare {key.name} with {field}."
+    return "Keep it out of the tree: a static field, a closure."
+
+
+def _parent(tree: Any, path: tuple[Any, ...]) -> Any:
+    """Return the node that holds the leaf at a path."""
+    for key in path[:-1]:
+        nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node, root=tree: node is not root)[0]
+        tree = next(node for start, node in nodes if start == (key,))
+    return tree

@@ -32,7 +32,7 @@ def evaluate(
     *,
     rng: jax.Array | None = None,
     steps: int | None = None,
-    mesh: Mesh | NamedSharding | None = None,
+    mesh: Mesh | NamedSharding | Any = None,
     weight: str | None = None,
     watch: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, float]:

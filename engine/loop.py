@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .cadence import Cadence, Trigger
 from .callback import Callback, Carry, find_carry, overridden, reset
@@ -35,11 +36,7 @@ from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, copy_containers, difference, signature
-
-if TYPE_CHECKING:
-    from jax.sharding import NamedSharding
-
+from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
 
 MOST_PENDING = 4096
 """Calls whose metrics may wait on the device to be read, so that their memory is bounded in a long window."""
@@ -74,7 +71,7 @@ class Loop:
         callbacks: the callbacks of the run by name, in order.
         checkpoints: where checkpoints of this run are saved; a callback that saves them adds its
             `onstep.storage.Checkpoints` in `on_load`.
-        mesh: the sharding of batches, or None on one device.
+        mesh: the sharding of batches, or a tree prefix of them with shardings, or None on one device.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -105,7 +102,9 @@ class Loop:
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, needed=compiled.takes_rng)
         earlier = state if isinstance(state, Result) else None
-        state = placement.place(earlier.state if earlier else state, "The state", copy=not (donate or earlier))
+        given = earlier.state if earlier else state
+        state = placement.place(given, "The state", copy=not (donate or earlier))
+        compiled.function.weak = weak_leaves(given)
 
         self.step: int = 0
         self.epoch: int = 0
@@ -118,11 +117,12 @@ class Loop:
         self.error: BaseException | None = None
         self.steps: int | None = steps
         self.epochs: int | None = epochs
-        self.rng: Any = placement.key(rng)
+        # A copy if the state is donated, because a leaf of it may share the key's memory.
+        self.rng: Any = placement.key(jnp.copy(rng) if donate and rng is not None else rng)
         self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
-        self.mesh: NamedSharding | None = placement.batches
+        self.mesh: Any = placement.batches
 
         self._compiled, self._placement, self._log_every = compiled, placement, options.log_every
         self._bundle = compiled.bundle(state, compiled.init(state), 0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -30,9 +32,10 @@ class SingleDevice:
         blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
     """
 
-    batches: NamedSharding | None = None
+    batches: Any = None
     processes: int = 1
     blocks_by_default: bool = True
+    _devices: int = 1  # on which the state is
 
     def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
         """Return the tree as arrays that are not shared with the caller, committed to their device.
@@ -49,6 +52,8 @@ class SingleDevice:
             TypeError: a leaf is neither an array nor a number; the message names it.
         """
         device = device_of(tree)
+        arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+        self._devices = max((len(array.sharding.device_set) for array in arrays), default=1)
 
         def commit(array: jax.Array, _: Any) -> jax.Array:
             return array if array.committed or device is None else jax.device_put(array, device)
@@ -76,6 +81,12 @@ class SingleDevice:
 
     def place_batch(self, batch: Batch, *, ragged: bool = False) -> Batch:
         """Return a batch for a compiled call, unchanged: JAX transfers it faster itself."""
+        if self._devices > 1 and all(_on_host(leaf) for leaf in jax.tree.leaves(batch)):
+            warnings.warn(
+                f"The state is on {self._devices} devices, but the engine has no mesh, so every device computes the "
+                "whole batch. Divide the batches with Engine(..., mesh=mesh).",
+                stacklevel=2,
+            )
         return batch
 
     def prefetcher(self, bundle: Any) -> Callable[[Batch], Batch]:
@@ -114,26 +125,27 @@ class DataSharding:
 
     Args:
         mesh: a mesh, whose batches are divided over its only axis or its axes "data" and "fsdp"; or the sharding
-            of the batches.
+            of the batches; or a tree prefix of a batch with a sharding for each part.
 
     Attributes:
-        batches: the sharding of batches.
+        batches: the sharding of batches, or a tree prefix of a batch with shardings.
         mesh: the mesh.
         replicated: the sharding of arrays that every device holds whole.
         processes: how many processes have devices in the mesh.
         axes: the axes of the mesh over which batches are divided.
         shards: the number of parts of a batch.
         own_shards: the indices of the parts that the devices of this process hold.
+        context: returns a context in which to call what is compiled; of meshes with Explicit axes, their own.
         blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
 
     Raises:
-        TypeError: `mesh` is neither a mesh nor a sharding.
-        ValueError: the mesh has Explicit axes, or no axis over which batches are divided.
+        TypeError: `mesh` is neither a mesh nor a sharding nor a tree of shardings.
+        ValueError: the mesh has no axis over which batches are divided, or shardings have different meshes.
     """
 
     blocks_by_default: bool = False  # not measured on many devices
 
-    def __init__(self, mesh: Mesh | NamedSharding):
+    def __init__(self, mesh: Any):
         if isinstance(mesh, Mesh):
             axes = [axis for axis in mesh.axis_names if axis in DATA_AXES or len(mesh.axis_names) == 1]
             if not axes:
@@ -142,23 +154,23 @@ class DataSharding:
                     "Or pass the sharding of the batches: mesh=NamedSharding(mesh, PartitionSpec('your axis'))."
                 )
             mesh = NamedSharding(mesh, PartitionSpec(tuple(axes)))
-        elif not isinstance(mesh, NamedSharding):
-            raise TypeError(f"mesh needs a jax.sharding.Mesh or a NamedSharding, got {type(mesh).__name__}.")
-        if any(kind != AxisType.Auto for kind in getattr(mesh.mesh, "axis_types", None) or ()):
-            raise ValueError(
-                f"mesh needs axes of type Auto, got {mesh.mesh.axis_types}: jax.make_mesh makes Explicit ones. "
-                "Use onstep.sharding.make_mesh, or axis_types=(AxisType.Auto,) * number of axes."
-            )
-        self.batches: NamedSharding = mesh
-        self.mesh: Any = mesh.mesh
+        shardings = jax.tree.leaves(mesh)
+        for sharding in shardings or [None]:
+            if not isinstance(sharding, NamedSharding):
+                raise TypeError(
+                    f"mesh needs a jax.sharding.Mesh, a NamedSharding or a tree of them, got {type(sharding).__name__}."
+                )
+            if sharding.mesh != shardings[0].mesh:
+                raise ValueError(f"mesh needs shardings over one mesh, got {sharding.mesh} and {shardings[0].mesh}.")
+        self.batches: Any = mesh
+        self.mesh: Any = shardings[0].mesh
         self.replicated: NamedSharding = NamedSharding(self.mesh, PartitionSpec())
         self.processes: int = len({device.process_index for device in self.mesh.devices.flat})
-        first = mesh.spec[0] if mesh.spec else None
-        self.axes: tuple[str, ...] = (first,) if isinstance(first, str) else tuple(first or ())
-        self.shards: int = math.prod(self.mesh.shape[axis] for axis in self.axes)
-        along = NamedSharding(self.mesh, PartitionSpec(self.axes or None))
-        parts = along.addressable_devices_indices_map((self.shards,))
-        self.own_shards: list[int] = sorted({index[0].start or 0 for index in parts.values() if index})
+        self._splits: dict[tuple[str, ...], tuple[int, list[int]]] = {}
+        self.axes: tuple[str, ...] = next((axes for sharding in shardings if (axes := _axes(sharding.spec))), ())
+        self.shards, self.own_shards = self._split(self.axes)
+        explicit = any(kind == AxisType.Explicit for kind in getattr(self.mesh, "axis_types", None) or ())
+        self.context: Callable[[], Any] = functools.partial(jax.set_mesh, self.mesh) if explicit else nullcontext
         self._same: SameShapes | None = None
 
     def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
@@ -223,17 +235,14 @@ class DataSharding:
         """
         flat, structure = jax.tree.flatten(batch)
         moved = [n for n, leaf in enumerate(flat) if _on_host(leaf)]
-        if stacked:  # stacking may have changed how arrays on the devices are divided
-            flat = [
-                self._put_stacked(x) if isinstance(x, jax.Array) and n not in moved else x for n, x in enumerate(flat)
-            ]
         if not moved:
-            return jax.tree.unflatten(structure, flat)
-        where = [self.sharding(flat[n].ndim, stacked) for n in moved]
+            return batch
+        specs = self.specs(batch)
+        where = [self.sharding(specs[n], flat[n].ndim, stacked) for n in moved]
         for i, n in enumerate(moved):
-            if rows := self.uneven(flat[n].shape, stacked):
+            if rows := self.uneven(specs[n], flat[n].shape, stacked):
                 if not ragged or self.processes > 1:
-                    raise self._indivisible(len(self.own_shards), repr(list(named_leaves(batch))[n]), rows)
+                    raise self._indivisible(specs[n], repr(list(named_leaves(batch))[n]), rows)
                 where[i] = self.replicated
         if self._same is not None:
             self._same.check(
@@ -262,7 +271,13 @@ class DataSharding:
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled evaluation step, whose metrics are replicated."""
-        return jax.jit(step, out_shardings=self.replicated)
+        compiled = jax.jit(step, out_shardings=self.replicated)
+
+        def run(*args: Any) -> Any:
+            with self.context():
+                return compiled(*args)
+
+        return run
 
     def rows(self, start: int, stop: int) -> Any:
         """Return which rows this process reads of a whole batch, the rows from `start` to `stop`.
@@ -273,7 +288,7 @@ class DataSharding:
         if self.processes == 1:
             return slice(start, stop)
         if not self.divides(stop - start):
-            raise self._indivisible(self.shards, "a batch", stop - start)
+            raise self._indivisible(PartitionSpec(self.axes), "a batch", stop - start, self.shards)
         return np.arange(start, stop).reshape(self.shards, -1)[self.own_shards].ravel()
 
     def divides(self, rows: int) -> bool:
@@ -284,30 +299,55 @@ class DataSharding:
         """Replicate arrays that every process holds."""
         return jax.tree.map(lambda leaf: replicate(jnp.asarray(leaf), self.replicated), tree)
 
-    def uneven(self, shape: tuple[int, ...], stacked: bool) -> int:
+    def specs(self, batch: Batch) -> list[PartitionSpec]:
+        """Return how each leaf of a batch is divided.
+
+        Raises:
+            ValueError: the shardings are not a tree prefix of the batch.
+        """
+        if isinstance(self.batches, NamedSharding):
+            return [self.batches.spec] * len(jax.tree.leaves(batch))
+        try:
+            tree = jax.tree.map(lambda there, part: jax.tree.map(lambda _: there, part), self.batches, batch)
+        except ValueError as error:
+            raise ValueError(
+                f"mesh needs shardings for a batch with the leaves {list(named_leaves(batch))}, got them for "
+                f"{list(named_leaves(self.batches))}: one for each, or one for all below a path."
+            ) from error
+        return [there.spec for there in jax.tree.leaves(tree)]
+
+    def uneven(self, spec: PartitionSpec, shape: tuple[int, ...], stacked: bool) -> int:
         """Return the number of rows of a leaf if it does not divide evenly over this process's devices, else 0."""
         rows = shape[int(stacked)] if len(shape) > int(stacked) else 0
-        return rows if rows % len(self.own_shards) else 0
+        return rows if rows % len(self._split(_axes(spec))[1]) else 0
 
-    def sharding(self, ndim: int, stacked: bool) -> NamedSharding:
+    def sharding(self, spec: PartitionSpec, ndim: int, stacked: bool) -> NamedSharding:
         """Return the sharding of a leaf of a batch, or of several batches that are stacked."""
-        spec = (None,) * stacked + tuple(self.batches.spec)
-        return NamedSharding(self.mesh, PartitionSpec(*spec[:ndim]))
+        return NamedSharding(self.mesh, PartitionSpec(*((None,) * stacked + tuple(spec))[:ndim]))
 
-    def _indivisible(self, parts: int, name: str, rows: int) -> ValueError:
+    def _split(self, axes: tuple[str, ...]) -> tuple[int, list[int]]:
+        """Return the number of parts along axes of the mesh, and the indices of those of this process."""
+        if axes not in self._splits:
+            count = math.prod(self.mesh.shape[axis] for axis in axes)
+            along = NamedSharding(self.mesh, PartitionSpec(axes or None))
+            indices = along.addressable_devices_indices_map((count,)).values()
+            self._splits[axes] = count, sorted({index[0].start or 0 for index in indices if index})
+        return self._splits[axes]
+
+    def _indivisible(self, spec: PartitionSpec, name: str, rows: int, parts: int | None = None) -> ValueError:
+        axes = _axes(spec)
         return ValueError(
-            f"A batch needs to divide into {parts} parts along the mesh's axes {self.axes} ({self.mesh.size} "
-            f"devices), got {name} with {rows} examples. Change the batch size, drop the last short batch, or pad it."
+            f"A batch needs to divide into {parts or len(self._split(axes)[1])} parts along the mesh's axes {axes} "
+            f"({self.mesh.size} devices), got {name} with {rows} examples. Change the batch size, drop the last short "
+            "batch, or pad it."
         )
 
-    def _put_stacked(self, array: jax.Array) -> jax.Array:
-        there = self.sharding(array.ndim, True)
-        return array if array.sharding == there else _reshard(array, there)
-
     def _assemble(self, part: np.ndarray, where: NamedSharding, stacked: bool) -> jax.Array:
+        """Return a global array from the part of this process."""
         shape = list(part.shape)
         if part.ndim > int(stacked):
-            shape[int(stacked)] = shape[int(stacked)] // len(self.own_shards) * self.shards
+            count, own = self._split(_axes(where.spec[int(stacked) :]))
+            shape[int(stacked)] = shape[int(stacked)] // len(own) * count
         return jax.make_array_from_process_local_data(where, part, tuple(shape))
 
 
@@ -320,7 +360,7 @@ def jit_is_disabled() -> bool:
 Placement = SingleDevice | DataSharding
 
 
-def make_placement(mesh: Mesh | NamedSharding | None) -> Placement:
+def make_placement(mesh: Any) -> Placement:
     """Return the placement for an engine's or an evaluation's `mesh` argument."""
     return SingleDevice() if mesh is None else DataSharding(mesh)
 
@@ -349,25 +389,32 @@ class ShardedCall:
     def __call__(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
         """Run the call with a batch on the host or on the devices."""
         call, batch = self._prepare(batch)
-        return call(bundle, batch, rng, due)
+        if self._sharding.context is nullcontext:
+            return call(bundle, batch, rng, due)
+        with self._sharding.context():
+            return call(bundle, batch, rng, due)
 
     def _trace(self, bundle: Any, batch: Batch, *rest: Any) -> Any:
         call, batch = self._prepare(batch)
-        return call.trace(bundle, batch, *rest)
+        with self._sharding.context():
+            return call.trace(bundle, batch, *rest)
 
     def _prepare(self, batch: Batch) -> tuple[Any, Batch]:
         """Return the call for a batch, and the batch in the form that the call takes."""
         flat, structure = jax.tree.flatten(batch)
         sharding, kinds = self._sharding, None
         direct = self._jit and sharding.processes == 1 and all(type(leaf) is np.ndarray for leaf in flat)
-        if direct and not any(sharding.uneven(leaf.shape, self._stacked) for leaf in flat):
+        specs = sharding.specs(batch) if direct else []
+        pairs = zip(specs, flat, strict=True) if direct else ()
+        if direct and not any(sharding.uneven(spec, leaf.shape, self._stacked) for spec, leaf in pairs):
             kinds = (structure, *(leaf.ndim for leaf in flat))
         else:
             batch = sharding.place_batch(batch, stacked=self._stacked)
         if kinds not in self._calls:
             where = None
             if kinds is not None:
-                where = jax.tree.unflatten(structure, [sharding.sharding(leaf.ndim, self._stacked) for leaf in flat])
+                pairs = zip(specs, flat, strict=True)
+                where = jax.tree.unflatten(structure, [sharding.sharding(s, x.ndim, self._stacked) for s, x in pairs])
             self._calls[kinds] = self._compile(where) if self._jit else self._function
         return self._calls[kinds], batch
 
@@ -477,6 +524,12 @@ def _reshard(array: jax.Array, sharding: Any) -> jax.Array:
 
 def _identity(x: Any) -> Any:
     return x
+
+
+def _axes(spec: Any) -> tuple[str, ...]:
+    """Return the axes of the mesh over which the leading axis of an array is divided."""
+    first = spec[0] if len(spec) else None
+    return (first,) if isinstance(first, str) else tuple(first or ())
 
 
 def _on_host(leaf: Any) -> bool:

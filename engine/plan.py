@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from .cadence import ALWAYS, Cadence, as_cadence, every
 from .callback import BY_CADENCE, EVENTS, Callback, FunctionCallback, overridden
-from .checks import check_rng, check_targets
+from .checks import check_rng, check_state, check_targets
 from .compiled.step import CompiledStep
 from .compiled.throttle import FIRST, LONG
 from .data.source import Data
@@ -22,7 +22,7 @@ from .loop import Options
 from .placement import Placement
 from .result import Result
 from .snapshot import unpack
-from .trees import State, strip_weak_types
+from .trees import State, strip_weak_types, weak_leaves
 
 CALL = "compiled call"
 MOMENTS = {
@@ -157,6 +157,9 @@ def make_plan(
         stream.check_epochs(epochs - saved["epoch"])
     length = epoch_steps if stream is None else stream.length
     where = Where(saved["step"], saved["epoch"], saved["epoch_step"], length, steps, epochs)
+    if state is not None:
+        check_state(state, "The state")
+        compiled.function.weak = weak_leaves(state)
     shapes = None if state is None else jax.eval_shape(strip_weak_types, state)
     carries = None if state is None else jax.eval_shape(compiled.function.init, shapes)
     size, why = _block_size(compiled, shapes, carries, stream, saved["program"]["mode"], rng)

@@ -36,8 +36,8 @@ PATIENCE = 45
 """Seconds without progress after which a message says what every process is doing."""
 GRACE = 1
 """Seconds a process has to notice another's failure before it is ended, unless it is waiting for others."""
-SHUTDOWN = 3
-"""Seconds that the coordination service has to shut down before a process ends."""
+LEAVE = 3
+"""Seconds that all processes have to leave the coordination service before one of them ends."""
 
 _run = 0  # runs begun; the same in all processes
 _number = 0  # agreements of this run
@@ -146,12 +146,20 @@ class SameShapes:
 
     Args:
         source: the data, for messages.
+
+    Attributes:
+        source: as given.
+        batches: the number of batches that were checked.
+        shapes: the shapes of the last one.
+        newest: the newest one by source.
     """
 
-    newest: ClassVar[dict[str, SameShapes]] = {}  # by source
+    newest: ClassVar[dict[str, SameShapes]] = {}
 
     def __init__(self, source: str):
-        self.source, self.batches, self.shapes = source, 0, ""
+        self.source: str = source
+        self.batches: int = 0
+        self.shapes: str = ""
         self._key = f"onstep/{_run}/{_number}/{source}"
         self._before: Any = None
         self.newest[source] = self
@@ -420,7 +428,7 @@ def _where(sign: dict[str, Any]) -> str:
 
 
 def _silent(process: int, sign: dict[str, Any]) -> str:
-    return f"Process {process} is not responding: it has exited or was killed. It was {_where(sign)}."
+    return f"Process {process} is not responding: it has exited or was killed. It was last seen {_where(sign)}."
 
 
 def _ran_out(step: int, process: int) -> str:
@@ -511,23 +519,25 @@ def _post(text: str) -> None:
 def _end(message: str) -> None:
     """End this process: its main thread waits for a device forever, and nothing in Python can interrupt that."""
     print(f"onstep: ending process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
-    _shut_down()
+    _leave()
     os._exit(1)
 
 
-def _shut_down() -> None:
-    """Leave the coordination service, within a limit. Otherwise the others wait for this process until a timeout."""
-    state = distributed.global_state
-    leaving = threading.Thread(target=state.shutdown, name="onstep-shutdown", daemon=True)
+def _leave() -> bool:
+    """Leave the coordination service, where the others wait for this process; return False if that takes too long."""
+    last = jax.process_index() == 0  # it runs the service
+    leaving = threading.Thread(target=distributed.global_state.shutdown, name="onstep-leave", daemon=True)
     leaving.start()
-    leaving.join(SHUTDOWN + (jax.process_index() == 0))  # process 0 runs the service, so it leaves last
-    state.client = state.service = state.preemption_sync_manager = None
+    leaving.join(LEAVE + last)
+    return not leaving.is_alive()
 
 
-@atexit.register  # runs before the same in JAX, which has no limit
+@atexit.register  # before JAX's own function for this, which waits for minutes
 def _leave_after_failure() -> None:
-    if _failing and distributed.global_state.client is not None:
-        _shut_down()
+    if _failing and distributed.global_state.client is not None and not _leave():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _find_silent_process() -> str | None:

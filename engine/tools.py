@@ -115,6 +115,7 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
         loop: the run.
         record: in `on_log`, the record.
 
+    >>> import warnings
     >>> from onstep import Engine
     >>> engine = Engine(lambda state, batch: (state, {"loss": batch}), log_every=2)
     >>> engine.on("log")(lambda loop, record: warn_missing_metric("EarlyStopping", "train/los", loop, record))

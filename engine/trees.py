@@ -86,6 +86,37 @@ def difference(old: Any, new: Any) -> str:
     return changed or ("" if was == now else f"the structure {was} became {now}")
 
 
+def dtype_advice(old: Any, new: Any) -> str:
+    """Return what to do about the first leaf that changed only its dtype; `""` if there is none.
+
+    >>> dtype_advice({"n": np.int32(0)}, {"n": np.float32(0.5)})
+    ' Start n as a float, such as 1.0.'
+    """
+    before, after = named_leaves(old), named_leaves(new)
+    for name, leaf in before.items():
+        if name not in after or np.shape(leaf) != np.shape(after[name]) or _describe(leaf) == _describe(after[name]):
+            continue
+        it = "it" if leaf is old else name
+        was, now = jnp.result_type(leaf), jnp.result_type(after[name])
+        if not jnp.issubdtype(was, jnp.inexact) and jnp.issubdtype(now, jnp.floating):
+            return f" Start {it} as a float, such as 1.0."
+        return f" Return {it} as {was}: .astype(jnp.{was}). Or start it as {now}."
+    return ""
+
+
+def weak_leaves(tree: Any) -> dict[str, str]:
+    """Return the dtypes, by name, that JAX gives to the Python numbers and weakly typed arrays of a tree.
+
+    >>> weak_leaves({"w": np.zeros(3), "rate": 0.5})
+    {'rate': 'float32'}
+    """
+
+    def weak(leaf: Any) -> bool:
+        return getattr(leaf, "weak_type", False) or type(leaf) in (int, float, complex)
+
+    return {name: str(jnp.result_type(leaf)) for name, leaf in named_leaves(tree).items() if weak(leaf)}
+
+
 def strip_weak_types(tree: Any) -> Any:
     """Return the tree as arrays without weak types, so that a signature always hits the same executable."""
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from onstep import Callback, Engine, at, every
+from onstep.callbacks import ClipWeights
 from onstep.testing import FakeClock, Restore, StopAt, TickingBatches
 
 
@@ -175,7 +176,7 @@ def test_compiled_half_by_epochs_accepts_epoch_steps_as_the_length():
 
 def test_compiled_half_cannot_be_due_by_the_clock():
     with pytest.raises(ValueError, match=r"NotedInside.update_when needs steps or epochs, got .*every\(seconds=60\)"):
-        Engine(step, [NotedInside(every(10) | every(seconds=60))])
+        NotedInside(every(10) | every(seconds=60))
 
 
 @pytest.mark.parametrize(
@@ -320,11 +321,24 @@ def test_cadence_combines_only_with_cadences_and_ints(other):
 
 
 @pytest.mark.parametrize("when", [0, -1, True, 2.0, "epoch", None, {"10"}], ids=repr)
-def test_engine_refuses_a_when_that_is_not_a_cadence(when):
+def test_callback_refuses_a_when_that_is_not_a_cadence_when_it_is_made(when):
     with pytest.raises(ValueError, match=f"NotedEnds.when needs a cadence .* got {when!r}"):
-        Engine(step, [NotedEnds(when)]).run(jnp.int32(0), [1], epochs=1)
+        NotedEnds(when)
     with pytest.raises(ValueError, match=f"NotedInside.update_when needs a cadence .* got {when!r}"):
-        Engine(step, [NotedInside(when)])
+        NotedInside(when)
+    with pytest.raises(ValueError, match=f"ClipWeights.when needs a cadence .* got {when!r}"):
+        ClipWeights(-1, 1, when=when)
+
+
+def test_engine_refuses_a_when_of_the_class_that_is_not_a_cadence():
+    class Never(NotedEnds):
+        when = 0
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(ValueError, match=r"Never.when needs a cadence .* got 0"):
+        Engine(step, [Never()])
 
 
 def test_engine_on_and_engine_steps_refuse_a_when_that_is_not_a_cadence():

@@ -133,14 +133,6 @@ def test_no_more_calls_than_in_flight_are_queued(seconds, more):
         assert max(most) == in_flight + 1 + more  # the call being started, in addition to those that are queued
 
 
-def test_steps_longer_than_the_limit_are_run_one_at_a_time():
-    clock = FakeClock()
-    throttle = Throttle(2, clock, adapt=True)
-    first = throttle.most_steps(0)
-    clock.advance(10.0 * first)
-    assert throttle.most_steps(first) == 1
-
-
 class Logs(Callback):
     """Log a metric at some steps."""
 
@@ -181,6 +173,14 @@ def test_blocks_without_metrics_have_something_to_wait_for():
     engine.on("step_end", when=4)(lambda loop: waits.append([m.columns.done.shape for m in loop._windows.pending]))
     engine.run(jnp.int32(0), range(8), epochs=1)
     assert waits == [[(4,)], [(4,), (4,)]]
+
+
+def test_steps_longer_than_the_limit_are_run_one_at_a_time():
+    clock = FakeClock()
+    throttle = Throttle(2, clock, adapt=True)
+    first = throttle.most_steps(0)
+    clock.advance(10.0 * first)
+    assert throttle.most_steps(first) == 1
 
 
 def test_arrays_of_the_caller_stay_valid_and_are_not_aliased():

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
 from onstep import Engine
-from onstep.callbacks import EMA, SWA, ClipWeights, GradNorm, Histograms, LearningRate, Summary, Target
+from onstep.callbacks import EMA, SWA, ClipWeights, GradNorm, Histograms, LearningRate, NaNGuard, Summary, Target
 from onstep.tools import get_carry, get_field, get_fields, set_field, set_fields
 
 
@@ -196,10 +196,12 @@ def test_host_halves_check_their_field_before_the_first_step(callback):
 
 
 @pytest.mark.parametrize(
-    "read", [EMA().params, EMA().apply, SWA(start=1).params, SWA(start=1).apply], ids=lambda read: read.__qualname__
+    "read",
+    [EMA().params, EMA().apply, SWA(start=1).params, SWA(start=1).apply, NaNGuard().skipped],
+    ids=lambda read: read.__qualname__,
 )
-def test_average_of_a_state_raises_an_error_that_asks_for_the_loop_or_the_result(read):
-    with pytest.raises(TypeError, match=r"(EMA|SWA) needs the loop or the result of a run, got dict"):
+def test_asking_for_the_carry_of_a_state_raises_an_error_that_asks_for_the_loop_or_the_result(read):
+    with pytest.raises(TypeError, match=r"(EMA|SWA|NaNGuard) needs the loop or the result of a run, got dict"):
         read({"params": W})
 
 

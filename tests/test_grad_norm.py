@@ -199,9 +199,40 @@ def test_metric_of_the_step_with_the_same_name_raises():
         Engine(step, [GradNorm()]).run(jnp.float32(0), [np.float32(1)], epochs=1)
 
 
-def test_invalid_when_raises():
+def test_gradients_of_integers_and_other_leaves_without_a_norm_are_left_out():
+    def loss(params):
+        return (params["net"]["w"] ** 2).sum() + params["index"]["i"]
+
+    def train(state, batch):
+        grads = jax.grad(loss, allow_int=True)(state["params"])
+        return state, {}, {"grads": grads | {"key": state["params"]["key"]}}
+
+    params = {"net": {"w": jnp.float32([1.5, 2])}, "index": {"i": jnp.int32(3)}, "key": jax.random.key(0)}
+    engine = Engine(train, [GradNorm(by_module=True, updates=True, params=True)])
+    assert history(engine.run({"params": params}, [0], epochs=1)) == {
+        "train/grad_norm": [5.0],
+        "train/grad_norm/net": [5.0],
+        "train/update_norm": [0.0],
+        "train/param_norm": [2.5],
+    }
+
+
+@pytest.mark.parametrize("grads", [None, {}, {"n": jnp.int32(1)}], ids=["None", "empty", "integers"])
+def test_gradients_without_floats_raise(grads):
+    engine = Engine(lambda state, batch: (state, {}, {"grads": grads}), [GradNorm(by_module=True)])
+    with pytest.raises(ValueError, match=r"GradNorm needs floats in aux\['grads'\], got (None|{}|{'n': 'int32.*'})\."):
+        engine.run(jnp.float32(0), [0], epochs=1)
+
+
+def test_field_without_floats_raises_before_the_first_step():
+    engine = Engine(lambda state, batch: (state, {}), [GradNorm(params=True, of="step")])
+    with pytest.raises(ValueError, match=r"GradNorm needs floats in 'step', got {.*'int32\[\]'}"):
+        engine.run({"step": 0}, [0], epochs=1)
+
+
+def test_invalid_when_raises_when_the_callback_is_made():
     with pytest.raises(ValueError, match=r"GradNorm.when needs a cadence .* got 0"):
-        Engine(descend, [GradNorm(when=0)])
+        GradNorm(when=0)
 
 
 @pytest.mark.parametrize(

@@ -309,14 +309,87 @@ def test_state_on_other_devices_is_refused():
         Engine(lambda s, b: (s, {}), mesh=make_mesh()).run(state, [np.ones(8)], epochs=1)
 
 
+def two_meshes():
+    return {name: NamedSharding(make_mesh(**{name: 8}), PartitionSpec()) for name in ("x", "y")}
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": 8}], ids=["plain", "blocks"])
+def test_mesh_with_explicit_axes_trains_like_one_device(options, alone):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    result = run(make(jax.random.key(0)), mesh, GradNorm(), EMA(0.9), Evaluate(score, data(), when=50), **options)
+    for name in ("train/loss", "train/grad_norm"):
+        np.testing.assert_allclose(result.history[name], alone.history[name], rtol=1e-5)
+    error = evaluate(score, alone.state, data())["error"]
+    assert result.history["val/error"] == [pytest.approx(error, rel=1e-4)]
+
+
+def test_step_can_ask_for_the_mesh_with_explicit_axes():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    seen = set()
+
+    def look(state, batch):
+        seen.add(jax.sharding.get_abstract_mesh().axis_names)
+        return state + batch.sum(), {}
+
+    Engine(look, mesh=mesh).run(jnp.float32(0), [np.ones(8, np.float32)], epochs=1)
+    assert seen == {("data",)}
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_arrays_of_a_batch_stay_where_the_user_put_them(steps_per_call):
+    mesh = make_mesh(data=4, model=2)
+    seen = {}
+
+    def look(state, batch):
+        for name, leaf in batch.items():
+            jax.debug.inspect_array_sharding(leaf, callback=lambda s, name=name: seen.setdefault(name, s))
+        return state + sum(leaf.sum() for leaf in batch.values()), {}
+
+    table = jax.device_put(np.ones((3, 2), np.float32), NamedSharding(mesh, PartitionSpec(None, "model")))
+    whole = jax.device_put(np.ones(5, np.float32), NamedSharding(mesh, PartitionSpec()))
+    batches = [{"x": np.ones(8, np.float32), "table": table, "whole": whole}] * 4
+    result = Engine(look, mesh=mesh, steps_per_call=steps_per_call).run(jnp.float32(0), batches, epochs=1)
+    assert float(result.state) == 4 * (8 + 6 + 5)
+    assert [seen[name].shard_shape(shape) for name, shape in (("x", (8,)), ("table", (3, 2)), ("whole", (5,)))] == [
+        (2,),
+        (3, 1),
+        (5,),
+    ]
+
+
+def test_mesh_may_be_a_sharding_for_each_part_of_a_batch():
+    mesh = make_mesh()
+    there = {"x": NamedSharding(mesh, PartitionSpec("data")), "shared": NamedSharding(mesh, PartitionSpec())}
+    seen = {}
+
+    def look(state, batch):
+        for name, leaf in (("x", batch["x"]), ("a", batch["shared"]["a"])):
+            jax.debug.inspect_array_sharding(leaf, callback=lambda s, name=name: seen.setdefault(name, s))
+        return state + batch["x"].sum() + batch["shared"]["a"].sum(), {}
+
+    batch = {"x": np.ones(16, np.float32), "shared": {"a": np.ones(3, np.float32)}}
+    engine = Engine(look, mesh=there)
+    assert float(engine.run(jnp.float32(0), [batch] * 2, epochs=1).state) == 38
+    assert (seen["x"].shard_shape((16,)), seen["a"].shard_shape((3,))) == ((2,), (3,))
+    with pytest.raises(ValueError, match=r"the leaves \['y'\], got them for \['shared', 'x'\]"):
+        engine.run(jnp.float32(0), [{"y": np.ones(16, np.float32)}], epochs=1)
+
+
+def test_state_on_many_devices_without_a_mesh_is_warned_of():
+    state = jax.device_put(np.zeros(8, np.float32), NamedSharding(make_mesh(), PartitionSpec("data")))
+    engine = Engine(lambda s, b: (s + b.sum(), {}), steps_per_call=1)
+    with pytest.warns(UserWarning, match="state is on 8 devices, but the engine has no mesh"):
+        engine.run(state, [np.ones(8, np.float32)], epochs=1)
+
+
 @pytest.mark.parametrize(
     ("mesh", "error", "match"),
     [
-        (lambda: 8, TypeError, "jax.sharding.Mesh or a NamedSharding, got int"),
+        (lambda: 8, TypeError, "jax.sharding.Mesh, a NamedSharding or a tree of them, got int"),
         (lambda: make_mesh(a=4, b=2), ValueError, "an axis 'data' over which batches are divided"),
-        (lambda: jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)), ValueError, "axes of type Auto"),
+        (lambda: two_meshes(), ValueError, "shardings over one mesh"),
     ],
-    ids=["a number", "unknown axes", "explicit axes"],
+    ids=["a number", "unknown axes", "two meshes"],
 )
 def test_unusable_mesh_is_refused_when_the_engine_is_made(mesh, error, match):
     with pytest.raises(error, match=match):

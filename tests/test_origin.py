@@ -1,4 +1,4 @@
-"""Errors in the user's functions name the function, the line and the argument; mistakes in compiled halves are noticed."""
+"""Errors in the user's functions name the function, its line and the argument; so do mistakes in compiled halves."""
 
 import warnings
 

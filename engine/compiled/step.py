@@ -30,6 +30,7 @@ from ..trees import (
     compare_signatures,
     copy_containers,
     difference,
+    dtype_advice,
     ignore_sizes,
     signature,
     strip_weak_types,
@@ -278,6 +279,7 @@ class StepFunction:
         logged: by name of such a half, the metrics that it adds.
         expected: the signature of the run's first batch.
         times: how many times it was traced.
+        weak: the dtypes, by name, that leaves of the state got because the caller gave them none.
     """
 
     def __init__(self, step: Step, transforms: dict[str, Callback], conditional: list[str], takes_rng: bool):
@@ -288,6 +290,7 @@ class StepFunction:
         self.logged: dict[str, list[str]] = {}
         self.expected: dict[str, str] | None = None
         self.times: int = 0
+        self.weak: dict[str, str] = {}
         # JAX names the compiled function and its arguments in errors: they should be the user's.
         self.__name__: str = function_name(step)
         self.__wrapped__: Step = step
@@ -308,7 +311,7 @@ class StepFunction:
         state, carries, count = bundle
         self._warn_if_reshaped(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
-        with note_origin(f"the step {self.__name__}", self.step):
+        with note_origin(f"the step {self.__name__}", self.step), _note_weak_types(self.weak):
             results = self.step(*copy_containers((state, batch)), *([folded] if self.takes_rng else []))
             results = self._results(results, state)
         # Observers must not change a bit of the results. XLA fuses a value into its consumers, and rounds a product and
@@ -375,6 +378,22 @@ class StepFunction:
             )
 
 
+@contextlib.contextmanager
+def _note_weak_types(weak: dict[str, str]) -> Iterator[None]:
+    """Add a note to an error about types, if leaves of the state had no dtype of their own."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        others = [f"{name} ({dtype})" for name, dtype in weak.items() if f"{name}: " not in message]
+        if others and ("types" in message or "became" in message):
+            error.add_note(
+                f"onstep: the state began with Python numbers, which have no dtype, at {', '.join(others)}. "
+                "Start them as arrays with the dtype that the step computes with, such as jnp.bfloat16(0.5)."
+            )
+        raise
+
+
 def isolate(tree: Any) -> Any:
     """Return the tree with a barrier between the computation of its arrays and their consumers."""
     leaves, structure = jax.tree.flatten(tree)
@@ -421,7 +440,7 @@ def _check_unchanged(old: Any, new: Any, who: str, what: str = "state") -> Any:
     """Return a new state or carry, which must have the tree, shapes and dtypes of the old one."""
     new = strip_weak_types(new)
     if changed := difference(old, new):
-        raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.")
+        raise ValueError(f"{who} needs to return a {what} like the one it got: {changed}.{dtype_advice(old, new)}")
     return new
 
 

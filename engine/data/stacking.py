@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..trees import Batch
 
@@ -53,7 +55,7 @@ class BatchStacker:
         lists = {
             i: column + column[-1:] * missing for i, column in enumerate(self._columns) if isinstance(column, list)
         }
-        stacked = _stack(lists) if lists else {}
+        stacked = _stack_into(tuple(_sharding(lists[i][0]) for i in lists))(lists) if lists else {}
         columns = [stacked.get(i, column) for i, column in enumerate(self._columns)]
         # Arrays that came from the device go back explicitly: `jax.transfer_guard` may forbid implicit transfers.
         pairs = zip(columns, self._transferred, strict=True)
@@ -85,7 +87,7 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, jax.Array):
         on_host = [device.platform for device in leaf.sharding.device_set] == ["cpu"]
         weak = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.weak_type  # numpy has neither
-        return np.ndarray if on_host and not weak else jax.Array, leaf.shape, leaf.dtype, weak
+        return np.ndarray if on_host and not weak else jax.Array, leaf.shape, leaf.dtype, weak, _sharding(leaf)
     if isinstance(leaf, (np.ndarray, np.generic)):
         return np.ndarray, leaf.shape, leaf.dtype, False
     return (type(leaf),)  # a Python number, whose type is weak
@@ -96,6 +98,24 @@ def _row(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
 
 
-@jax.jit
-def _stack(columns: dict[int, list[Any]]) -> dict[int, jax.Array]:
-    return {i: jnp.stack(leaves) for i, leaves in columns.items()}
+def _sharding(leaf: Any) -> NamedSharding | None:
+    """Return how the leaf is divided over devices, or None if it is on one."""
+    sharding = getattr(leaf, "sharding", None)
+    several = isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1
+    return sharding if several else None
+
+
+@functools.lru_cache(maxsize=64)
+def _stack_into(shardings: tuple[NamedSharding | None, ...]) -> Any:
+    """Return a function that stacks columns of leaves, each divided as its leaves are."""
+    there = [s and NamedSharding(s.mesh, PartitionSpec(None, *s.spec)) for s in shardings]
+
+    def stack(columns: dict[int, list[Any]]) -> dict[int, jax.Array]:
+        pairs = zip(columns.items(), there, strict=True)
+        stacked = {i: (jnp.stack(leaves), sharding) for (i, leaves), sharding in pairs}
+        constrain = jax.lax.with_sharding_constraint
+        return {
+            i: array if sharding is None else constrain(array, sharding) for i, (array, sharding) in stacked.items()
+        }
+
+    return jax.jit(stack)
