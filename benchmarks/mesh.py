@@ -34,9 +34,10 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 from measure import figures, interleaved, machine  # noqa: E402
-from onstep import Batches, Engine, every, processes  # noqa: E402
+from onstep import Batches, Engine, every  # noqa: E402
 from onstep.callbacks import EMA, GradNorm, Progress, TensorBoard  # noqa: E402
 from onstep.placement import DataSharding  # noqa: E402
+from onstep.processes import ProcessGroup  # noqa: E402
 from onstep.sharding import fsdp, make_mesh, replicated  # noqa: E402
 from workloads import digits_mlp, one_layer  # noqa: E402
 
@@ -191,10 +192,11 @@ def agreement(count=2):
 def agree(address, count, process):
     """Run one of the processes that `agreement` starts."""
     jax.distributed.initialize(address, int(count), int(process))
-    times = []
+    group, times = ProcessGroup(time.monotonic), []
     for step in range(220):
         start = time.perf_counter()
-        processes.agree({"step": step, "stop": None, "clock": start})
+        group.should_stop()
+        group.agree_on_stop(step, None)
         times.append(time.perf_counter() - start)
     print(1e6 * float(np.median(times[20:])))
 
@@ -232,8 +234,9 @@ def main():
         found["collectives"][name] = sharded.collectives()
         for case, counts in found["collectives"][name].items():
             print(f"  {case:<54}{', '.join(f'{n} {kind}' for kind, n in counts.items() if n)}", flush=True)
-    found["agreement us"] = agreement()
-    print(f"\nagreement of 2 processes on this machine: {found['agreement us']:.0f} µs at each host stop")
+    found["agreement us"] = {count: agreement(count) for count in ((2,) if options.quick else (2, 4, 8))}
+    for count, us in found["agreement us"].items():
+        print(f"\nagreement of {count} processes on this machine: {us:.0f} µs at each host stop")
     if options.out:
         os.makedirs(options.out, exist_ok=True)
         path = os.path.join(options.out, f"mesh-{about['device']}-{about['date']}.json")

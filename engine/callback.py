@@ -262,7 +262,7 @@ class FunctionCallback(Callback):
         self.function: Any = function
         self.plain_name: str = getattr(function, "__name__", "function")
         check_signature(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
-        self.when: Cadence | int = when
+        self.when: Cadence | int = as_cadence(when, f"{self.plain_name}.when")
         setattr(self, method, function)
         check_when(self, self.plain_name)
 

@@ -41,8 +41,8 @@ class Engine:
         prefetch: batches that a background thread loads and moves to the device in advance. Meant for accelerators;
             on CPUs it takes time from the steps.
         mesh: the devices to use. Batches are sharded over the axis "data" (or "fsdp", or the only axis); pass a
-            NamedSharding to choose. The state keeps its sharding, or is replicated if it is on one device. See
-            `onstep.sharding`.
+            NamedSharding to choose, or a tree prefix of a batch with one for each part. The state keeps its sharding,
+            or is replicated if it is on one device. See `onstep.sharding`.
         jit: False runs the same loop uncompiled, so that you can step through it in a debugger. `JAX_DISABLE_JIT=1`,
             and a run that begins inside `jax.disable_jit()`, have the same effect, also on evaluation.
         clock: the time in seconds, for cadences in seconds. Tests pass an `onstep.testing.FakeClock`.
@@ -70,7 +70,7 @@ class Engine:
         steps_per_call: int | Literal["auto"] = "auto",
         in_flight: int = 2,
         prefetch: int = 0,
-        mesh: Mesh | NamedSharding | None = None,
+        mesh: Mesh | NamedSharding | Any = None,
         jit: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,6 @@ from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
 from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
-
-if TYPE_CHECKING:
-    from jax.sharding import NamedSharding
-
 
 MOST_PENDING = 4096
 """Calls whose metrics may wait on the device to be read, so that their memory is bounded in a long window."""
@@ -75,7 +71,7 @@ class Loop:
         callbacks: the callbacks of the run by name, in order.
         checkpoints: where checkpoints of this run are saved; a callback that saves them adds its
             `onstep.storage.Checkpoints` in `on_load`.
-        mesh: the sharding of batches, or None on one device.
+        mesh: the sharding of batches, or a tree prefix of them with shardings, or None on one device.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -126,7 +122,7 @@ class Loop:
         self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
-        self.mesh: NamedSharding | None = placement.batches
+        self.mesh: Any = placement.batches
 
         self._compiled, self._placement, self._log_every = compiled, placement, options.log_every
         self._bundle = compiled.bundle(state, compiled.init(state), 0)
@@ -188,7 +184,7 @@ class Loop:
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
-        self._group.begin(self._current_step)
+        self._group.begin(self._position)
         self._placement.begin("training")
         self._check_processes()
         reset(self.callbacks)
@@ -607,7 +603,7 @@ class Loop:
 
     def _deferred_interrupts(self) -> AbstractContextManager[None]:
         """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
-        code = Loop._run_steps.__code__
+        code = self._run_steps.__code__
         return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
 
     def _interrupt_later(self) -> bool:
@@ -655,10 +651,11 @@ class Loop:
         new = {} if strict else self._compiled.init(tree["state"])
         return tree["state"], new | tree["carries"]
 
-    def _current_step(self) -> int:
-        """Return the number of the step in progress, as far as it is known between two host stops."""
+    def _position(self) -> tuple[int, bool]:
+        """Return the number of the step in progress, and whether it ends its epoch, as far as these are known."""
         stream = self._stream
-        return self.step if stream.epoch_steps is not None else self.step - self.epoch_step + stream.used
+        step = self.step if stream.epoch_steps is not None else self.step - self.epoch_step + stream.used
+        return step, self._epoch_done
 
     def _agree_on_stop(self) -> None:
         """Act on a stop that any process requested. All processes call this at the same steps."""

@@ -24,7 +24,7 @@ import jax
 from jax._src import distributed  # the service has no public name; Orbax uses it by this one as well
 
 from .activity import main_activity
-from .messages import log_user
+from .messages import log_user, print_text
 
 SLICE = 1000
 """Milliseconds between checks for a failed process, while waiting."""
@@ -146,12 +146,20 @@ class SameShapes:
 
     Args:
         source: the data, for messages.
+
+    Attributes:
+        source: as given.
+        batches: the number of batches that were checked.
+        shapes: the shapes of the last one.
+        newest: the newest one by source.
     """
 
-    newest: ClassVar[dict[str, SameShapes]] = {}  # by source
+    newest: ClassVar[dict[str, SameShapes]] = {}
 
     def __init__(self, source: str):
-        self.source, self.batches, self.shapes = source, 0, ""
+        self.source: str = source
+        self.batches: int = 0
+        self.shapes: str = ""
         self._key = f"onstep/{_run}/{_number}/{source}"
         self._before: Any = None
         self.newest[source] = self
@@ -222,11 +230,11 @@ class ProcessGroup:
         manager = distributed.global_state.preemption_sync_manager if self.count > 1 else None
         self._reached: Callable[[int], bool] = _never if manager is None else manager.reached_sync_point
 
-    def begin(self, current_step: Callable[[], int]) -> None:
+    def begin(self, position: Callable[[], tuple[int, bool]]) -> None:
         """Watch the other processes until `fail` or `close`.
 
         Args:
-            current_step: returns the number of the step in progress.
+            position: returns the number of the step in progress, and whether it is the last of its epoch.
         """
         global _run, _number, _watched, _failing
         if self.count > 1:
@@ -235,7 +243,7 @@ class ProcessGroup:
             SameShapes.newest.clear()
             self._closed = threading.Event()
             self._thread = threading.Thread(
-                target=_Watch(current_step, self._closed).watch, name="onstep-watch", daemon=True
+                target=_Watch(position, self._closed).watch, name="onstep-watch", daemon=True
             )
             self._thread.start()
 
@@ -311,8 +319,8 @@ class _Watch:
     Process 0 looks at all others, which look only at process 0.
     """
 
-    def __init__(self, current_step: Callable[[], int], closed: threading.Event):
-        self._current_step, self._closed = current_step, closed
+    def __init__(self, position: Callable[[], tuple[int, bool]], closed: threading.Event):
+        self._position, self._closed = position, closed
         self._me, self._run = jax.process_index(), _run
         self._signs: dict[int, dict[str, Any]] = {}  # of the other processes
         self._seen: dict[int, float] = {}  # when each changed last
@@ -339,7 +347,9 @@ class _Watch:
     def _show(self, beat: int) -> dict[str, Any]:
         """Write and return the sign of life of this process."""
         activity, line = main_activity()
-        own = {"beat": beat, "step": self._current_step(), "activity": activity, "line": line, "waits": [*_waits]}
+        step, epoch_done = self._position()
+        own = {"beat": beat, "step": step, "epoch_done": epoch_done, "activity": activity, "line": line}
+        own["waits"] = [*_waits]
         self._put(own)
         return own
 
@@ -393,11 +403,11 @@ def _complaint(own: dict[str, Any], other: dict[str, Any], process: int) -> str:
     """Return why another process waits in vain for this one, or `""`."""
     me = jax.process_index()
     for there in other["waits"]:
-        if there.get("step") is not None:
+        if "number" in there:
             steps = [here["step"] for here in own["waits"] if here.get("number") == there["number"]]
-            if steps and steps[0] not in (None, there["step"]):
-                return _ran_out(*min((there["step"], process), (steps[0], me)))
-            if _number == there["number"] and own["step"] > there["step"]:
+            if steps and steps[0] != there["step"]:  # at different barriers
+                return _diverged((own, me), (other, process))
+            if there["step"] is not None and _number == there["number"] and own["step"] > there["step"]:
                 return _ran_out(there["step"], process)
         if "batch" in there and (here := SameShapes.newest.get(there["source"])):
             pending = [wait for wait in own["waits"] if wait.get("source") == there["source"]]
@@ -421,6 +431,18 @@ def _where(sign: dict[str, Any]) -> str:
 
 def _silent(process: int, sign: dict[str, Any]) -> str:
     return f"Process {process} is not responding: it has exited or was killed. It was last seen {_where(sign)}."
+
+
+def _diverged(*signs: tuple[dict[str, Any], int]) -> str:
+    steps = {sign["step"] for sign, _ in signs}
+    done = [process for sign, process in signs if sign["epoch_done"]]
+    if len(steps) > 1 or len(done) == 1:
+        step, process = min((sign["step"], process) for sign, process in signs if len(steps) > 1 or process in done)
+        return _ran_out(step, process)
+    parts = "; ".join(
+        f"process {process} is {_where(sign)}" for sign, process in sorted(signs, key=lambda pair: pair[1])
+    )
+    return f"Processes wait for each other in different places: {parts}. All must run the same code."
 
 
 def _ran_out(step: int, process: int) -> str:
@@ -510,7 +532,7 @@ def _post(text: str) -> None:
 
 def _end(message: str) -> None:
     """End this process: its main thread waits for a device forever, and nothing in Python can interrupt that."""
-    print(f"onstep: ending process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
+    print_text(f"onstep: ending process {jax.process_index()}: {message}", sys.stderr)
     _leave()
     os._exit(1)
 

@@ -23,7 +23,17 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from onstep import Batches, Callback, Engine, at, evaluate, every, processes  # noqa: E402
-from onstep.callbacks import EMA, Checkpoint, EarlyStopping, Evaluate, GracefulExit, GradNorm, Images, TensorBoard  # noqa: E402
+from onstep.callbacks import (  # noqa: E402
+    EMA,
+    Checkpoint,
+    EarlyStopping,
+    Evaluate,
+    GracefulExit,
+    GradNorm,
+    Images,
+    TensorBoard,
+    Timing,
+)
 from onstep.callbacks.checkpoint import load, save  # noqa: E402
 from onstep.processes import ProcessError  # noqa: E402
 from onstep.sharding import create, fsdp, make_mesh  # noqa: E402
@@ -140,8 +150,10 @@ def losses():
 
 def agree():
     """Stops, clocks and files are the same in all processes, and so is the error of a mistake."""
-    times, ema = Times(), EMA(0.9)
-    timed = run(cut(), times, ema, steps=200)
+    times, ema, timing = Times(), EMA(0.9), Timing()
+    # The hosts were started at different times, so their clocks differ.
+    timed = run(cut(), times, ema, timing, steps=200, clock=lambda: time.monotonic() + 1000 * PROCESS)
+    examples, rate = (timed.history[f"time/{name}_per_second"][-1] for name in ("examples", "steps"))
     stopped = run(cut(), At3(lambda loop: loop.stop("enough") if PROCESS == 1 else None))
     early = run(cut(), At3(lambda loop: loop.stop("never begun")), steps=0)
     saves = Checkpoint(DIRECTORY / "run", when=4)
@@ -161,6 +173,7 @@ def agree():
     report(
         times=times.steps,
         timed=timed.step,
+        examples=round(examples / rate, 3),
         stopped=[stopped.step, stopped.stopped],
         early=early.step,
         checkpoints=sorted(int(path.name) for path in (DIRECTORY / "run").iterdir() if path.name.isdigit()),

@@ -21,7 +21,7 @@ def run(clip, params, batches, **options):
 
 def test_weights_match_numpy_after_every_step():
     expected = params = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    batches = np.random.default_rng(1).normal(size=(5, 4, 3)).astype(np.float32)
+    batches = list(np.random.default_rng(1).normal(size=(5, 4, 3)).astype(np.float32))
     for batch in batches:
         expected = np.clip(expected + batch, -0.5, 0.25)
     assert np.array_equal(run(ClipWeights(-0.5, 0.25), params, batches).state["params"], expected)
@@ -67,7 +67,7 @@ def test_train_state_is_clipped_after_its_optimizer():
 
 
 def test_resumed_run_ends_in_the_same_bytes():
-    batches = np.random.default_rng(1).normal(size=(7, 9)).astype(np.float32)
+    batches = list(np.random.default_rng(1).normal(size=(7, 9)).astype(np.float32))
     engine = Engine(add, [ClipWeights(-0.5, 0.5, when=2)])
     whole = engine.run({"params": np.zeros(9)}, batches, steps=7).state["params"]
     parts = engine.run(engine.run({"params": np.zeros(9)}, batches, steps=3), batches, steps=7).state["params"]

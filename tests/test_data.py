@@ -805,6 +805,12 @@ def test_source_may_reuse_its_arrays():
     assert result.history["train/mean"] == list(range(200))
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+def test_source_may_reuse_its_arrays_while_the_loop_does_not_stop_for_the_host(steps_per_call):
+    engine = Engine(lambda state, batch: (state, {"mean": batch.mean()}), log_every=500, steps_per_call=steps_per_call)
+    assert engine.run(jnp.int32(0), lambda epoch: refilled(200), epochs=1).latest["epoch/mean"] == 99.5
+
+
 def test_source_of_an_evaluation_may_reuse_its_arrays():
     means = evaluate(lambda state, batch: {"mean": batch.mean()}, jnp.int32(0), refilled(200))
     assert means["mean"] == 99.5

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.training.train_state import TrainState
-from models import Tripwire, epoch, fresh_state
+from models import Tripwire, compilations, epoch, fresh_state
 from models import step as real_step
 from onstep import Callback, Engine, Loop, every
 from onstep.callbacks import EMA, Checkpoint, GradNorm, NaNGuard
@@ -99,6 +99,22 @@ def test_64_bit_floats_are_checked_in_64_bits():
     engine = Engine(lambda state, batch: (state, {"loss": batch}), [NaNGuard()])
     with jax.enable_x64(True), pytest.raises(FloatingPointError, match="non-finite loss at step 2"):
         engine.run(jnp.float32(0), [np.float64(1e300), np.float64(INF)], epochs=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"state": True}, {"skip": True}], ids=["plain", "state", "skip"])
+def test_no_dtype_is_promoted_implicitly(options):
+    with jax.numpy_dtype_promotion("strict"):
+        result = run(NaNGuard(**options), batches(3))
+    assert float(result.state["w"]) == 3
+
+
+def test_the_check_of_the_state_compiles_once_for_all_leaves_of_a_shape():
+    state = {f"w{i}": jnp.ones(17) for i in range(9)}
+    engine = Engine(lambda state, batch: (state, {"loss": 1.0}), [NaNGuard()], steps_per_call=1)
+    engine.run(state, [1], steps=0)  # checks the first state
+    with compilations() as seen:
+        engine.run({"other": jnp.ones(17), **state}, [1], steps=0)
+    assert len(seen) == 1  # the first carry
 
 
 def test_clu_metrics_are_checked():

@@ -93,6 +93,7 @@ def test_decisions_by_clock_stop_and_file_are_the_same_in_every_process(tmp_path
     assert first == second
     assert all(whole == again for whole, again in bytes_of)
     assert first["timed"] == 200
+    assert first["examples"] == 64  # of the whole batch
     assert 0 < len(first["times"]) < 200
     assert first["stopped"] == [3, "enough (requested by process 1)"]
     assert first["early"] == 0
@@ -194,7 +195,7 @@ def test_a_process_that_others_wait_for_is_named_with_its_step_and_activity(scen
     [
         ("raises", 0, "RuntimeError: boom", [2]),
         ("loader_raises", 1, "OSError: disk gone", [2, 4]),
-        ("runs_out", 1, "ProcessError: Process 1 ran out of data at step 7", [2, 4, 6]),
+        ("runs_out", 1, "ProcessError: Process 1 ran out of data at step 7", [2, 4]),
         ("short_batch", 1, "ProcessError: A batch of the training data has ", []),
     ],
 )

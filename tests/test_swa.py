@@ -134,7 +134,7 @@ def test_evaluate_can_use_the_mean():
 
 @pytest.mark.parametrize("when", [1, 2, every(epochs=1)], ids=repr)
 def test_resumed_run_ends_in_the_same_bytes(when):
-    points = np.random.default_rng(0).normal(size=(8, 9)).astype(np.float32)
+    points = list(np.random.default_rng(0).normal(size=(8, 9)).astype(np.float32))
     swa = SWA(start=2, when=when)
     engine = Engine(follow, [swa])
     whole = engine.run({"params": points[0]}, points, steps=13, epoch_steps=4)

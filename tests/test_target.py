@@ -83,7 +83,7 @@ def test_hard_copy_replaces_a_target_that_is_not_finite():
     ids=["soft", "every 2 steps", "hard"],
 )
 def test_resumed_run_ends_in_the_same_bytes(target):
-    sources = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
+    sources = list(np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32))
     state = {"params": np.zeros(9, np.float32), "target": np.ones(9, np.float32)}
     engine = Engine(lambda state, batch: ({**state, "params": batch + state["target"] / 3}, {}), [target])
     whole = engine.run(state, sources, steps=7).state

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from onstep import Engine, Snapshot
-from onstep.callbacks import TensorBoard
+from onstep.callbacks import Checkpoint, TensorBoard
 from onstep.testing import LogValues, RaiseIn, Restore, counting_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -127,15 +127,17 @@ def test_run_that_is_already_finished_creates_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == before
 
 
-def test_last_record_of_a_run_that_was_killed_before_it_comes_at_the_rerun(tmp_path):
-    engine = Engine(counting_step, [TensorBoard(tmp_path)])
-    first = engine.run(jnp.float32(0), [1, 1], epochs=1)
-    (file,) = tmp_path.iterdir()
+def test_rerun_of_a_finished_run_adds_its_last_record_only_if_it_is_missing(tmp_path):
+    engine = Engine(counting_step, [TensorBoard(tmp_path / "board"), Checkpoint(tmp_path / "run")])
+    engine.run(jnp.float32(0), [1, 1], epochs=1)
+    (file,) = (tmp_path / "board").iterdir()
+    engine.run(jnp.float32(0), [1, 1], epochs=1)
+    assert list((tmp_path / "board").iterdir()) == [file]
     data = file.read_bytes()
-    file.write_bytes(data[: data.index(b"train/loss") - 20])  # the end of the file is incomplete
-    assert points(tmp_path) == {"epoch/loss": [(2, 1.0)]}
-    engine.run(first, [1, 1], epochs=1)
-    assert points(tmp_path) == {"epoch/loss": [(2, 1.0)], "train/loss": [(2, 1.0)]}
+    file.write_bytes(data[: data.index(b"train/loss") - 20])  # as if the run was killed while it wrote the record
+    assert points(tmp_path / "board") == {"epoch/loss": [(2, 1.0)]}
+    engine.run(jnp.float32(0), [1, 1], epochs=1)
+    assert points(tmp_path / "board") == {"epoch/loss": [(2, 1.0)], "train/loss": [(2, 1.0)]}
 
 
 def test_configuration_becomes_hyperparameters_and_its_secrets_are_in_no_file(tmp_path):
