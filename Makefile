@@ -49,6 +49,7 @@ docs: $(VENV)/ready  ## the documentation as a website: site/index.html
 bench: $(VENV)/ready  ## the measurements of docs/performance.md; about half an hour
 	$(RUN) benchmarks/overhead.py
 	$(RUN) benchmarks/limits.py
+	$(RUN) benchmarks/observers.py
 	$(RUN) benchmarks/run.py --out benchmarks/results
 	$(RUN) benchmarks/mesh.py --out benchmarks/results
 	$(RUN) benchmarks/peers/run.py --json benchmarks/results/peers.json

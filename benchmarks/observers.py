@@ -4,9 +4,10 @@ Run: python benchmarks/observers.py [--without] [--short]
 
 The first table trains thirteen small and medium models with one step per call ("plain") and in blocks, without
 callbacks and then with each callback that has a compiled half, and compares the bytes of the last state. A callback
-whose name ends in "/3" acts at every third step. The second table compares the time of a step with and without the
-barrier that keeps observers out of the step, `onstep.compiled.step.isolate`. `--without` also prints the first table
-without it: the differences that it prevents.
+whose name ends in "/3" acts at every third step. The second table compares the time of a step with and without what
+keeps observers out of the step: the barrier `onstep.compiled.step.isolate`, and for blocks
+`onstep.compiled.blocks.COMPILER_OPTIONS`. `--without` also prints the first table without them: the differences that
+they prevent.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onstep.compiled.step as compiled
 import optax
 from measure import figures, interleaved, machine
 from onstep import Callback, Engine, every
 from onstep.callbacks import EMA, SWA, GradNorm, NaNGuard
+from onstep.compiled import blocks, step
 from onstep.testing import same_bytes
 from workloads import cnn, digits_mlp, one_layer, transformer
 
@@ -214,12 +215,13 @@ MODELS: dict[str, Callable[[], Model]] = {
 
 @contextlib.contextmanager
 def without_isolation():
-    """Build calls in this context without the barrier around the step's results."""
-    isolate, compiled.isolate = compiled.isolate, lambda tree: tree
+    """Compile in this context without what keeps observers out of the step."""
+    isolate, options = step.isolate, blocks.COMPILER_OPTIONS
+    step.isolate, blocks.COMPILER_OPTIONS = lambda tree: tree, None
     try:
         yield
     finally:
-        compiled.isolate = isolate
+        step.isolate, blocks.COMPILER_OPTIONS = isolate, options
 
 
 def last_state(model, callbacks, steps_per_call):
@@ -262,7 +264,7 @@ def timed(workload, callbacks, steps_per_call, steps):
 
 
 def costs(cases, rounds):
-    """Print the time of a step with the barrier over the time without it, with and without callbacks."""
+    """Print the time of a step with isolation over the time without it, with and without callbacks."""
     print(f"  {'workload':<28}{'callbacks':<20}{'µs without':>12}{'µs with':>10}{'ratio':>8}")
     for workload, mode, steps_per_call, steps in cases:
         for name, callbacks in (("none", list), ("EMA and GradNorm", lambda: [EMA(), GradNorm()])):
@@ -279,7 +281,7 @@ def costs(cases, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--without", action="store_true", help="also count the differences without the barrier")
+    parser.add_argument("--without", action="store_true", help="also count the differences without isolation")
     parser.add_argument("--short", action="store_true", help="two models and one workload, to test this script")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
@@ -299,7 +301,7 @@ def main():
     print(f"\nstates after {STEPS} steps that differ: P with one step per call, B in blocks of {BLOCK}")
     differences(models, callbacks)
     if options.without:
-        print("\nthe same without the barrier")
+        print("\nthe same without isolation")
         with without_isolation():
             differences(models, callbacks)
     print(f"\ntime of a step, medians of {options.rounds} rounds")

@@ -17,7 +17,7 @@ from .data.batches import EpochIterator
 from .data.source import Data, length, open_pass
 from .means import Mean, fetch, merges
 from .metrics import Metrics, as_metrics
-from .placement import fold_in, make_placement
+from .placement import fold_in, jit_is_disabled, make_placement
 from .processes import check_same
 from .trees import State, copy_containers, copy_numpy, named_leaves
 
@@ -132,6 +132,7 @@ def check_evaluation(
     """Trace an evaluation step for the first batch, so that an error in it is raised before a run, not after an epoch.
 
     Nothing is computed. The batch is drawn from a separate pass; data that can be read only once is not touched.
+    While jit is disabled, nothing is traced.
 
     Args:
         step, state, data, rng, mesh: as for `evaluate`.
@@ -146,7 +147,7 @@ def check_evaluation(
     ...
     ValueError: The evaluation step needs scalar metrics, got shape (2,) for 'error'. Reduce it, e.g. .mean(). ...
     """
-    if hasattr(data, "__next__"):
+    if hasattr(data, "__next__") or jit_is_disabled():  # then the step may read values, which a trace has not
         return
     placement = make_placement(mesh)
     batches = open_pass(data, 0, placement, ragged=True)

@@ -603,7 +603,7 @@ class Loop:
 
     def _deferred_interrupts(self) -> AbstractContextManager[None]:
         """Raise a KeyboardInterrupt between two calls. An uncompiled step donates nothing, so it need not wait."""
-        code = Loop._run_steps.__code__
+        code = self._run_steps.__code__
         return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
 
     def _interrupt_later(self) -> bool:

@@ -19,9 +19,8 @@ def as_metrics(given: Any, who: str) -> Metrics:
     """Return the metrics of a step as a flat dict of scalars and clu metrics.
 
     Raises:
-        TypeError: they are neither a dict with string keys nor a `clu.metrics.Collection`, or a value is not a real
-            number.
-        ValueError: a value is not a scalar.
+        TypeError: they are neither a dict with string keys nor a `clu.metrics.Collection`, or a value is no number.
+        ValueError: a value is not a real scalar.
     """
     clu = sys.modules.get("clu.metrics")  # a step that returns a collection has imported it
     if clu is not None and isinstance(given, clu.Collection):
@@ -52,8 +51,6 @@ def _scalar(value: Any, name: str, who: str) -> jax.Array:
         raise TypeError(f"{who} needs scalar metrics, got {type(value).__name__} for {name!r}.") from None
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise TypeError(f"{who} needs numbers as metrics, got {array.dtype} for {name!r}.")
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"{who} needs real metrics, got {array.dtype} for {name!r}. Return abs(x), x.real or x.imag.")
     if array.ndim:
         raise ValueError(f"{who} needs scalar metrics, got shape {array.shape} for {name!r}. Reduce it, e.g. .mean().")
     return array

@@ -24,7 +24,7 @@ import jax
 from jax._src import distributed  # the service has no public name; Orbax uses it by this one as well
 
 from .activity import main_activity
-from .messages import log_user
+from .messages import log_user, print_text
 
 SLICE = 1000
 """Milliseconds between checks for a failed process, while waiting."""
@@ -532,7 +532,7 @@ def _post(text: str) -> None:
 
 def _end(message: str) -> None:
     """End this process: its main thread waits for a device forever, and nothing in Python can interrupt that."""
-    print(f"onstep: ending process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
+    print_text(f"onstep: ending process {jax.process_index()}: {message}", sys.stderr)
     _leave()
     os._exit(1)
 

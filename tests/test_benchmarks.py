@@ -49,3 +49,9 @@ def test_many_devices_are_timed_and_the_engine_adds_no_collective(tmp_path):
         assert [row["ratio"] for row in found["steps"][name] if "by hand: device_put" in row["case"]] == [1.0]
     assert found["agreement us"] > 0
     assert "agreement of 2 processes" in printed
+
+
+def test_observers_change_no_state_and_their_isolation_is_timed():
+    printed = run("observers.py", "--short")
+    assert "0 of 8 states differ" in printed
+    assert printed.count("W1 one layer, blocks") == 2

@@ -133,6 +133,34 @@ def test_compiled_halves_do_not_change_a_byte_of_small_models(model, steps_per_c
     assert result.history["train/loss"] == expected.history["train/loss"]
 
 
+class Scales(Callback):
+    """A compiled half that changes the state."""
+
+    def update(self, carry, ctx):
+        return carry, ctx.replace(state=ctx.state * 0.997)
+
+
+class Shifts(Callback):
+    """Another one."""
+
+    def update(self, carry, ctx):
+        return carry, ctx.replace(state=ctx.state + 0.3 * ctx.batch)
+
+
+def test_observer_between_halves_that_change_the_state_does_not_change_a_byte():
+    random = np.random.default_rng(0)
+    data = list(random.normal(size=(24, 16)).astype(np.float32))
+    state = jnp.asarray(random.normal(size=16), jnp.float32)
+
+    def scaled(state, batch):
+        return state * 0.99 + batch * 0.123, {"loss": state.sum()}
+
+    def last(*callbacks):
+        return Engine(scaled, callbacks, steps_per_call=8).run(state, data, epochs=1).state
+
+    assert same_bytes(last(Scales(), EMA(0.9, of=None), Shifts()), last(Scales(), Shifts()))
+
+
 def test_aux_may_hold_more_than_arrays():
     class Rows(Callback):
         def update(self, carry, ctx):

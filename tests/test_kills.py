@@ -130,18 +130,26 @@ Engine(step, [Checkpoint(sys.argv[1], when=1, keep=1)]).run([jnp.zeros(99)] * 5,
 """
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's event loop
+READS = """
+import sys, jax.numpy as jnp, numpy as np
+from onstep.storage import load
+values = []
+for _ in range(100):
+    leaves = load(sys.argv[1], [jnp.zeros(99)] * 5)
+    values.append(float(leaves[0][0]))
+    assert all(np.all(leaf == values[-1]) for leaf in leaves)
+assert values == sorted(values)
+"""
+
+
 def test_load_reads_from_a_run_that_deletes_all_but_the_newest_checkpoint(tmp_path):
     writer = script(OVERWRITES, tmp_path)
     try:
         while not Checkpoints(tmp_path).steps():
             time.sleep(0.01)
-        values = []
-        for _ in range(100):
-            leaves = load(tmp_path, [jnp.zeros(99)] * 5)
-            values.append(float(leaves[0][0]))
-            assert all(np.all(leaf == values[-1]) for leaf in leaves)
-        assert values == sorted(values)
+        reader = script(READS, tmp_path)
+        _, error = reader.communicate()
+        assert reader.returncode == 0, error
         assert writer.poll() is None
     finally:
         writer.kill()

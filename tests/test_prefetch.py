@@ -50,6 +50,27 @@ def test_batches_drawn_before_a_close_are_not_lost():
     assert first + [int(batch) for batch in batches] == list(range(10))
 
 
+def test_batch_that_is_being_loaded_counts_as_the_one_that_is_asked_for():
+    drawn, stuck, go = [], threading.Event(), threading.Event()
+
+    def source():
+        for number in range(5):
+            drawn.append(number)
+            if number == 1:
+                stuck.set()
+                go.wait(30)
+            yield number
+
+    batches = Prefetch(source(), 3)
+    batches.limit(2)
+    assert int(next(batches)) == 0
+    assert stuck.wait(30)
+    threading.Timer(0.05, go.set).start()
+    assert int(next(batches)) == 1
+    batches.close()
+    assert drawn == [0, 1]
+
+
 def test_batch_is_on_the_device_before_the_next_is_loaded():
     class Transfer:
         def __init__(self, number):

@@ -398,7 +398,8 @@ def test_a_long_evaluation_has_its_own_line_while_it_lasts(clock, screen):
     engine = timed_engine(clock, 1, Evaluate(loss, data), Progress(interval=2, file=user.file))
     engine.on("log")(lambda loop, record: after.append(user.rows()))
     engine.run(jnp.int32(0), [1] * 4, epochs=2)
-    assert during[1] == ["epoch 1/2 |████    | step 2/8"]
+    assert during[0] == [""]  # Evaluate traces its step before the run begins
+    assert during[1] == ["epoch 1/2 |██████  | step 3/8  1.00 steps/s  0:05 left"]
     assert during[5] == [
         "epoch 1/2 |████████| step 4/8  1.00 steps/s  0:04 left",
         "val       |███▏    | 4/10  0:06 left",

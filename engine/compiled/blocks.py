@@ -16,6 +16,9 @@ FLOPS = 4e9
 """Floating-point operations of a block, about 0.1 s on two cores: short enough to wait for."""
 BYTES = 2**25
 """Bytes of the batches of a block."""
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "small-while-loop-hoisting"}
+"""XLA's CPU compiler compiles a loop that touches less than about a kilobyte as one piece of machine code, in which
+optimization barriers have no effect. Without this pass it does not. Other backends do not have the pass."""
 
 
 def choose_block_size(jaxpr: Any, batch: Batch) -> tuple[int, str]:

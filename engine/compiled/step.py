@@ -257,7 +257,7 @@ class CompiledStep:
             call: Any = self._single_step if self.jit else functools.partial(_run_uncompiled, function)
             if self.block_size:
                 function = functools.partial(blocks.run_block, self._single_step, self.block_size)
-                call = jax.jit(function, donate_argnums=0)
+                call = jax.jit(function, donate_argnums=0, compiler_options=blocks.COMPILER_OPTIONS)
             if layout is not None:
                 call = self._placement.pin(call, function, layout, stacked=bool(self.block_size), jit=self.jit)
             self._calls[key] = call
@@ -365,8 +365,7 @@ class StepFunction:
             shapes = jax.eval_shape(update)[2]
             self.logged[name] = [n for n in shapes if n not in ctx.metrics]
             out = jax.lax.cond(now, update, skip)
-        # A barrier, so that halves cannot affect each other's results.
-        carry, state, metrics = jax.lax.optimization_barrier(out)
+        carry, state, metrics = out
         return carry, ctx.replace(state=state, metrics=metrics)
 
     def _warn_if_reshaped(self, batch: Batch) -> None:

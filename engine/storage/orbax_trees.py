@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..trees import named_leaves
@@ -39,7 +40,7 @@ def check_storable(tree: Any) -> None:
 
 def _is_storable(dtype: Any) -> bool:
     """Return whether Orbax can store arrays of a dtype: that of random keys, or one that TensorStore has as well."""
-    if dtype in _STORABLE or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype in _STORABLE or jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return True
     if dtype.kind in "OSUMm" or dtype.names:
         return False
