@@ -302,8 +302,9 @@ class StepFunction:
         for name, half in self.transforms.items():
             with note_origin(f"{name}.init", half.init), _check_attributes(f"{name}.init", half):
                 carries[name] = half.init(copy_containers(state))
-        # Copied, because a carry must not share a buffer with the state: both are donated.
-        return jax.tree.map(jnp.copy, strip_weak_types(carries))
+        # A carry must not share a buffer with the state, since both are donated. The results of a compiled function do
+        # not share any with its arguments, and with `jit=False` nothing is donated.
+        return strip_weak_types(carries)
 
     def __call__(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
         """Run one step. Its checks run only while it is traced."""
