@@ -161,11 +161,10 @@ def check_evaluation(
             batches.close()
     if batch is None:
         raise _no_batches(data)
-    compiled = placement.compile_evaluation(step)
     key = [rng] if takes_rng(step, "The evaluation step") else []
-    with note_origin(f"the evaluation step {function_name(step)}", step):
+    with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
         metrics = jax.eval_shape(
-            lambda *given: as_metrics(compiled(*given), "The evaluation step"),
+            lambda *given: as_metrics(step(*given), "The evaluation step"),
             state,
             placement.place_batch(batch, ragged=True),
             *key,

@@ -30,11 +30,13 @@ class SingleDevice:
         batches: the sharding of batches: None, because they are not divided.
         processes: 1.
         blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
+        context: returns a context in which to call what is compiled: an empty one.
     """
 
     batches: Any = None
     processes: int = 1
     blocks_by_default: bool = True
+    context: Callable[[], Any] = nullcontext
     _devices: int = 1  # on which the state is
 
     def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
