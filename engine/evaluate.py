@@ -98,7 +98,7 @@ def evaluate(
         key = [] if rng is None else [fold_in(rng, number)]
         # A step that is not compiled, because of jax.disable_jit, could change the caller's containers.
         given = copy_containers((state, batch)) if jax.config.jax_disable_jit else (state, batch)
-        with note_origin(f"the evaluation step {function_name(step)}", step):
+        with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
             results.append(as_metrics(compiled(*given, *key), "The evaluation step"))
         shapes.append({name: getattr(leaf, "shape", ()) for name, leaf in named_leaves(batch).items()})
         jax.block_until_ready(results[-IN_FLIGHT - 1 : -IN_FLIGHT])
@@ -161,10 +161,11 @@ def check_evaluation(
             batches.close()
     if batch is None:
         raise _no_batches(data)
+    compiled = placement.compile_evaluation(step)
     key = [rng] if takes_rng(step, "The evaluation step") else []
     with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
         metrics = jax.eval_shape(
-            lambda *given: as_metrics(step(*given), "The evaluation step"),
+            lambda *given: as_metrics(compiled(*given), "The evaluation step"),
             state,
             placement.place_batch(batch, ragged=True),
             *key,

@@ -272,14 +272,8 @@ class DataSharding:
         return ShardedCall(function if jit else call, self, layout, stacked, jit)
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a compiled evaluation step, whose metrics are replicated."""
-        compiled = jax.jit(step, out_shardings=self.replicated)
-
-        def run(*args: Any) -> Any:
-            with self.context():
-                return compiled(*args)
-
-        return run
+        """Return a compiled evaluation step, whose metrics are replicated. Call it inside `context()`."""
+        return jax.jit(step, out_shardings=self.replicated)
 
     def rows(self, start: int, stop: int) -> Any:
         """Return which rows this process reads of a whole batch, the rows from `start` to `stop`.
