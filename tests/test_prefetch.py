@@ -233,6 +233,30 @@ def test_user_iterator_loses_no_batch_between_two_runs():
     assert not threads()
 
 
+def test_iterator_with_a_length_loses_no_batch_between_two_epochs():
+    class Sized:
+        def __init__(self):
+            self.numbers = iter(range(1, 10))
+
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.numbers)
+
+    result = Engine(add, prefetch=2, log_every=1).run(jnp.int32(0), Sized(), steps=7)
+    assert (int(result.state), result.epoch) == (28, 2)
+    assert not threads()
+
+
+def test_thread_ends_when_the_run_reaches_its_target_at_the_end_of_an_epoch():
+    Engine(add, prefetch=2).run(jnp.int32(0), lambda epoch: SizedData(range(10), 3), epochs=2)
+    assert not threads()
+
+
 def test_thread_ends_when_the_run_raises():
     engine = Engine(add, [RaiseIn("step_end", RuntimeError("enough"), step=3)], prefetch=2)
     with pytest.raises(RuntimeError, match="enough"):

@@ -302,8 +302,7 @@ class StepFunction:
         for name, half in self.transforms.items():
             with note_origin(f"{name}.init", half.init), _check_attributes(f"{name}.init", half):
                 carries[name] = half.init(copy_containers(state))
-        # Copied, because a carry must not share a buffer with the state: both are donated.
-        return jax.tree.map(jnp.copy, strip_weak_types(carries))
+        return strip_weak_types(carries)
 
     def __call__(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
         """Run one step. Its checks run only while it is traced."""
