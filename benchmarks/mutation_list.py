@@ -315,7 +315,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "data that are shorter than their length",
             "if missing and self.length is not None and self.epoch_steps is None:",
             "if False:",
-            "test_data.py::test_len_that_is_too_long_is_an_error_when_the_data_end",
+            "test_data.py::test_len_that_is_too_long_is_an_error_with_a_handler_at_every_step",
         ),
         (
             "the length of the pass of a saved run",
@@ -339,7 +339,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "the end of the wait for a batch",
             "self._interrupted = True\n            raise WaitInterrupted",
             "self._interrupted = True",
-            "test_graceful_exit.py::test_a_signal_ends_the_wait_for_a_batch",
+            "test_graceful_exit.py::test_data_that_was_interrupted_is_read_from_a_new_iterator",
         ),
         (
             "the position of a loader that was interrupted",

@@ -28,7 +28,7 @@ from pathlib import Path
 from mutation_list import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 300
+LIMIT = 200
 """Seconds for the tests of one mutation. A mutation that makes them hang is noticed."""
 SHORT = ("exact means", "the best value from NaN and infinities", "a final stop from being lost")
 """What the mutations of the short form take the protection from."""

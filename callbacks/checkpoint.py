@@ -86,6 +86,8 @@ class Checkpoint(Callback):
     def __post_init__(self) -> None:
         check_int("Checkpoint", "keep", self.keep, 1)
         check_mode("Checkpoint", self.mode, self.best)
+        if isinstance(self.resume, int) and self.resume < 0:
+            raise ValueError(f"Checkpoint needs a step >= 0 for resume, got {self.resume}.")
         if not isinstance(self.resume, (bool, int)) and not (self.resume == "best" and self.best):
             raise ValueError(f"Checkpoint needs resume=True, False, a step, or 'best' with best=, got {self.resume!r}.")
         self.directory = local_path("Checkpoint", self.directory)
@@ -111,6 +113,10 @@ class Checkpoint(Callback):
 
     def on_run_begin(self, loop: Loop) -> None:
         self._recorded, self._saved = None, False
+
+    def on_epoch_begin(self, loop: Loop) -> None:
+        if self.best:
+            warn_missing_metric("Checkpoint", self.best, loop)
 
     def on_log(self, loop: Loop, record: Record) -> None:
         self._compare_step(loop)

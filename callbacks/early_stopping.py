@@ -30,6 +30,7 @@ class EarlyStopping(Callback):
         misses: evaluations in a row without an improvement.
 
     Raises:
+        TypeError: `metric` is not a name.
         ValueError: a number is out of range.
 
     >>> import jax.numpy as jnp
@@ -52,9 +53,14 @@ class EarlyStopping(Callback):
 
     def __post_init__(self) -> None:
         check_int("EarlyStopping", "patience", self.patience, 1)
+        if not isinstance(self.metric, str):
+            raise TypeError(f"EarlyStopping needs the name of a metric, such as 'val/loss', got {self.metric!r}.")
         check_mode("EarlyStopping", self.mode, self.metric)
-        if not 0 <= self.min_delta < math.inf:
-            raise ValueError(f"EarlyStopping needs a finite min_delta >= 0, got {self.min_delta}.")
+        if not isinstance(self.min_delta, (int, float)) or not 0 <= self.min_delta < math.inf:
+            raise ValueError(f"EarlyStopping needs a finite min_delta >= 0, got {self.min_delta!r}.")
+
+    def on_epoch_begin(self, loop: Loop) -> None:
+        warn_missing_metric("EarlyStopping", self.metric, loop)
 
     def on_log(self, loop: Loop, record: Record) -> None:
         warn_missing_metric("EarlyStopping", self.metric, loop, record)

@@ -30,8 +30,8 @@ class Evaluate(Callback):
     Args:
         step: `(state, batch) -> metrics`; a third required argument is a random key.
         data: an iterable of batches, read completely in each evaluation. Unless it can be read only once, its first
-            batch is also drawn when the run begins, to trace the step: an error in it does not wait for the first
-            evaluation.
+            batch is also drawn when the run begins, to trace the step, so that an error in it is raised before
+            training starts.
         name: the first part of the recorded names, and the callback's name. Give each data set its own.
         when: when to evaluate; at the end of every epoch by default.
         using: a callback whose `apply(loop)` returns the state to evaluate, such as `using=ema`.
@@ -40,6 +40,7 @@ class Evaluate(Callback):
             `onstep.evaluate` explains.
 
     Raises:
+        TypeError: `using` has no method `apply`.
         ValueError: `data` yields no batch, the number of examples is unknown, or `step` takes a random key and the
             run has none.
 
@@ -63,6 +64,10 @@ class Evaluate(Callback):
     def __post_init__(self) -> None:
         if self.steps is not None:
             check_int(f"Evaluate {self.name!r}", "steps", self.steps, 1)
+        if self.using is not None and not callable(getattr(self.using, "apply", None)):
+            raise TypeError(
+                f"Evaluate {self.name!r} needs using= to have apply(loop), such as an EMA, got {self.using!r:.80}."
+            )
         self._random = takes_rng(self.step, f"The step of Evaluate {self.name!r}")
 
     def on_run_begin(self, loop: Loop) -> None:
@@ -73,7 +78,13 @@ class Evaluate(Callback):
                 f"The step of Evaluate {self.name!r} takes a random key as its third argument. Pass one: rng=..."
             )
         if not loop.over and (self.using is None or isinstance(self.using, Callback)):  # others may have no state yet
-            check_evaluation(self.step, self._state(loop), self.data, rng=loop.rng, mesh=loop.mesh)
+            metrics = check_evaluation(self.step, self._state(loop), self.data, rng=loop.rng, mesh=loop.mesh)
+            if self.weight is not None and metrics and self.weight not in metrics:
+                raise ValueError(
+                    f"Evaluate {self.name!r} needs the metric {self.weight!r} as the weight of a batch, but its step "
+                    f"returns {metrics}."
+                )
+            loop.announce(f"{self.name}/{metric}" for metric in metrics if metric != self.weight)
 
     def on_step_end(self, loop: Loop) -> None:
         key = None if loop.rng is None else fold_in(loop.rng, zlib.crc32(str(self.name).encode()))

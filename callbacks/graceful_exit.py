@@ -73,7 +73,7 @@ class GracefulExit(Callback):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self.signals = tuple(dict.fromkeys(self.signals))
+        self.signals = (self.signals,) if isinstance(self.signals, int) else tuple(dict.fromkeys(self.signals))
         never = {getattr(signal, known, None) for known in ("SIGKILL", "SIGSTOP")}
         for number in self.signals:
             if number in never or number not in set(signal.Signals):

@@ -38,6 +38,7 @@ class Images(Callback):
         name: the callback's name.
 
     Raises:
+        TypeError: `draw` is not a function.
         ValueError: no directory is given, or a URL; `using` is not among the run's callbacks (raised when the run
             begins); or `draw` returns an array of another shape or dtype (raised when it is drawn).
 
@@ -63,6 +64,8 @@ class Images(Callback):
     def __post_init__(self) -> None:
         if self.png is None and self.events is None:
             raise ValueError("Images needs a directory: png= for files, events= for TensorBoard, or both.")
+        if not callable(self.draw):
+            raise TypeError(f"Images needs a function state -> images, got {type(self.draw).__name__}.")
         self._png = None if self.png is None else local_path("Images", self.png)
         self._events = None if self.events is None else local_path("Images", self.events)
 

@@ -19,7 +19,8 @@ class Scalars(Callback):
         name: the callback's name.
 
     Raises:
-        ValueError: no leaf or several leaves have that name, or the leaf is not a number (when the run begins).
+        ValueError: there are no names; or, when the run begins, no leaf or several leaves have that name, or the leaf
+            is not a number.
 
     >>> import jax.numpy as jnp
     >>> from onstep import Engine
@@ -31,6 +32,8 @@ class Scalars(Callback):
     """
 
     def __init__(self, *names: str, name: str | None = None):
+        if not names:
+            raise ValueError('Scalars needs the names of leaves, such as Scalars("scale"), got none.')
         self.names: tuple[str, ...] = names
         self.name: str | None = name
 

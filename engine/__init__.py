@@ -10,8 +10,7 @@ from .records import History, Record, improves
 from .result import Result
 from .snapshot import Snapshot
 from .steps import Steps
-
-__version__ = "0.2.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "Batches",

@@ -31,7 +31,7 @@ Carry = Any
 
 
 class _CadenceAttribute:
-    """An attribute that is checked where it is assigned, so that the error is in the line that makes the callback."""
+    """An attribute that is checked where it is assigned, so the error points at the line that creates the callback."""
 
     def __init__(self, name: str, default: Cadence | int):
         self._name, self._default = name, default
@@ -97,14 +97,15 @@ class Callback:
     def on_epoch_begin(self, loop: Loop) -> None:
         """An epoch begins, and none of its batches has been drawn. Not called when a resumed run continues an epoch.
 
-        `loop.epoch` epochs and `loop.step` steps are complete, and `loop.state` and `loop.metrics` are of that step.
+        `loop.epoch` epochs and `loop.step` steps are complete. `loop.state` and `loop.metrics` are of that step;
+        the metrics are empty until this session has run a step.
         """
 
     def on_step_begin(self, loop: Loop) -> None:
         """Step `loop.step + 1` is next, with `loop.batch`, which you may replace.
 
-        `loop.state` is what the step will receive, and `loop.metrics` are those of the step before. If a stop is
-        requested here, the step does not run.
+        `loop.state` is what the step will receive. `loop.metrics` are those of the step before, empty before the first
+        step of a session. If a stop is requested here, the step does not run.
         """
 
     def on_step_end(self, loop: Loop) -> None:
@@ -135,7 +136,7 @@ class Callback:
     def on_snapshot(self, loop: Loop) -> None:
         """A snapshot is about to be made of `loop.state`, the carries and the counters. An error here prevents it.
 
-        `loop.state` and `loop.metrics` are those of step `loop.step`.
+        `loop.state` and `loop.metrics` are those of step `loop.step`; the metrics are empty if no step has run.
         """
 
     def on_exception(self, loop: Loop, error: BaseException) -> None:
@@ -149,7 +150,8 @@ class Callback:
         """The run is over, whether it ended well, by a stop or by an error (`loop.error`). Called in reverse order.
 
         Guaranteed for every callback whose `on_load` or `on_run_begin` was reached. `loop.state`, `loop.step` and
-        `loop.metrics` are those of the last step; after an error, see `on_exception`.
+        `loop.metrics` are those of the last step (the metrics are empty if none has run). After an error, see
+        `on_exception`.
         """
 
     def init(self, state: State) -> Carry:
@@ -188,11 +190,9 @@ class Callback:
         for name in ("when", "update_when"):
             if isinstance(default := vars(cls).get(name), (Cadence, int)):
                 setattr(cls, name, _cadence_attribute(name, default))
-        for name, found in vars(cls).items():
-            if name.startswith("on_") and name not in EVENTS:
-                raise TypeError(f"{cls.__name__}.{name} is not an event.{did_you_mean(name, EVENTS)}")
-            if f"on_{name}" in EVENTS and "_" in name and callable(found):  # not `log` or `save`, which say little
-                raise TypeError(f"{cls.__name__}.{name} is never called. The event is on_{name}.")
+        mixins = [vars(base) for base in cls.__mro__[1:-1] if not issubclass(base, Callback)]
+        for name, found in dict(item for names in (*mixins, vars(cls)) for item in names.items()).items():
+            _check_event_name(name, found, cls.__name__)
             if callable(found) and not hasattr(Callback, name) and (similar := _similar_method(found, name)):
                 warn_user(f"{cls.__name__}.{name} is never called by the engine. Did you mean {similar}?")
             if name in _ARGUMENTS:
@@ -218,8 +218,25 @@ _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
 }
 
 
+_OTHER_WORDS = {"batch": "step", "train": "run", "fit": "run", "start": "begin", "finish": "end", "stop": "end"}
+"""The words of other engines for events, with ours."""
+
+
+def _check_event_name(name: str, found: Any, who: str) -> None:
+    """Raise a TypeError for a method that looks like an event but is none."""
+    plain = {event.replace("_", ""): event for event in EVENTS}
+    meant = plain.get(name.lower().replace("_", ""))
+    if name.startswith("on_") and name not in EVENTS:
+        ours = "_".join(_OTHER_WORDS.get(word, word) for word in name.replace("train_batch", "batch").split("_"))
+        raise TypeError(f"{who}.{name} is not an event.{did_you_mean(ours, EVENTS)}")
+    if meant is None and "_" in name:  # not `log` or `save`, which are common names of methods
+        meant = plain.get(f"on{name.lower().replace('_', '')}")
+    if meant not in (None, name) and callable(found):
+        raise TypeError(f"{who}.{name} is never called. The event is {meant}.")
+
+
 def _similar_method(found: Any, name: str) -> str | None:
-    """Return the method of a callback that a method with a similar name and the same arguments was meant to be."""
+    """Return the callback method that this one was probably meant to override."""
     similar = difflib.get_close_matches(name, [method for method in _ARGUMENTS if method not in EVENTS], 1, 0.8)
     with contextlib.suppress(TypeError, ValueError):
         if similar and list(inspect.signature(found).parameters)[1:] == list(_ARGUMENTS[similar[0]]):
@@ -228,14 +245,24 @@ def _similar_method(found: Any, name: str) -> str | None:
 
 
 def check_when(callback: Callback, name: str) -> None:
-    """Raise a ValueError unless `when` is a cadence that governs an event of the callback."""
-    cadence = as_cadence(callback.when, f"{name}.when")
+    """Raise a ValueError unless `when` and `update_when` are cadences, and govern something of the callback."""
+    when = as_cadence(callback.when, f"{name}.when")
+    update_when = as_cadence(callback.update_when, f"{name}.update_when")
     handled = [event for event in EVENTS if overridden(callback, event)]
-    if cadence != ALWAYS and "when" not in vars(type(callback)) and handled and not set(handled) & set(BY_CADENCE):
+    compiled = bool(overridden(callback, "update"))
+    if update_when != ALWAYS and not compiled:
         raise ValueError(
-            f"{name}.when={cadence} has no effect on {', '.join(handled)}: it governs {', '.join(BY_CADENCE)}. Handle "
+            f"{name}.update_when={update_when} has no effect, because {name} has no compiled half (update)."
+        )
+    governs = set(handled) & set(BY_CADENCE) or (compiled and update_when == when)
+    if when == ALWAYS or governs or not (handled or compiled):
+        return
+    if handled:
+        raise ValueError(
+            f"{name}.when={when} has no effect on {', '.join(handled)}: it governs {', '.join(BY_CADENCE)}. Handle "
             "one of these; on_step_end can be due by epochs, as in every(epochs=5)."
         )
+    raise ValueError(f"{name}.when={when} has no effect on update. Its cadence is update_when.")
 
 
 def overridden(callback: Callback, name: str) -> Any:
@@ -353,7 +380,7 @@ class Context:
 
     @property
     def dropped(self) -> list[str]:
-        """The names that were logged with this context, and are therefore missing from it."""
+        """Names that were logged through this context; only the context that `log` returned has them."""
         return list(self._logged)
 
     def replace(self, **changes: Any) -> Context:

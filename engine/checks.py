@@ -66,7 +66,7 @@ def check_mode(who: str, mode: str, metric: str | None = None) -> str:
     words = set(re.split(r"[^a-z0-9]+", (metric or "").lower()))
     if mode == "min" and words & HIGHER_IS_BETTER and not words & LOWER_IS_BETTER:
         warn_user(
-            f"{who} takes lower values of {metric!r} as better (mode='min'). Pass mode='max' if higher is better."
+            f"{who} treats lower values of {metric!r} as better (mode='min'). Pass mode='max' if higher is better."
         )
     return mode
 

@@ -114,8 +114,9 @@ class Engine:
         epoch 1 ends at step 3
         epoch 2 ends at step 6
         """
-        if callable(event):
-            raise TypeError(f'engine.on needs an event: write @engine.on("step_end") above {event.__name__}.')
+        if not isinstance(event, str):
+            name = getattr(event, "__name__", repr(event))
+            raise TypeError(f'engine.on needs the name of an event: write @engine.on("step_end"), got {name}.')
 
         def add(function: Callable[..., None]) -> Callable[..., None]:
             added = FunctionCallback(event, function, when)

@@ -128,7 +128,7 @@ def check_evaluation(
     *,
     rng: jax.Array | None = None,
     mesh: Mesh | NamedSharding | None = None,
-) -> None:
+) -> list[str]:
     """Trace an evaluation step for the first batch, so that an error in it is raised before a run, not after an epoch.
 
     Nothing is computed. The batch is drawn from a separate pass; data that can be read only once is not touched.
@@ -136,6 +136,9 @@ def check_evaluation(
 
     Args:
         step, state, data, rng, mesh: as for `evaluate`.
+
+    Returns:
+        The names of the metrics; an empty list if nothing was traced.
 
     Raises:
         ValueError: the data is empty, or a metric is not a scalar.
@@ -148,7 +151,7 @@ def check_evaluation(
     ValueError: The evaluation step needs scalar metrics, got shape (2,) for 'error'. Reduce it, e.g. .mean(). ...
     """
     if hasattr(data, "__next__") or jit_is_disabled():  # then the step may read values, which a trace has not
-        return
+        return []
     placement = make_placement(mesh)
     batches = open_pass(data, 0, placement, ragged=True)
     try:
@@ -161,12 +164,13 @@ def check_evaluation(
     compiled = placement.compile_evaluation(step)
     key = [rng] if takes_rng(step, "The evaluation step") else []
     with note_origin(f"the evaluation step {function_name(step)}", step):
-        jax.eval_shape(
+        metrics = jax.eval_shape(
             lambda *given: as_metrics(compiled(*given), "The evaluation step"),
             state,
             placement.place_batch(batch, ragged=True),
             *key,
         )
+    return list(metrics)
 
 
 def _no_batches(data: Data) -> ValueError:
@@ -211,8 +215,8 @@ def _example_counts(shapes: list[dict[str, tuple[int, ...]]], mesh: Mesh | Named
             first, other = shapes[0], next(batch for batch in shapes if batch != shapes[0])
             warnings.warn(
                 f"The evaluation batches differ along other axes than the leading one, such as {first} and {other}. "
-                "They count the same. If that is wrong, let the step return the number of examples as a metric, and "
-                'pass its name: weight="examples".',
+                "Each gets the same weight. If that is wrong, let the step return the number of examples as a metric, "
+                'and pass its name: weight="examples".',
                 stacklevel=3,
             )
         return counts

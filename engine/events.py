@@ -87,8 +87,14 @@ class Events:
         for handler in self.handlers[event]:
             handler.call(loop, *args)
 
-    def due(self, event: str, step: int, epoch: int = 0) -> list[Handler]:
-        """Return the handlers that are due at `step`, which completes `epoch` (0 if it completes none)."""
+    def take_due(self, event: str, step: int, epoch: int = 0) -> list[Handler]:
+        """Return the handlers that are due at `step`, and advance them.
+
+        Args:
+            event: the event.
+            step: the step.
+            epoch: the epoch that it completes, 0 if it completes none.
+        """
         return [handler for handler in self.handlers[event] if handler.trigger.fires(step, epoch)]
 
     def next(self, step: int, end: float) -> float:

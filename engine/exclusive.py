@@ -13,7 +13,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def exclusive(objects: dict[str, Any]) -> Iterator[None]:
-    """Use objects for one run, and refuse to if another run in this process uses one of them.
+    """Reserve objects for one run; raise if another run in this process is using one of them.
 
     An engine's compiled step and its callbacks keep state while a run lasts. A second run of the same engine, started
     inside a callback or in another thread, would silently mix its numbers with those of the first.
@@ -28,13 +28,13 @@ def exclusive(objects: dict[str, Any]) -> Iterator[None]:
     ...     pass
     Traceback (most recent call last):
     ...
-    RuntimeError: EMA is already running: a run that has not ended uses it. ...
+    RuntimeError: EMA is in use by a run that has not ended. ...
     """
     with _lock:
         for name, item in objects.items():
             if id(item) in _in_use:
                 raise RuntimeError(
-                    f"{name} is already running: a run that has not ended uses it. For a run inside a callback, a "
+                    f"{name} is in use by a run that has not ended. For a run inside a callback, a "
                     "`for` body or another thread, make another Engine with callbacks of its own."
                 )
         _in_use.update({id(item): item for item in objects.values()})

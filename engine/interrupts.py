@@ -22,7 +22,8 @@ def deferred_interrupts(calls: CodeType, defer: Callable[[], bool]) -> Iterator[
 
     Args:
         calls: the code of the function that makes the calls.
-        defer: asks that function to raise the KeyboardInterrupt between two calls; False if it was asked before.
+        defer: asks that function to raise the KeyboardInterrupt between two calls; returns False if it had already been
+            asked.
     """
 
     def receive(number: int, frame: FrameType | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +37,10 @@ from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
 from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
+from .version import __version__
 
 MOST_PENDING = 4096
-"""Calls whose metrics may wait on the device to be read, so that their memory is bounded in a long window."""
+"""The most calls whose metrics stay unread on the device. It bounds their memory in a long window."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Loop:
         callbacks: the callbacks of the run by name, in order.
         checkpoints: where checkpoints of this run are saved; a callback that saves them adds its
             `onstep.storage.Checkpoints` in `on_load`.
+        announced: the names that callbacks said they will record.
         mesh: the sharding of batches, or a tree prefix of them with shardings, or None on one device.
 
     >>> import jax.numpy as jnp
@@ -122,6 +124,7 @@ class Loop:
         self._call_rng = self.rng if compiled.needs_step else None  # folded with the step inside the call
         self.callbacks: dict[str, Callback] = callbacks
         self.checkpoints: list[Checkpoints] = []
+        self.announced: set[str] = set()
         self.mesh: Any = placement.batches
 
         self._compiled, self._placement, self._log_every = compiled, placement, options.log_every
@@ -144,21 +147,22 @@ class Loop:
         self._loading = True
         self._restored = self._saving = self._prepared = False
         self._restored_from = ""  # the directory of the checkpoint, for messages
-        self._saved: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
+        self._must_match: dict[str, Any] = {"mode": None, "batch": None}  # what a saved run must share with this one
         self._epoch_done = False  # whether the last step completed its epoch
-        self._completed = 0  # that epoch, 0 if none
+        self._completed_epoch = 0  # that epoch, 0 if none
         self._earlier = earlier  # the result from which the run resumes, until it has begun
-        self._reported = earlier is not None  # whether the record of the last window cannot have been lost
+        self._reported = earlier is not None  # whether the last window is known to have been recorded
         self._final_snapshot: Snapshot | None = None
         self._failed: str | None = None  # the error that ended the run
 
     # The loop. Its order is what docs/loop.md promises: do not reorder it.
     #
-    # Between the first step and the last, the host waits for the device in four places: in the throttle, when too many
-    # calls are in flight; when the means of a window are taken; in `log`, if a value is on the device; and in
-    # `snapshot`. Batches that are already on a device may be read when they are stacked, or divided over processes.
-    # Handlers may wait as well. At the start and in `restore`, the random key is read, and with several processes also
-    # the state, to compare it.
+    # Between the first step and the last, the host waits for the device in five places: in the throttle, when too many
+    # calls are in flight; when the means of a window are taken; when MOST_PENDING calls are unread; in `log`, if a
+    # value is on the device; and in `snapshot`. Batches that are already on a device may be read when they are
+    # stacked, or divided over processes, and a prefetch thread waits for its transfers. Handlers may wait as well:
+    # evaluations, saves, and callbacks that read the state or a carry. At the start and in `restore`, the random key is
+    # read, and with several processes also the state, to compare it.
 
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
@@ -176,7 +180,7 @@ class Loop:
                     self._begin_epoch()  # on_epoch_begin
                     while self._advance(trigger):  # on_step_begin, then compiled calls and nothing else
                         self._after_step()  # on_step_end, on_log, on_epoch_end
-                        if trigger.fires(self.step, self._completed):
+                        if trigger.fires(self.step, self._completed_epoch):
                             yield self
                         self._agree_on_stop()
                         self._save_due()  # on_save
@@ -184,7 +188,7 @@ class Loop:
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
-        self._group.begin(self._position)
+        self._group.begin(self._step_in_progress)
         self._placement.begin("training")
         self._check_processes()
         reset(self.callbacks)
@@ -201,7 +205,7 @@ class Loop:
             log_user(self._resume_message())
         self._skip_used()
         self._agree_on_stop()  # with several processes also on the time, before the first deadline is set
-        self._compiled.begin(self.step, self._saved)
+        self._compiled.begin(self.step, self._must_match)
         self._events.begin(self)
         self._agree_on_stop()
 
@@ -243,7 +247,7 @@ class Loop:
         return True
 
     def _data_ended(self) -> bool:
-        """Return whether data without a length has ended with the last step. That takes a batch, so it may wait.
+        """Return whether data without a length has ended with the last step. Finding out draws a batch, so it may wait.
 
         It is asked only when everything else that is due at a step is done, and no stop is requested.
         """
@@ -251,8 +255,8 @@ class Loop:
 
     def _before_step(self) -> None:
         """Call the handlers that are due before the next step, with its batch. Compile before the first step."""
-        completes = self.epoch + 1 if self.epoch_step + 1 == self.epoch_length else 0
-        if due := self._events.due("on_step_begin", self.step + 1, completes):
+        completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self.epoch_length else 0
+        if due := self._events.take_due("on_step_begin", self.step + 1, completed_epoch):
             self._choosing = True
             try:
                 for handler in due:
@@ -313,8 +317,8 @@ class Loop:
                 if simple:
                     bundle, metrics = call(bundle, batch, rng, None)
                 else:
-                    completes = self.epoch + 1 if step + count == epoch_end else 0
-                    bundle, metrics = advance(bundle, batch, rng, step, count, completes)
+                    completed_epoch = self.epoch + 1 if step + count == epoch_end else 0
+                    bundle, metrics = advance(bundle, batch, rng, step, count, completed_epoch)
                 step += count
                 pending.append(metrics)
                 if len(pending) >= wait_at:
@@ -334,8 +338,8 @@ class Loop:
         if self._epoch_done:
             self._stream.end_epoch(not self.over)
             self.epoch, self.epoch_step = self.epoch + 1, 0
-        self._completed = self.epoch if self._epoch_done else 0
-        for handler in self._events.due("on_step_end", self.step, self._completed):
+        self._completed_epoch = self.epoch if self._epoch_done else 0
+        for handler in self._events.take_due("on_step_end", self.step, self._completed_epoch):
             handler.call(self)
         if self.step % self._log_every == 0:
             self.log(self._windows.take_means("train"))
@@ -348,7 +352,7 @@ class Loop:
     def _save_due(self) -> None:
         """Save with the handlers that are due, unless the end of the epoch comes first."""
         if self._epoch_done or self.over or not self._data_ended():
-            self._save(self._events.due("on_save", self.step, self._completed))
+            self._save(self._events.take_due("on_save", self.step, self._completed_epoch))
 
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. A final stop is refused here, because the save would not include it."""
@@ -370,7 +374,7 @@ class Loop:
             self.log(self._windows.take_means("train"))
 
     def result(self) -> Result:
-        """Return how the run ended. After an error, the run is one that a resumable stop ended at its last step.
+        """Return how the run ended. After an error, the result is as if a resumable stop had ended the run there.
 
         Raises:
             RuntimeError: the run has not ended, or its last call failed after its arrays had been donated.
@@ -510,6 +514,16 @@ class Loop:
             self.history.add(record)
             self._events.fire("on_log", self, record)
 
+    def announce(self, names: Iterable[str]) -> None:
+        """Say which values a callback will record; call it in `on_run_begin`.
+
+        A callback that watches a name can then warn of a misspelt one before the first step.
+
+        Args:
+            names: full names, such as `"val/loss"`.
+        """
+        self.announced.update(names)
+
     def observe(self, observer: Observer) -> None:
         """Report the run to an observer until it ends: compiled calls, waits, handlers and progress."""
         timed = self._spans.timed
@@ -581,7 +595,7 @@ class Loop:
         state, carries = self._load_tree(snapshot, host, strict)
         self._bundle = self._compiled.bundle(state, carries, host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
-        self.latest, self._restored, self._saved = host["latest"], True, host["program"]
+        self.latest, self._restored, self._must_match = host["latest"], True, host["program"]
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped, self._final = host["stopped"], True
@@ -614,7 +628,7 @@ class Loop:
     def _ensure_end(self) -> Iterator[None]:
         """Guarantee the events that end a run, and remember the error that ended it.
 
-        A StopIteration becomes a RuntimeError that says where it was raised. Otherwise Python would replace it by
+        A StopIteration becomes a RuntimeError that says where it was raised. Otherwise Python would replace it with
         "generator raised StopIteration", without its notes.
         """
         try:
@@ -651,7 +665,7 @@ class Loop:
         new = {} if strict else self._compiled.init(tree["state"])
         return tree["state"], new | tree["carries"]
 
-    def _position(self) -> tuple[int, bool]:
+    def _step_in_progress(self) -> tuple[int, bool]:
         """Return the number of the step in progress, and whether it ends its epoch, as far as these are known."""
         stream = self._stream
         step = self.step if stream.epoch_steps is not None else self.step - self.epoch_step + stream.used
@@ -724,7 +738,7 @@ class Loop:
             {
                 "the list of callbacks": cadences,
                 **arguments,
-                "the versions of JAX and onstep": [jax.__version__, sys.modules[__package__].__version__],
+                "the versions of JAX and onstep": [jax.__version__, __version__],
                 "log_every": self._log_every,
                 "steps_per_call": self._compiled.block_size,
                 "the random key (rng)": describe_key(self.rng),

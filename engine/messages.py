@@ -79,7 +79,7 @@ def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
 
     Args:
         text: what to print.
-        file: where to print it, such as `sys.stderr`, which is None in some programs with windows.
+        file: where to print it, such as `sys.stderr`, which is None in some GUI programs.
         end: printed after it.
 
     >>> import io
@@ -100,4 +100,4 @@ def print_text(text: str, file: TextIO | None, *, end: str = "\n") -> None:
     except BrokenPipeError:
         pass
     except OSError as error:
-        warn_user(f"A text could not be printed, and the run continues without it: {error}.")
+        warn_user(f"A message could not be printed; the run continues: {error}.")

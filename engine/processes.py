@@ -241,6 +241,8 @@ class ProcessGroup:
             _stale.append(f"onstep/{_run}/")
             _run, _number, _watched, _failing = _run + 1, 0, True, False
             SameShapes.newest.clear()
+            atexit.unregister(_leave_after_failure)
+            atexit.register(_leave_after_failure)  # runs before JAX's own function for this, which waits for minutes
             self._closed = threading.Event()
             self._thread = threading.Thread(
                 target=_Watch(position, self._closed).watch, name="onstep-watch", daemon=True
@@ -546,7 +548,6 @@ def _leave() -> bool:
     return not leaving.is_alive()
 
 
-@atexit.register  # before JAX's own function for this, which waits for minutes
 def _leave_after_failure() -> None:
     if _failing and distributed.global_state.client is not None and not _leave():
         sys.stdout.flush()

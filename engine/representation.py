@@ -32,15 +32,19 @@ def call_text(kind: type, values: Mapping[str, Any]) -> str:
     return f"{kind.__name__}({', '.join(shown)})"
 
 
-def plain_arguments(instance: Any) -> str:
-    """Return the arguments of an object that are numbers, strings or None, as text: those that can be compared.
+_PATHS = ("path", "directory", "png", "events")
+"""Arguments that may differ, such as directories of one process each."""
 
-    >>> from onstep.callbacks import EMA
-    >>> plain_arguments(EMA(0.9))
-    "decay=0.9, of='params', warmup=False, name=None"
+
+def plain_arguments(instance: Any) -> str:
+    """Return the arguments of an object that can be compared, as text: numbers, strings and None, without paths.
+
+    >>> from onstep.testing import StopAt
+    >>> plain_arguments(StopAt(2, reason="enough"))
+    "step=2, final=True, reason='enough'"
     """
     names = [name for name in inspect.signature(type(instance)).parameters if hasattr(instance, name)]
-    given = {name: getattr(instance, name) for name in names}
+    given = {name: getattr(instance, name) for name in names if name not in _PATHS}
     plain = {name: value for name, value in given.items() if value is None or isinstance(value, (int, float, str))}
     return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 

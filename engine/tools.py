@@ -7,6 +7,7 @@ your callbacks can do everything that they can do.
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -105,9 +106,10 @@ def has_training_metrics(record: Record) -> bool:
 def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None = None) -> None:
     """Warn if a metric that a callback watches is not recorded. Call it in `on_log`, `on_epoch_end` and `on_run_end`.
 
-    It warns at the end of the first epoch, unless the metric may still come from an evaluation that was not due; after
-    the first evaluation that did not record it; and at the end of a run that reached its target. In `on_epoch_end`,
-    call it unless `loop.over`.
+    It warns once, as soon as the name can be known to be wrong: before the first step, if a callback has announced
+    other names that begin alike; after the first evaluation that did not record it; or at the end of the first epoch,
+    unless the metric may still come from an evaluation that was not due. It warns again at the end of a run that
+    reached its target. Call it in `on_epoch_begin`, too, and in `on_epoch_end` unless `loop.over`.
 
     Args:
         who: the callback, for the message.
@@ -126,11 +128,14 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
     >>> print(caught[0].message)
     EarlyStopping watches 'train/los', but the records hold ['train/loss']. Did you mean train/loss?
     """
-    if metric in loop.latest:
+    known = sorted({*loop.latest, *loop.announced})
+    if metric in known:
         return
     first, _, rest = metric.partition("/")
-    siblings = [name for name in loop.latest if name.startswith(f"{first}/")]  # recorded by the same callback
-    if record is not None:  # the second such record, because another callback may log at the step of the first
+    siblings = [name for name in known if name.startswith(f"{first}/")]  # recorded by the same callback
+    if loop.step == loop.start_step and record is None:
+        missing = bool(siblings) and not loop.over
+    elif record is not None:  # the second such record, because another callback may log at the step of the first
         missing = any(len(loop.history[name]) == 2 for name in siblings if name in record.values)
     elif loop.over:
         missing = loop.finished and loop.stopped is None and loop.error is None and loop.step > loop.start_step
@@ -139,9 +144,11 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
     else:
         opened = first == "train" and f"epoch/{rest}" in loop.latest  # its window is longer than an epoch
         missing = loop.epoch == 1 and first not in loop.callbacks and not opened
-    if missing:
-        similar = did_you_mean(metric, siblings) or " Add Evaluate(...) or watch one of these."
-        warn_user(f"{who} watches {metric!r}, but the records hold {sorted(loop.latest)}.{similar}")
+    told = _told.setdefault(loop, set())
+    if missing and (loop.over or (who, metric) not in told):
+        told.add((who, metric))
+        similar = did_you_mean(metric, siblings or known) or " Add Evaluate(...) or watch one of these."
+        warn_user(f"{who} watches {metric!r}, but the records hold {known}.{similar}")
 
 
 def get_carry(source: Loop | Result, callback: Callback) -> Carry:
@@ -164,6 +171,10 @@ def get_carry(source: Loop | Result, callback: Callback) -> Carry:
         who = callback.name or type(callback).__name__
         raise TypeError(f"{who} needs the loop or the result of a run, got {type(source).__name__}.")
     return source.carry(callback)
+
+
+_told: weakref.WeakKeyDictionary[Loop, set[tuple[str, str]]] = weakref.WeakKeyDictionary()
+"""The callbacks and metrics about which a run has warned."""
 
 
 def widen(leaf: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ seconds. If you interrupt it, run the same command again to resume.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,14 @@ from sklearn.model_selection import train_test_split
 
 PIXELS, WIDTH, CLASSES = 64, 128, 10
 DROPOUT, MOMENTUM = 0.2, 0.9
+
+
+class State(NamedTuple):
+    """The state for Equinox and Haiku. Callbacks find the parameters by their name: `EMA(0.99)`, `Summary()`."""
+
+    params: Any
+    statistics: Any
+    opt_state: Any
 
 
 def cross_entropy(logits, labels):
@@ -92,7 +101,8 @@ def nnx_loss(model, batch):
 def nnx_run(key, optimizer):
     """The state is the model and the optimizer; the step changes both in place and returns them.
 
-    The model has a random stream of its own, so the step takes no key.
+    The model has a random stream of its own, so the step takes no key. Callbacks find the model by its position in
+    the state: `EMA(0.99, of="0")`.
     """
     model = NNXNetwork(nnx.Rngs(key))
 
@@ -167,15 +177,15 @@ def equinox_run(key, optimizer):
 
         (loss, statistics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (eqx.apply_updates(params, updates), statistics, opt_state), {"loss": loss}, {"grads": grads}
+        return State(eqx.apply_updates(params, updates), statistics, opt_state), {"loss": loss}, {"grads": grads}
 
     def score(state, batch):
-        params, statistics, _ = state
-        model = eqx.nn.inference_mode(eqx.combine(params, static))
-        logits, _ = jax.vmap(model, in_axes=(0, None, None), out_axes=(0, None))(batch["image"], statistics, None)
+        model = eqx.nn.inference_mode(eqx.combine(state.params, static))
+        apply = jax.vmap(model, in_axes=(0, None, None), out_axes=(0, None))
+        logits, _ = apply(batch["image"], state.statistics, None)
         return accuracy(logits, batch["label"])
 
-    return (params, statistics, optimizer.init(params)), step, score
+    return State(params, statistics, optimizer.init(params)), step, score
 
 
 def haiku_run(key, optimizer):
@@ -200,14 +210,13 @@ def haiku_run(key, optimizer):
 
         (loss, statistics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), statistics, opt_state), {"loss": loss}, {"grads": grads}
+        return State(optax.apply_updates(params, updates), statistics, opt_state), {"loss": loss}, {"grads": grads}
 
     def score(state, batch):
-        params, statistics, _ = state
-        logits, _ = model.apply(params, statistics, None, batch["image"], train=False)
+        logits, _ = model.apply(state.params, state.statistics, None, batch["image"], train=False)
         return accuracy(logits, batch["label"])
 
-    return (params, statistics, optimizer.init(params)), step, score
+    return State(params, statistics, optimizer.init(params)), step, score
 
 
 def import_library(name):

@@ -145,9 +145,6 @@ def test_only_overridden_methods_are_ever_due():
     class Idles(Callback):
         when = every(seconds=1)
 
-        def on_epoch_end(self, loop):
-            pass
-
     class Acts(Idles):
         def on_step_end(self, loop):
             pass
@@ -424,10 +421,43 @@ def test_batch_after_a_stop_before_its_step_is_that_of_the_last_step():
     assert (result.step, seen) == (1, [1])
 
 
-@pytest.mark.parametrize(("name", "instead"), [("step_end", "on_step_end"), ("epoch_begin", "on_epoch_begin")])
-def test_event_without_its_prefix_is_refused_when_the_class_is_defined(name, instead):
-    with pytest.raises(TypeError, match=f"Mine.{name} is never called. The event is {instead}"):
+@pytest.mark.parametrize("name", ["step_end", "epoch_begin", "onstep_end", "On_step_end", "onEpochEnd"])
+def test_method_that_looks_like_an_event_is_refused_when_the_class_is_defined(name):
+    with pytest.raises(TypeError, match=rf"Mine.{name} is never called. The event is on_(step|epoch)_(begin|end)\."):
         type("Mine", (Callback,), {name: lambda self, loop: None})
+
+
+def test_mixin_with_a_misspelt_event_is_refused():
+    mixin = type("Mixin", (), {"on_stepend": lambda self, loop: None})
+    with pytest.raises(TypeError, match=r"Mine.on_stepend is not an event. Did you mean on_step_end\?"):
+        type("Mine", (mixin, Callback), {})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("on_batch_end", "on_step_end"),
+        ("on_train_batch_start", "on_step_begin"),
+        ("on_train_begin", "on_run_begin"),
+        ("on_fit_end", "on_run_end"),
+        ("on_epoch_finish", "on_epoch_end"),
+    ],
+)
+def test_event_of_another_engine_is_refused_with_ours(theirs, ours):
+    with pytest.raises(TypeError, match=rf"Mine.{theirs} is not an event. Did you mean {ours}\?"):
+        type("Mine", (Callback,), {theirs: lambda self, loop: None})
+
+
+def test_cadence_that_governs_nothing_is_refused():
+    def engine(**attributes):
+        Engine(add, [type("Mine", (Callback,), attributes)()])
+
+    with pytest.raises(ValueError, match=r"Mine.when=every\(steps=5\) has no effect on on_log"):
+        engine(when=5, on_log=lambda self, loop, record: None)
+    with pytest.raises(ValueError, match=r"has no effect on update. Its cadence is update_when"):
+        engine(when=5, update=lambda self, carry, ctx: (carry, ctx))
+    with pytest.raises(ValueError, match=r"Mine.update_when=every\(steps=5\) has no effect, because Mine"):
+        engine(update_when=5, on_step_end=lambda self, loop: None)
 
 
 def test_misspelt_compiled_half_is_a_warning_when_the_class_is_defined():

@@ -398,3 +398,18 @@ def test_reason_names_the_direction_and_what_was_not_reached():
     )
     reason = "val/loss has not risen above 0.5 by more than 0.1 in 2 evaluations (mode='max')"
     assert engine.run(jnp.int32(0), [1] * 3, epochs=1).stopped == reason
+
+
+def test_misspelt_name_is_a_warning_before_the_first_step_if_an_evaluation_has_announced_others():
+    evaluate = Evaluate(lambda state, batch: {"loss": 1.0, "accuracy": 0.5}, [1], when=every(epochs=5))
+    engine = Engine(idle, [EarlyStopping("val/los", patience=3), evaluate, StopAt(1)])
+    message = r"watches 'val/los', but the records hold \['val/accuracy', 'val/loss'\]. Did you mean val/loss"
+    with pytest.warns(UserWarning, match=message):
+        assert engine.run(jnp.int32(0), [1] * 4, epochs=9).step == 1
+
+
+@pytest.mark.parametrize(("arguments", "error"), [((5,), TypeError), (("loss", "x"), ValueError)])
+def test_argument_of_the_wrong_type_is_refused(arguments, error):
+    metric, *min_delta = arguments
+    with pytest.raises(error, match="EarlyStopping needs"):
+        EarlyStopping(metric, patience=1, min_delta=min_delta[0] if min_delta else 0.0)

@@ -501,3 +501,14 @@ def test_it_shows_itself_as_the_call_that_made_it():
     assert repr(Evaluate(mean, [1.0], name="test", when=2, steps=1)) == (
         "Evaluate(mean, [1.0], name='test', when=2, steps=1)"
     )
+
+
+def test_weight_that_is_no_metric_is_refused_before_the_first_step():
+    evaluate = Evaluate(lambda state, batch: {"loss": 1.0}, [1], weight="examples")
+    with pytest.raises(ValueError, match=r"needs the metric 'examples' as the weight of a batch.* returns \['loss'\]"):
+        Engine(lambda state, batch: (state, {}), [evaluate]).run(0, [1, 2], epochs=1)
+
+
+def test_using_without_apply_is_refused_when_it_is_made():
+    with pytest.raises(TypeError, match=r"'val' needs using= to have apply\(loop\), such as an EMA, got 'ema'"):
+        Evaluate(lambda state, batch: {"loss": 1.0}, [1], using="ema")

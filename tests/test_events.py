@@ -368,7 +368,7 @@ def test_cadence_without_effect_is_refused():
 
 
 def test_decorator_without_an_event_is_refused():
-    with pytest.raises(TypeError, match=r'write @engine.on\("step_end"\) above count'):
+    with pytest.raises(TypeError, match=r'write @engine.on\("step_end"\), got count'):
 
         @Engine(step).on
         def count(loop):

@@ -8,7 +8,7 @@ from onstep import Callback, Engine
 from onstep.callbacks import EarlyStopping
 from onstep.testing import counting_step as add
 
-RUNNING = "is already running: a run that has not ended uses it"
+RUNNING = "is in use by a run that has not ended"
 
 
 class Average(Callback):

@@ -123,7 +123,7 @@ def test_step_is_compiled_once_on_a_mesh():
     mesh, state = states("fsdp")
     engine = Engine(step, [EMA(0.9), GradNorm(), NaNGuard()], mesh=mesh)
     engine.run(state, data(), steps=20, rng=jax.random.key(1))
-    assert engine._compiled.function.times == 1
+    assert engine._compiled.function.trace_count == 1
 
 
 def test_each_device_receives_its_part_of_a_batch():

@@ -60,7 +60,7 @@ LAYERS = """
     config fields
     checks exclusive interrupts redact state
     messages activity
-    trees
+    trees version
 """
 """The modules of `onstep` from top to bottom. Imports point downwards, to a line further below."""
 

@@ -60,7 +60,7 @@ def note_origin(who: str, function: Callable[..., Any]) -> Iterator[None]:
 
 
 def _use_own_names(error: Exception, step: Callable[..., Any]) -> None:
-    """Replace the names of the parts of the bundle in JAX's message by those that the user knows."""
+    """In JAX's message, replace the names of the bundle's parts with those that the user knows."""
     if len(error.args) == 1 and isinstance(error.args[0], str) and f"{BUNDLE}[" in error.args[0]:
         parts = {"0": _argument_names(step)[0], "1": "carries", "2": "step"}
         error.args = (re.sub(rf"{BUNDLE}\[(\d)\]", lambda match: parts[match[1]], error.args[0]),)

@@ -144,7 +144,7 @@ class CompiledStep:
         Raises:
             ValueError: the saved run's batches had other leaves, dtypes or ranks, or fewer rows.
         """
-        began, traced, saved = time.perf_counter(), self.function.times, self._saved
+        began, traced, saved = time.perf_counter(), self.function.trace_count, self._saved
         whole = self._placement.place_batch(batch)
         here = signature(whole)
         _check_batches(saved["batch"], here)
@@ -167,7 +167,7 @@ class CompiledStep:
             if self._placement.processes > 1:
                 check_same({"the first batch": here, "the compiled step": lowered.as_text()})
             lowered.compile()
-            if self.function.times > traced:
+            if self.function.trace_count > traced:
                 several = f", up to {self.block_size} steps a call," if self.block_size else ""
                 log_duration(f"compiled the step{several}", time.perf_counter() - began)
 
@@ -278,7 +278,7 @@ class StepFunction:
         conditional: the names of halves that are not always due, in the order of the `due` flags.
         logged: by name of such a half, the metrics that it adds.
         expected: the signature of the run's first batch.
-        times: how many times it was traced.
+        trace_count: how many times it was traced.
         weak: the dtypes, by name, that leaves of the state got because the caller gave them none.
     """
 
@@ -289,7 +289,7 @@ class StepFunction:
         self.takes_rng: bool = takes_rng
         self.logged: dict[str, list[str]] = {}
         self.expected: dict[str, str] | None = None
-        self.times: int = 0
+        self.trace_count: int = 0
         self.weak: dict[str, str] = {}
         # JAX names the compiled function and its arguments in errors: they should be the user's.
         self.__name__: str = function_name(step)
@@ -302,11 +302,13 @@ class StepFunction:
         for name, half in self.transforms.items():
             with note_origin(f"{name}.init", half.init), _check_attributes(f"{name}.init", half):
                 carries[name] = half.init(copy_containers(state))
+        # A carry must not share a buffer with the state, since both are donated. The results of a compiled function do
+        # not share any with its arguments, and with `jit=False` nothing is donated.
         return strip_weak_types(carries)
 
     def __call__(self, bundle: Bundle, batch: Batch, key: Any, due: Any) -> tuple[Bundle, Metrics]:
         """Run one step. Its checks run only while it is traced."""
-        self.times += 1
+        self.trace_count += 1
         state, carries, count = bundle
         self._warn_if_reshaped(batch)
         folded = None if key is None else jax.random.fold_in(key, count)
@@ -321,8 +323,8 @@ class StepFunction:
         carries = dict(carries)
         for name, half in self.transforms.items():
             ctx = dataclasses.replace(ctx, _who=name)
-            now = due[self.conditional.index(name)] if name in self.conditional else None
-            carries[name], ctx = self._update(name, half, carries[name], ctx, now)
+            is_due = due[self.conditional.index(name)] if name in self.conditional else None
+            carries[name], ctx = self._update(name, half, carries[name], ctx, is_due)
         # The host waits for metrics, because they are never donated. Without any, it needs something else to wait for.
         metrics = ctx.metrics or NoMetrics(jnp.int32(0))
         return (ctx.state, carries, None if count is None else count + 1), metrics
@@ -336,7 +338,7 @@ class StepFunction:
             raise TypeError(f"The step needs a dict as its third result, aux, got {type(aux).__name__}.")
         return _check_unchanged(state, new, "The step"), as_metrics(metrics, "The step"), aux
 
-    def _update(self, name: str, half: Callback, carry: Carry, ctx: Context, now: Any) -> tuple[Carry, Context]:
+    def _update(self, name: str, half: Callback, carry: Carry, ctx: Context, is_due: Any) -> tuple[Carry, Context]:
         """Run one compiled half, behind a branch if it is not always due."""
 
         def update() -> tuple[Carry, State, Metrics]:
@@ -358,13 +360,12 @@ class StepFunction:
             zero = {n: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m) for n, m in shapes.items()}
             return carry, ctx.state, zero | ctx.metrics
 
-        if now is None:
-            out = update()
+        if is_due is None:
+            carry, state, metrics = update()
         else:
             shapes = jax.eval_shape(update)[2]
             self.logged[name] = [n for n in shapes if n not in ctx.metrics]
-            out = jax.lax.cond(now, update, skip)
-        carry, state, metrics = out
+            carry, state, metrics = jax.lax.cond(is_due, update, skip)
         return carry, ctx.replace(state=state, metrics=metrics)
 
     def _warn_if_reshaped(self, batch: Batch) -> None:
@@ -409,7 +410,7 @@ def _with_own_containers(ctx: Context) -> Context:
 
 @contextlib.contextmanager
 def _check_attributes(who: str, half: Callback) -> Iterator[None]:
-    """Notice attributes of a callback that its compiled half changes, which happens only while it is traced.
+    """Catch a compiled half that assigns attributes, which happens only while it is traced.
 
     Attributes that describe what was traced, such as the names of leaves, are fine.
 
@@ -423,7 +424,7 @@ def _check_attributes(who: str, half: Callback) -> Iterator[None]:
             continue
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
             raise TypeError(
-                f"{who} sets self.{name} to an array of the compiled step, which has no value outside of it. Keep it "
+                f"{who} sets self.{name} to a traced array, which has no value outside the compiled step. Keep it "
                 f"in the carry, and read it with loop.carry(self); or log it: ctx.log({name}=...)."
             )
         if isinstance(value, (int, float)) and isinstance(before.get(name), (int, float)) and value != before[name]:

@@ -11,9 +11,9 @@ import jax
 from ..means import NoMetrics
 
 SHORT = 1e-4
-"""Seconds of a call below which waiting for each call costs more than it gains."""
+"""For calls shorter than this, in seconds, waiting for each one costs more than it gains."""
 TOGETHER = 16
-"""Very short calls that are awaited as one group."""
+"""Very short calls are waited for in groups of this size."""
 LONG = 0.1
 """Seconds of a call beyond which it would delay a signal or a cadence in seconds."""
 FIRST = 8

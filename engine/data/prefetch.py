@@ -26,7 +26,8 @@ def not_the_end(error: Error) -> Error | RuntimeError:
     if not isinstance(error, StopIteration):
         return error
     new = RuntimeError(
-        "The data raised StopIteration outside of __next__: a next() in it found nothing. Give it a default, or fix it."
+        "The data raised StopIteration outside of __next__: a next() call inside it ran out of items. "
+        "Give that next() a default."
     )
     new.__cause__ = error
     return new

@@ -28,7 +28,7 @@ _END = object()
 class WaitInterrupted(BaseException):
     """Ends the wait for a batch; raised inside the data by `BatchStream.interrupt`. The run then ends with a stop.
 
-    Not an `Exception`, so that data that handle errors let it pass.
+    Not an `Exception`, so that an `except Exception` in the data does not swallow it.
     """
 
 
@@ -92,7 +92,7 @@ class BatchStream:
         spans.instrument(self, DATA, "begin_epoch", "peek", "ended", "end_epoch")
 
     def skip(self) -> None:
-        """Open the pass in which a resumed run stands, and draw the batches that it has used."""
+        """Open the pass that a resumed run is in, and draw the batches that it has already used."""
         self._waiting = True
         try:
             self._iterator = self._open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 
 from ..checks import local_path
@@ -53,6 +54,7 @@ class Lock:
             import fcntl
         except ImportError:  # this system has no flock
             return
+        _drop_locks_in_children()
         path, parent = os.path.join(self.directory, LOCK), self.directory
         while not os.path.isdir(parent):
             self._created.append(parent)
@@ -114,5 +116,6 @@ def _drop_inherited_locks() -> None:
     _held.clear()
 
 
-if hasattr(os, "register_at_fork"):
+@functools.cache  # once per process
+def _drop_locks_in_children() -> None:
     os.register_at_fork(after_in_child=_drop_inherited_locks)
