@@ -126,7 +126,7 @@ def main() -> int:
             failure = package.test_with(mutation)
             survivors += not failure
             noticed = f"noticed by {failure.removeprefix('tests/')}" if failure else "SURVIVED"
-            print(f"{mutation:<110} {time.monotonic() - since:4.0f} s  {noticed}", flush=True)
+            print(f"{mutation!s:<110} {time.monotonic() - since:4.0f} s  {noticed}", flush=True)
         print(f"{survivors} of {len(mutations)} mutations survived; {time.monotonic() - begun:.0f} s")
     return survivors
 
