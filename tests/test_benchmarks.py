@@ -55,3 +55,9 @@ def test_observers_change_no_state_and_their_isolation_is_timed():
     printed = run("observers.py", "--short")
     assert "0 of 8 states differ" in printed
     assert printed.count("W1 one layer, blocks") == 2
+
+
+def test_removed_protections_are_noticed():
+    printed = run("mutations.py", "--short")
+    assert printed.count("noticed by test_") == 3
+    assert "0 of 3 mutations survived" in printed

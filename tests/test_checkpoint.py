@@ -416,6 +416,13 @@ def test_tree_without_arrays_is_refused(tree, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_step_that_is_already_saved_is_refused_and_kept(tmp_path):
+    save(tmp_path, jnp.arange(3), step=4)
+    with pytest.raises(FileExistsError, match="already holds step 4. Use another step or directory"):
+        save(tmp_path, jnp.zeros(3), step=4)
+    assert load(tmp_path, jnp.zeros(3, int)).tolist() == [0, 1, 2]
+
+
 def test_load_without_like_returns_plain_dicts(tmp_path):
     save(tmp_path, {"params": {"w": jnp.ones(2)}})
     assert load(tmp_path)["params"]["w"].tolist() == [1, 1]

@@ -5,13 +5,14 @@ import io
 import os
 import time
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import Tripwire, compilations
-from onstep import Batches, Callback, Engine, every
+from onstep import Batches, Callback, Engine, at, every
 from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, Progress, TensorBoard
 from onstep.compiled.throttle import Throttle
 from onstep.testing import FakeClock
@@ -239,6 +240,23 @@ def test_result_stays_valid_after_another_run_resumes_from_it():
     assert (float(first.state), float(second.state), float(third.state)) == (3, 5, 7)
 
 
+def test_result_is_neither_copied_nor_kept_by_the_run_that_resumes_from_it():
+    def states():
+        return sum(array.shape == (1234,) for array in jax.live_arrays())
+
+    engine = Engine(lambda state, batch: (state + batch, {}))
+    first = engine.run(jnp.zeros(1234), [1.0] * 4, steps=2)
+    kept, before, seen = weakref.ref(first.state), states(), []
+    steps = engine.steps(first, [1.0] * 4, steps=4)
+    assert states() == before
+    del first
+    with steps:
+        for _ in steps:
+            seen.append(kept() is None)
+    assert seen == [True, True]
+    assert steps.result.state[0] == 4
+
+
 def test_one_executable_serves_the_whole_run_and_the_next():
     ema = EMA(0.9, of=None)
     engine = Engine(lambda s, b, rng: (s + b.sum(), {"loss": s}), [ema, GradLike(when=3)], log_every=4)
@@ -359,3 +377,22 @@ def test_number_of_metrics_on_the_device_is_bounded_in_a_long_window(monkeypatch
     result = engine.run(jnp.int32(0), list(range(30)), epochs=1)
     assert pending == [30 % 8]
     assert result.latest["epoch/loss"] == sum(range(30)) / 30
+
+
+def test_number_of_flags_on_the_device_is_bounded(monkeypatch):
+    monkeypatch.setattr("onstep.compiled.step.MOST_CONSTANTS", 6)
+    halves, kept = [EMA(0.5, of=None, when=n, name=f"every {n}") for n in (3, 5, 7)], []
+    engine = Engine(lambda state, batch: (state + batch, {}), halves, steps_per_call=4, log_every=1000)
+    engine.on("step_end", when=10)(lambda loop: kept.append(len(engine._compiled._constants)))
+    result = engine.run(jnp.float32(0), [1.0] * 200, epochs=1)
+    assert len(kept) == 20
+    assert max(kept) == 6
+    assert result.state == 200
+
+
+def test_counts_of_steps_are_on_the_device_before_the_first_block():
+    kept = []
+    engine = Engine(step, steps_per_call=4)
+    engine.on("step_end", when=at(1, 3, 7))(lambda loop: kept.append(len(engine._compiled._constants)))
+    engine.run(jnp.float32(0), [1.0] * 8, epochs=1)
+    assert kept == [4, 4, 4]

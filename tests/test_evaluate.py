@@ -267,6 +267,35 @@ def test_evaluating_again_does_not_compile_again():
     assert len(traces) == 1
 
 
+def test_an_evaluation_waits_for_all_batches_but_the_last_two(monkeypatch):
+    finished, started, most = set(), [], []
+
+    class Unfinished:
+        """A metric whose batch is computed once somebody waits for it."""
+
+        def __init__(self):
+            self.number = len(started)
+
+        def block_until_ready(self):
+            finished.update(range(self.number + 1))
+
+        def merge(self, other):
+            return other
+
+        def compute(self):
+            return self.number
+
+    def step(state, batch):
+        metrics = {"last": Unfinished()}
+        started.append(batch)
+        most.append(len(started) - len(finished))
+        return metrics
+
+    monkeypatch.setattr("onstep.placement.SingleDevice.compile_evaluation", lambda self, step: step)
+    assert evaluate(step, 0, range(9)) == {"last": 8}
+    assert max(most) == 3  # the one that is being started, and two before it
+
+
 def test_a_short_last_batch_compiles_once_more():
     step, traces = counted(mean)
     for _ in range(3):

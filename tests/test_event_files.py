@@ -7,7 +7,7 @@ import threading
 
 import jax.numpy as jnp
 import pytest
-from onstep import Callback, Engine, event_files
+from onstep import Callback, Engine, at, event_files
 from onstep.callbacks import Histograms, Images, TensorBoard
 from onstep.tools import close_event_writer, event_writer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -155,3 +155,37 @@ def test_no_thread_writes(tmp_path):
     engine.on("run_end")(lambda loop: during.extend(threading.enumerate()))
     engine.run(0, [1.0] * 2, epochs=1)
     assert set(during) <= before
+
+
+class Synced:
+    """Records how much of the newest file is on disk."""
+
+    def __init__(self, monkeypatch):
+        self.bytes, fsync = 0, os.fsync
+
+        def record(file):
+            fsync(file)
+            self.bytes = os.fstat(file).st_size
+
+        monkeypatch.setattr(os, "fsync", record)
+
+    def is_complete(self, directory):
+        (file,) = directory.iterdir()
+        return file.stat().st_size == self.bytes
+
+
+def test_point_is_in_the_file_at_once_and_on_disk_when_the_run_ends(tmp_path, monkeypatch):
+    synced, seen = Synced(monkeypatch), []
+    engine = Engine(step, [Write(tmp_path, "a")])
+    engine.on("step_end")(lambda loop: seen.append((steps(tmp_path)["a"], synced.is_complete(tmp_path))))
+    engine.run(0, [1.0] * 2, epochs=1)
+    assert seen == [([1], False), ([1, 2], False)]
+    assert synced.is_complete(tmp_path)
+
+
+def test_points_are_on_disk_as_often_as_requested(tmp_path, monkeypatch):
+    synced, seen = Synced(monkeypatch), []
+    engine = Engine(step, [TensorBoard(tmp_path, flush_seconds=0)], log_every=1)
+    engine.on("step_end", when=at(2, 3))(lambda loop: seen.append(synced.is_complete(tmp_path)))
+    engine.run(0, [1.0] * 3, epochs=1)
+    assert seen == [True, True]

@@ -28,6 +28,7 @@ from onstep import Callback, Engine, at
 from onstep.callbacks import CSV, EMA, Checkpoint, JSONLines
 from onstep.snapshot import Snapshot
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
+from onstep.storage.manifest import delete_listed
 from onstep.testing import LogValues, RaiseIn, StopAt
 
 
@@ -1040,6 +1041,17 @@ def test_what_seals_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, mo
     monkeypatch.setattr(os, "rename", record_rename)
     run(tmp_path, 4)
     assert sealed == ["host.npz", "manifest.json"]
+
+
+def test_checkpoint_loses_its_name_before_its_first_file_is_deleted(tmp_path, monkeypatch):
+    def record(folder):
+        deleted.append((os.path.basename(folder).split(".")[0], steps_in(tmp_path)))
+        delete_listed(folder)
+
+    deleted = []
+    monkeypatch.setattr("onstep.storage.writer.delete_listed", record)
+    run(tmp_path, 12, keep=1)
+    assert deleted == [("4", [8]), ("8", [12])]
 
 
 def test_rewritten_records_are_on_disk_before_they_replace_the_old_ones(tmp_path, monkeypatch):

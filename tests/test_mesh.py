@@ -111,6 +111,14 @@ def test_state_and_carries_keep_their_layout(kind):
     assert len(jax.tree.leaves(result.state)[0].sharding.device_set) == 8
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_state_and_carries_are_donated_on_a_mesh(steps_per_call):
+    engine, earlier = Engine(count, [EMA(0.9, of=None)], mesh=make_mesh(), steps_per_call=steps_per_call), []
+    engine.on("step_end", when=4)(lambda loop: earlier.append(jax.tree.leaves((loop.state, loop.carries))))
+    engine.run(jnp.float32(0), [np.ones(8, np.float32)] * 8, epochs=1)
+    assert [all(leaf.is_deleted() for leaf in leaves) for leaves in earlier] == [True, False]
+
+
 def test_step_is_compiled_once_on_a_mesh():
     mesh, state = states("fsdp")
     engine = Engine(step, [EMA(0.9), GradNorm(), NaNGuard()], mesh=mesh)

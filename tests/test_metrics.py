@@ -42,6 +42,14 @@ def test_mean_equals_that_of_the_exact_sum():
     assert run(values)["epoch/loss"] == [math.fsum(map(float, values)) / 500]
 
 
+def test_mean_of_a_long_window_takes_little_memory():
+    values = [random.Random(n).uniform(-1, 1) * 10.0 ** (n % 30 - 15) for n in range(5000)]
+    mean = Mean()
+    mean.add(values)
+    assert len(mean.terms) < 10
+    assert mean.value("x") == math.fsum(values) / len(values)
+
+
 def test_mean_does_not_depend_on_how_often_it_was_saved_and_restored():
     values = [random.Random(n).uniform(-1, 1) * 10.0 ** (n % 30 - 15) for n in range(3000)]
     for every in (1, 7, 1000):

@@ -26,20 +26,20 @@ def test_batches_come_in_order_and_on_the_device():
 
 
 def test_no_more_batches_than_the_depth_are_drawn_ahead():
-    drawn, enough = [], threading.Event()
+    enough, too_many = threading.Event(), threading.Event()
 
     def source():
-        for n in range(100):
-            drawn.append(n)
-            if n == 3:
-                enough.set()
-            yield n
+        yield from range(3)
+        enough.set()
+        yield 3
+        too_many.set()
+        yield 4
 
     batches = Prefetch(source(), 3)
     assert int(next(batches)) == 0
     assert enough.wait(10)  # three more than the one that was used
+    assert not too_many.wait(0.1)
     batches.close()
-    assert drawn == [0, 1, 2, 3]
 
 
 def test_batches_drawn_before_a_close_are_not_lost():
@@ -51,24 +51,25 @@ def test_batches_drawn_before_a_close_are_not_lost():
 
 
 def test_batch_that_is_being_loaded_counts_as_the_one_that_is_asked_for():
-    drawn, stuck, go = [], threading.Event(), threading.Event()
+    stuck, go, too_many = threading.Event(), threading.Event(), threading.Event()
 
     def source():
-        for number in range(5):
-            drawn.append(number)
-            if number == 1:
-                stuck.set()
-                go.wait(30)
-            yield number
+        yield 0
+        stuck.set()
+        go.wait(30)
+        yield 1
+        too_many.set()
+        yield 2
 
     batches = Prefetch(source(), 3)
     batches.limit(2)
     assert int(next(batches)) == 0
     assert stuck.wait(30)
+    batches.limit(1)
     threading.Timer(0.05, go.set).start()
     assert int(next(batches)) == 1
+    assert not too_many.wait(0.1)
     batches.close()
-    assert drawn == [0, 1]
 
 
 def test_batch_is_on_the_device_before_the_next_is_loaded():
@@ -230,6 +231,30 @@ def test_user_iterator_loses_no_batch_between_two_runs():
     first = engine.run(jnp.int32(0), numbers, steps=4)
     second = engine.run(first, numbers, steps=10)
     assert (int(first.state), int(second.state)) == (10, 55)
+    assert not threads()
+
+
+def test_iterator_with_a_length_loses_no_batch_between_two_epochs():
+    class Sized:
+        def __init__(self):
+            self.numbers = iter(range(1, 10))
+
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.numbers)
+
+    result = Engine(add, prefetch=2, log_every=1).run(jnp.int32(0), Sized(), steps=7)
+    assert (int(result.state), result.epoch) == (28, 2)
+    assert not threads()
+
+
+def test_thread_ends_when_the_run_reaches_its_target_at_the_end_of_an_epoch():
+    Engine(add, prefetch=2).run(jnp.int32(0), lambda epoch: SizedData(range(10), 3), epochs=2)
     assert not threads()
 
 

@@ -3,9 +3,11 @@
 import itertools
 import signal
 
+import jax
 import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, at, every
+from onstep.processes import ProcessGroup
 from onstep.testing import RaiseIn, StopAt, Transcript
 from onstep.testing import counting_step as add
 
@@ -136,6 +138,47 @@ def test_first_of_two_stops_decides():
     result = engine.run(jnp.int32(0), [1, 1, 1], epochs=1)
     assert result.stopped == "first"
     assert engine.run(result, [1, 1, 1], epochs=1).step == 3
+
+
+class Pair(ProcessGroup):
+    """Two processes, of which the other one requests a stop at step 2."""
+
+    other = None
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.count = 2
+
+    def begin(self, position):
+        pass
+
+    def should_stop(self):
+        return False
+
+    def agree_on_stop(self, step, requested):
+        return requested or (self.other if step == 2 else None)
+
+
+def run_in_pair(monkeypatch, callbacks, other=None):
+    monkeypatch.setattr("onstep.loop.ProcessGroup", Pair)
+    monkeypatch.setattr(Pair, "other", other)
+    return Engine(add, callbacks, mesh=jax.make_mesh((8,), ("data",))).run(jnp.int32(0), [1] * 4, epochs=1)
+
+
+def test_first_of_two_stops_decides_before_the_processes_agree(monkeypatch):
+    callbacks = [StopAt(1, reason="first", final=False), StopAt(1, reason="second")]
+    result = run_in_pair(monkeypatch, callbacks)
+    assert (result.stopped, result.step) == ("first", 1)
+
+
+def test_processes_agree_on_a_stop_before_they_save(monkeypatch):
+    class Saves(Callback):
+        def on_save(self, loop):
+            saved.append((loop.step, loop.stopped))
+
+    saved = []
+    assert run_in_pair(monkeypatch, [Saves()], other=("elsewhere", False)).step == 2
+    assert saved == [(1, None), (2, "elsewhere")]
 
 
 def test_stop_does_not_carry_over_to_the_next_run():
@@ -337,6 +380,24 @@ def test_interrupt_during_a_call_leaves_the_state_that_the_call_returned(steps_p
         engine.run(jnp.int32(0), [1] * 8, epochs=1)
     assert states == [(steps_per_call, steps_per_call)]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_second_interrupt_during_a_call_is_raised_at_once():
+    engine, seen = Engine(add, steps_per_call=1), []
+    call = engine._compiled.call
+
+    def interrupted_call(*args):
+        signal.raise_signal(signal.SIGINT)
+        seen.append("first")
+        signal.raise_signal(signal.SIGINT)
+        seen.append("second")
+        return call(*args)
+
+    interrupted_call.trace = call.trace
+    engine._compiled.call = interrupted_call
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(jnp.int32(0), [1], epochs=1)
+    assert seen == ["first"]
 
 
 def test_interrupt_while_the_data_is_drawn_is_raised_at_once():

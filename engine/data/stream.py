@@ -395,10 +395,11 @@ class BatchStream:
             self._iterator.close()
 
     def _next_pass(self) -> None:
-        self.close()
+        if not self.one_shot:  # an iterator continues, with the batches that its thread has loaded
+            self.close()
+            self._iterator = self._loader = None
         self._end -= self.used
-        self.pass_index, self.used = self.pass_index + 1, 0
-        self._iterator = self._loader = self._pass_length = None
+        self.pass_index, self.used, self._pass_length = self.pass_index + 1, 0, None
         self._before, self._ended = (None, 0), False
 
     def _continue_in_next_pass(self) -> bool:
