@@ -127,7 +127,12 @@ def test_truncated_or_missing_file_is_found_and_the_previous_checkpoint_is_used(
         "marker": saved / "12" / "_CHECKPOINT_METADATA",
         "manifest": saved / "12" / "manifest.json",
     }
-    harm(names[kind])
+    path, size = names[kind], names[kind].stat().st_size
+    harm(path)
+    said = Checkpoints(saved).damage(12)
+    assert said.startswith(f"{path.relative_to(saved / '12')} ")
+    if kind != "manifest":
+        assert said.endswith(f"has {path.stat().st_size} bytes, not {size}" if path.exists() else "is missing")
     assert resumes_from_8(saved)
 
 
