@@ -1077,16 +1077,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_integrity.py::test_damaged_older_checkpoint_does_not_fail_the_run",
         ),
         (
-            "directories outside from a link with the name of the leftovers",
-            "if os.path.isdir(self._path(SAVING)) and not os.path.islink(self._path(SAVING)):",
-            "if os.path.isdir(self._path(SAVING)):",
-            "test_integrity.py::test_symbolic_links_with_the_names_of_leftovers_are_never_followed_by_a_deletion",
-        ),
-        (
             "directories outside from a link with the name of a deletion",
             ", name) and not os.path.islink(self._path(name)):",
             ", name):",
-            "test_integrity.py::test_symbolic_links_with_the_names_of_leftovers_are_never_followed_by_a_deletion",
+            "test_integrity.py::test_symbolic_link_with_the_name_of_a_deletion_is_never_followed",
         ),
         (
             "a name in the archive",
