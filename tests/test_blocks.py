@@ -416,12 +416,13 @@ def test_batches_of_mixed_shapes_keep_their_order(length):
         row = jnp.array([batch[0], batch.shape[0]])
         return {"n": state["n"] + 1, "seen": state["seen"].at[state["n"]].set(row)}, {"first": batch[0]}
 
-    with pytest.warns(UserWarning, match="is compiled again"):
-        result = Engine(remembers, log_every=1, steps_per_call=length).run(
-            {"n": 0, "seen": jnp.zeros((13, 2))}, batches, epochs=1
-        )
-    assert result.state["seen"].tolist() == [[number, size] for number, size in enumerate(order)]
-    assert result.history["train/first"] == list(range(13))
+    for log_every in (1, 100):
+        with pytest.warns(UserWarning, match="is compiled again"):
+            result = Engine(remembers, log_every=log_every, steps_per_call=length).run(
+                {"n": 0, "seen": jnp.zeros((13, 2))}, batches, epochs=1
+            )
+        assert result.state["seen"].tolist() == [[number, size] for number, size in enumerate(order)]
+        assert result.history["train/first"] == (list(range(13)) if log_every == 1 else [6.0])
 
 
 @pytest.mark.parametrize(

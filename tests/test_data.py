@@ -812,5 +812,9 @@ def test_source_may_reuse_its_arrays_while_the_loop_does_not_stop_for_the_host(s
 
 
 def test_source_of_an_evaluation_may_reuse_its_arrays():
-    means = evaluate(lambda state, batch: {"mean": batch.mean()}, jnp.int32(0), refilled(200))
-    assert means["mean"] == 99.5
+    def slow(state, batch):
+        for _ in range(8):
+            state = jnp.tanh(state @ state)
+        return {"mean": (batch + state[0, 0]).mean()}  # the batch is read when the source has overwritten it
+
+    assert evaluate(slow, jnp.zeros((400, 400)), refilled(20))["mean"] == 9.5

@@ -280,8 +280,8 @@ class GradLike(Callback):
 
 
 def test_python_number_in_the_state_does_not_compile_twice():
-    engine = Engine(lambda s, b: ({"step": s["step"] + 1, "lr": s["lr"]}, {}))
-    result = engine.run({"step": 0, "lr": 0.1}, range(5), epochs=1)
+    engine = Engine(lambda s, b: ({"step": s["step"] + 1, "lr": s["lr"], "reset": 0}, {}), steps_per_call=1)
+    result = engine.run({"step": 0, "lr": 0.1, "reset": 3}, range(5), epochs=1)
     assert engine._compiled.call._cache_size() == 1
     assert result.state["step"].dtype == jnp.int32
 

@@ -29,6 +29,7 @@ from onstep.callbacks import CSV, EMA, Checkpoint, JSONLines
 from onstep.snapshot import Snapshot
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, load, save
 from onstep.storage.manifest import delete_listed
+from onstep.storage.orbax_trees import ORBAX
 from onstep.testing import LogValues, RaiseIn, StopAt
 
 
@@ -127,7 +128,12 @@ def test_truncated_or_missing_file_is_found_and_the_previous_checkpoint_is_used(
         "marker": saved / "12" / "_CHECKPOINT_METADATA",
         "manifest": saved / "12" / "manifest.json",
     }
-    harm(names[kind])
+    path, size = names[kind], names[kind].stat().st_size
+    harm(path)
+    said = Checkpoints(saved).damage(12)
+    assert said.startswith(f"{path.relative_to(saved / '12')} ")
+    if kind != "manifest":
+        assert said.endswith(f"has {path.stat().st_size} bytes, not {size}" if path.exists() else "is missing")
     assert resumes_from_8(saved)
 
 
@@ -466,14 +472,21 @@ def test_symbolic_link_inside_a_checkpoint_is_never_followed_by_a_deletion(name,
     assert target.is_file() or len(contents(target)) > 5
 
 
-def test_symbolic_links_with_the_names_of_leftovers_are_never_followed_by_a_deletion(saved, tmp_path):
+def test_symbolic_link_with_the_name_of_a_deletion_is_never_followed(saved, tmp_path):
     target = Path(shutil.copytree(saved / "4", tmp_path / "elsewhere" / "4"))
     (saved / "4.trash").symlink_to(target)
-    (saved / ".saving").symlink_to(target.parent)
     before = contents(target)
-    with contextlib.suppress(RuntimeError):
-        run(saved, 16, keep=1)
+    assert run(saved, 16, keep=1).step == 16
     assert contents(target) == before
+
+
+def test_symbolic_link_with_the_name_of_unfinished_saves_is_refused(saved, tmp_path):
+    target = Path(shutil.copytree(saved / "4", tmp_path / "elsewhere" / "4"))
+    (saved / ".saving").symlink_to(target.parent)
+    before = contents(tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match="checkpoint of step 16 .* could not be saved: .* symbolic link"):
+        run(saved, 16)
+    assert contents(tmp_path / "elsewhere") == before
 
 
 def lead_outside(directory, name):
@@ -1009,6 +1022,7 @@ def test_save_for_which_no_thread_is_left_does_not_block_the_next_one(tmp_path, 
         patched.setattr(threading.Thread, "start", fail)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             writer.save(1, {"state": jnp.ones(2)})
+    assert not ORBAX.locked()  # otherwise the next save waits for ever
     writer.close()
     save(tmp_path / "b", jnp.ones(2))
     assert steps_in(tmp_path / "b") == [0]

@@ -240,12 +240,15 @@ def test_result_resumes_in_the_layout_of_its_run():
         assert a.sharding == b.sharding
 
 
-def test_assigned_state_keeps_the_layout_of_the_previous_state():
+@pytest.mark.parametrize("replicate", [False, True], ids=["from the host", "replicated"])
+def test_assigned_state_keeps_the_layout_of_the_previous_state(replicate):
     class Double(Callback):
         when = 2
 
         def on_step_end(self, loop):
-            loop.state = jax.tree.map(lambda leaf: 2 * np.asarray(leaf), loop.state)
+            doubled = 2 * np.asarray(loop.state)
+            loop.state = jax.device_put(doubled, NamedSharding(mesh, PartitionSpec())) if replicate else doubled
+            assert loop.state.sharding == state.sharding
 
     mesh = make_mesh()
     state = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("data")))

@@ -322,15 +322,27 @@ def test_grad_norm_without_gradients_says_what_to_return():
         Engine(step, [GradNorm()]).run(jnp.float32(0), [1.0], epochs=1)
 
 
-def test_host_state_that_cannot_be_saved_is_refused_when_the_engine_is_made():
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ({1, 2}, "set"),
+        (np.array([object()]), "ndarray"),
+        (np.array(["2026-11-28"], "datetime64"), "ndarray"),
+        ({"__array__": "0"}, "dict"),
+        ({"__bytes__": ""}, "dict"),
+        ({1: 2}, "dict"),
+    ],
+    ids=["set", "objects", "dates", "name of an array", "name of bytes", "key that is no string"],
+)
+def test_host_state_that_cannot_be_saved_is_refused_when_the_engine_is_made(value, kind):
     class Keeps(Callback):
         def get_state(self):
-            return {"seen": {1, 2}}
+            return {"seen": value}
 
         def set_state(self, state):
             pass
 
-    with pytest.raises(TypeError, match=r"Keeps.get_state needs JSON values, .*got set at \['seen'\]"):
+    with pytest.raises(TypeError, match=rf"Keeps.get_state needs JSON values, .*got {kind} at \['seen'\]"):
         Engine(step, [Keeps()])
 
 
