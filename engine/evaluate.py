@@ -97,7 +97,7 @@ def evaluate(
         batch = placement.place_batch(batch, ragged=True)
         key = [] if rng is None else [fold_in(rng, number)]
         # A step that is not compiled, because of jax.disable_jit, could change the caller's containers.
-        given = copy_containers((state, batch)) if jax.config.jax_disable_jit else (state, batch)
+        given = copy_containers((state, batch)) if jit_is_disabled() else (state, batch)
         with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
             results.append(as_metrics(compiled(*given, *key), "The evaluation step"))
         shapes.append({name: getattr(leaf, "shape", ()) for name, leaf in named_leaves(batch).items()})
@@ -157,8 +157,7 @@ def check_evaluation(
     try:
         batch = next(batches, None)
     finally:
-        if hasattr(batches, "close"):
-            batches.close()
+        getattr(batches, "close", lambda: None)()
     if batch is None:
         raise _no_batches(data)
     compiled = placement.compile_evaluation(step)

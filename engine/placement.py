@@ -170,6 +170,8 @@ class DataSharding:
         self.processes: int = len({device.process_index for device in self.mesh.devices.flat})
         self._splits: dict[tuple[str, ...], tuple[int, list[int]]] = {}
         self.axes: tuple[str, ...] = next((axes for sharding in shardings if (axes := _axes(sharding.spec))), ())
+        self.shards: int
+        self.own_shards: list[int]
         self.shards, self.own_shards = self._split(self.axes)
         explicit = any(kind == AxisType.Explicit for kind in getattr(self.mesh, "axis_types", None) or ())
         self.context: Callable[[], Any] = functools.partial(jax.set_mesh, self.mesh) if explicit else nullcontext
