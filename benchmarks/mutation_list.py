@@ -1142,14 +1142,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "a directory from two writers",
             "guard.acquire()",
             "pass",
-            "test_integrity.py::test_directory_that_a_live_run_writes_to_is_refused",
+            "test_integrity.py::test_run_locks_its_directory_until_its_end",
         ),
         (
             "the lock from outliving a save",
             "guard.release()",
             "pass",
-            "test_integrity.py::test_damage_of_a_tree_that_save_wrote_is_found "
-            "test_integrity.py::test_locks_leave_no_file_open",
+            "test_checkpoint.py::test_step_that_is_already_saved_is_refused_and_kept",
         ),
     ],
     "engine/storage/lock.py": [
