@@ -82,11 +82,10 @@ class WandB(Callback):
     def on_log(self, loop: Loop, record: Record) -> None:
         if not processes.writes():
             return
-        if self._run is None:
-            self._begin()
+        run = self._run or self._begin()
         if record.step >= self._next:
-            taken = self._yours and record.step < self._run.step  # W&B would ignore the values
-            self._run.log(record.values, step=None if taken else record.step)
+            taken = self._yours and record.step < run.step  # W&B would ignore the values
+            run.log(record.values, step=None if taken else record.step)
 
     def on_run_end(self, loop: Loop) -> None:
         run, self._run = self._run, None
@@ -100,8 +99,8 @@ class WandB(Callback):
     def set_state(self, state: dict[str, Any]) -> None:
         self._id = state["id"]
 
-    def _begin(self) -> None:
-        """Find the user's W&B run, or begin one beside those of other callbacks."""
+    def _begin(self) -> Any:
+        """Find and return the user's W&B run, or begin one beside those of other callbacks."""
         import wandb
 
         run = wandb.run
@@ -112,13 +111,14 @@ class WandB(Callback):
         if self._yours:
             self._id, self._next = run.id, run.starting_step if run.resumed else 0
             run.config.update(self.config or {}, allow_val_change=True)
-            return
+            return run
         _begun.add(run.id)
         self._next = run.starting_step
         if run.offline:  # there is no server to ask, only the folders of earlier sessions
             folders = os.path.join(glob.escape(run.dir), "..", "..", f"offline-run-*-{self._id}*")
             files = os.path.join(folders, f"run-{self._id}.wandb")
             self._next = max((step + 1 for path in glob.glob(files) for step in _logged_steps(path)), default=0)
+        return run
 
 
 def _logged_steps(path: str) -> Iterator[int]:

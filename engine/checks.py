@@ -287,7 +287,8 @@ def check_reachable(*, step: int, epoch: int, steps: int | None, epochs: int | N
 
 def _how_to_keep_out(tree: Any, path: tuple[Any, ...]) -> str:
     """Return the line of code that keeps a leaf out of a state."""
-    key, parent = path[-1] if path else None, _parent(tree, path)
+    key: Any = path[-1] if path else None
+    parent = _parent(tree, path)
     if isinstance(key, jax.tree_util.DictKey):
         name = key.key if str(key.key).isidentifier() else "value"
         return f"Keep it out of the tree: {name} = state{jax.tree_util.keystr(path[:-1])}.pop({key.key!r})."

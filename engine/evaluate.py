@@ -97,8 +97,8 @@ def evaluate(
         batch = placement.place_batch(batch, ragged=True)
         key = [] if rng is None else [fold_in(rng, number)]
         # A step that is not compiled, because of jax.disable_jit, could change the caller's containers.
-        given = copy_containers((state, batch)) if jax.config.jax_disable_jit else (state, batch)
-        with note_origin(f"the evaluation step {function_name(step)}", step):
+        given = copy_containers((state, batch)) if jit_is_disabled() else (state, batch)
+        with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
             results.append(as_metrics(compiled(*given, *key), "The evaluation step"))
         shapes.append({name: getattr(leaf, "shape", ()) for name, leaf in named_leaves(batch).items()})
         jax.block_until_ready(results[-IN_FLIGHT - 1 : -IN_FLIGHT])
@@ -157,13 +157,12 @@ def check_evaluation(
     try:
         batch = next(batches, None)
     finally:
-        if hasattr(batches, "close"):
-            batches.close()
+        getattr(batches, "close", lambda: None)()
     if batch is None:
         raise _no_batches(data)
     compiled = placement.compile_evaluation(step)
     key = [rng] if takes_rng(step, "The evaluation step") else []
-    with note_origin(f"the evaluation step {function_name(step)}", step):
+    with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
         metrics = jax.eval_shape(
             lambda *given: as_metrics(compiled(*given), "The evaluation step"),
             state,

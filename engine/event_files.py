@@ -78,7 +78,7 @@ class _EventFile:
     """
 
     def __init__(self, directory: str, flush_seconds: float, purge_step: int | None):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # made at run time
 
         os.makedirs(directory, exist_ok=True)
         # The name is unique because two writers in the same second would share a file, and one would lose its

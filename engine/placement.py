@@ -30,11 +30,13 @@ class SingleDevice:
         batches: the sharding of batches: None, because they are not divided.
         processes: 1.
         blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
+        context: returns a context in which to call what is compiled: an empty one.
     """
 
     batches: Any = None
     processes: int = 1
     blocks_by_default: bool = True
+    context: Callable[[], Any] = nullcontext
     _devices: int = 1  # on which the state is
 
     def place(self, tree: Any, what: str, *, copy: bool = True, like: Any = None) -> Any:
@@ -168,6 +170,8 @@ class DataSharding:
         self.processes: int = len({device.process_index for device in self.mesh.devices.flat})
         self._splits: dict[tuple[str, ...], tuple[int, list[int]]] = {}
         self.axes: tuple[str, ...] = next((axes for sharding in shardings if (axes := _axes(sharding.spec))), ())
+        self.shards: int
+        self.own_shards: list[int]
         self.shards, self.own_shards = self._split(self.axes)
         explicit = any(kind == AxisType.Explicit for kind in getattr(self.mesh, "axis_types", None) or ())
         self.context: Callable[[], Any] = functools.partial(jax.set_mesh, self.mesh) if explicit else nullcontext
@@ -270,14 +274,8 @@ class DataSharding:
         return ShardedCall(function if jit else call, self, layout, stacked, jit)
 
     def compile_evaluation(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a compiled evaluation step, whose metrics are replicated."""
-        compiled = jax.jit(step, out_shardings=self.replicated)
-
-        def run(*args: Any) -> Any:
-            with self.context():
-                return compiled(*args)
-
-        return run
+        """Return a compiled evaluation step, whose metrics are replicated. Call it inside `context()`."""
+        return jax.jit(step, out_shardings=self.replicated)
 
     def rows(self, start: int, stop: int) -> Any:
         """Return which rows this process reads of a whole batch, the rows from `start` to `stop`.

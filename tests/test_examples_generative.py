@@ -90,6 +90,7 @@ def gan_engine(gan, *callbacks):
     return Engine(gan.train_step, [gan.TrainGenerator(), gan.Penalty(), ema, *callbacks], log_every=1)
 
 
+@pytest.mark.slow
 def test_gan_interrupted_between_two_updates_ends_in_the_same_bytes(tmp_path):
     gan = example("gan.py")
     state, data = gan.new_state(KEY, 64), Batches(IMAGES / 16, gan.BATCH)
@@ -102,6 +103,7 @@ def test_gan_interrupted_between_two_updates_ends_in_the_same_bytes(tmp_path):
     assert began == [0, 7]
 
 
+@pytest.mark.slow
 def test_networks_of_the_gan_keep_their_own_update_counts():
     gan = example("gan.py")
     engine, data = gan_engine(gan), Batches(IMAGES / 16, gan.BATCH)
@@ -161,6 +163,7 @@ def vae_main(vae, tmp_path, monkeypatch, text):
     return vae.main()
 
 
+@pytest.mark.slow
 def test_best_vae_is_kept_and_loaded_although_training_diverges_later(tmp_path, monkeypatch, capsys):
     vae, drawn = example("vae.py"), []
     monkeypatch.setattr(vae, "draw", lambda *given: drawn.append(given))
@@ -253,6 +256,7 @@ def test_value_of_the_best_policy_matches_value_iteration():
 # The mean teacher
 
 
+@pytest.mark.slow
 def test_unlabelled_images_with_weight_zero_change_nothing():
     teacher = example("mean_teacher.py")
     labelled = teacher.labelled_subset(IMAGES / 16, np.arange(256) % 10, seed=0)

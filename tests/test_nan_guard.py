@@ -249,7 +249,7 @@ def test_leaves_that_are_not_finite_at_the_start_stay_exempt(state, tmp_path):
         lambda state, batch: ({"best": state["best"], "w": state["w"] + batch}, {"loss": 1.0}),
         [NaNGuard(state=state), Checkpoint(tmp_path, when=2)],
     )
-    data = np.float32([1, 1, 1, 1, 1, NAN])
+    data = list(np.float32([1, 1, 1, 1, 1, NAN]))
     assert engine.run(first, data, steps=4).step == 4
     found = "at step 6" if state else "at or before step 6"
     with pytest.raises(FloatingPointError, match=f"non-finite state/w {found}"):

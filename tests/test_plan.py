@@ -88,15 +88,16 @@ def test_summary_of_a_plan_as_text(tmp_path):
         str(engine.plan(fresh(), DATA, epochs=5))
         == """\
 Events, in order, and the callbacks that handle them
-  on_load        before anything else                               Checkpoint
-  on_run_begin   when the run begins                                val (Evaluate), Checkpoint, Progress
-  on_step_begin  at step 4                            step 4        peek
-  on_step_end    every 2 epochs                       step 24       val (Evaluate)
-                 every 5 s                            by the clock  Progress
-  on_log         at each record                                     Checkpoint, Progress
-  on_epoch_end   when an epoch is complete                          Checkpoint
-  on_save        every 9 steps, and at the end        step 9        Checkpoint
-  on_run_end     when the run ends, in reverse order                Progress, Checkpoint
+  on_load         before anything else                               Checkpoint
+  on_run_begin    when the run begins                                val (Evaluate), Checkpoint, Progress
+  on_epoch_begin  when an epoch begins                               Checkpoint
+  on_step_begin   at step 4                            step 4        peek
+  on_step_end     every 2 epochs                       step 24       val (Evaluate)
+                  every 5 s                            by the clock  Progress
+  on_log          at each record                                     Checkpoint, Progress
+  on_epoch_end    when an epoch is complete                          Checkpoint, Progress
+  on_save         every 9 steps, and at the end        step 9        Checkpoint
+  on_run_end      when the run ends, in reverse order                Progress, Checkpoint
 
 Compiled into the step, in order
   1  linear(state, batch)  every step      state: 16 bytes in 1 array
@@ -286,7 +287,7 @@ def test_plan_says_what_is_due_only_after_the_end():
 
 def test_plan_of_a_resumed_run_starts_at_the_saved_step():
     def engine():
-        return Engine(linear, [Evaluate(linear, DATA, when=every(epochs=2)), Counts()])
+        return Engine(linear, [Evaluate(lambda *given: linear(*given)[1], DATA, when=every(epochs=2)), Counts()])
 
     first = engine().run(fresh(), DATA, steps=15)
     plan = engine().plan(first, DATA, epochs=4)

@@ -64,7 +64,7 @@ def _events(path: str) -> Iterator[Any]:
 
     Each one is framed by its length (8 bytes), the checksum of that (4), and its own checksum (4).
     """
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]  # made at run time
 
     with open(path, "rb") as file:
         while len(header := file.read(12)) == 12:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ..cadence import ALWAYS, Trigger, as_cadence
 from ..callback import Callback, Carry, Context, overridden
@@ -422,7 +423,7 @@ def _check_attributes(who: str, half: Callback) -> Iterator[None]:
     for name, value in vars(half).items():
         if value is before.get(name):
             continue
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
             raise TypeError(
                 f"{who} sets self.{name} to a traced array, which has no value outside the compiled step. Keep it "
                 f"in the carry, and read it with loop.carry(self); or log it: ctx.log({name}=...)."
