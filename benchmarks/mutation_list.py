@@ -120,7 +120,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "callbacks from arrays of a trace",
-            "if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):",
+            "if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):",
             "if False:",
             "test_origin.py::test_an_array_of_the_step_kept_in_the_callback_is_an_error",
         ),
@@ -250,7 +250,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "the caller's containers from an uncompiled evaluation",
-            "given = copy_containers((state, batch)) if jax.config.jax_disable_jit else (state, batch)",
+            "given = copy_containers((state, batch)) if jit_is_disabled() else (state, batch)",
             "given = (state, batch)",
             "test_nnx.py::test_an_evaluation_step_may_change_what_it_gets_in_place",
         ),
@@ -1366,10 +1366,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_event_files.py::test_points_written_after_the_writer_was_closed_hide_nothing",
         ),
         (
-            "the next run after the disk was full",
+            "points after a failure to close the file",
             "writers[path] = None  # first",
             "pass  # first",
-            "test_event_files.py::test_write_that_fails_is_an_error_and_the_next_run_is_complete",
+            "test_event_files.py::test_point_that_is_written_after_closing_has_failed_is_kept",
         ),
         (
             "a writer that its user closed",
@@ -1386,10 +1386,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_processes.py::test_killed_process_ends_all_and_the_next_start_resumes",
         ),
         (
-            "a wait for a device from lasting for ever",
+            "a process from waiting for data for ever after another one has failed",
             "_end(failure[1])",
             "pass",
-            "test_processes.py::test_processes_that_wait_for_a_device_end_a_second_after_one_of_them_failed",
+            "test_processes.py::test_process_that_waits_for_data_is_ended_when_another_one_fails",
         ),
     ],
     "callbacks/graceful_exit.py": [
