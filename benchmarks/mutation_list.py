@@ -14,7 +14,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "the barrier's effect in small loops on CPUs",
             "donate_argnums=0, compiler_options=blocks.COMPILER_OPTIONS)",
             "donate_argnums=0)",
-            "test_exactness.py::test_compiled_halves_do_not_change_a_byte_of_small_models",
+            "test_exactness.py::test_small_block_is_not_compiled_to_one_piece_of_machine_code",
         ),
         (
             "the memory of the state in single steps, by donation",
