@@ -587,15 +587,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_stop.py::test_interrupt_during_a_call_leaves_the_state_that_the_call_returned",
         ),
         (
-            "the memory of metrics that wait to be read: the loop stops",
+            "the memory of metrics that wait to be read",
             "next_read = step + MOST_PENDING - len(self._windows.pending)",
             "next_read = math.inf",
-            "test_device.py::test_number_of_metrics_on_the_device_is_bounded_in_a_long_window",
-        ),
-        (
-            "the memory of metrics that wait to be read: they are read",
-            "elif len(self._windows.pending) >= MOST_PENDING:",
-            "elif False:",
             "test_device.py::test_number_of_metrics_on_the_device_is_bounded_in_a_long_window",
         ),
         (

@@ -4,7 +4,7 @@ Each mutation in `mutation_list.py` removes one barrier, copy, lock, fsync, time
 package, and runs the tests that should notice. If all of them pass, the mutation has survived: write a test, or delete
 the code. First, the same tests have to pass with the unchanged package.
 
-    python benchmarks/mutations.py                   # all, about 25 minutes
+    python benchmarks/mutations.py                   # all, about half an hour
     python benchmarks/mutations.py --short           # three, as a check of this script
     python benchmarks/mutations.py --only storage/   # those of which the table shows this text
 
