@@ -1,4 +1,7 @@
-"""The changes that `mutations.py` makes, one at a time."""
+"""The changes that `mutations.py` makes, one at a time.
+
+By file: what the code protects, and from what; the code; what replaces it; and the tests that should fail.
+"""
 
 from __future__ import annotations
 
@@ -498,7 +501,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "a run from another run of the same engine",
             "if id(item) in _in_use:",
             "if False:",
-            "test_exclusive.py",
+            "test_exclusive.py::test_run_inside_a_callback_of_the_same_engine_is_refused_and_disturbs_nothing",
         ),
         (
             "the next run of an engine",
@@ -596,7 +599,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "a run from another run of the same engine",
             'exclusive({"This engine": self._compiled, **self.callbacks}),',
             "nullcontext(),",
-            "test_exclusive.py",
+            "test_exclusive.py::test_run_inside_a_callback_of_the_same_engine_is_refused_and_disturbs_nothing",
         ),
         (
             "a final stop from being lost",
