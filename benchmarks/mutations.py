@@ -116,6 +116,9 @@ def main() -> int:
     if options.short:
         mutations = [mutation for mutation in mutations if mutation.protects in SHORT]
     mutations = [mutation for mutation in mutations if (options.only or "") in str(mutation)]
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background process ignores it, as would the tests
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         package, begun = Package(folder), time.monotonic()
