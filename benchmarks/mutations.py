@@ -116,9 +116,8 @@ def main() -> int:
     if options.short:
         mutations = [mutation for mutation in mutations if mutation.protects in SHORT]
     mutations = [mutation for mutation in mutations if (options.only or "") in str(mutation)]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background process ignores it, as would the tests
+    # A shell's background process ignores Ctrl-C, and so would the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         package, begun = Package(folder), time.monotonic()
