@@ -4,7 +4,7 @@ Each mutation in `mutation_list.py` removes one barrier, copy, lock, fsync, time
 package, and runs the tests that should notice. If all of them pass, the mutation has survived: write a test, or delete
 the code. First, the same tests have to pass with the unchanged package.
 
-    python benchmarks/mutations.py                   # all, about 25 minutes
+    python benchmarks/mutations.py                   # all, about half an hour
     python benchmarks/mutations.py --short           # three, as a check of this script
     python benchmarks/mutations.py --only storage/   # those of which the table shows this text
 
@@ -74,8 +74,8 @@ class Package:
         shutil.copytree(ROOT / "engine", package)
         shutil.copytree(ROOT / "callbacks", package / "callbacks")
 
-    def test(self, node_ids: list[str]) -> str:
-        """Return the first test that fails with the package as it is, `""` if all pass."""
+    def test(self, node_ids: list[str], limit: float | None = LIMIT) -> str:
+        """Return the first test that fails with the package as it is, `""` if all pass within the limit."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *node_ids]
         # The folder comes before the installed package, also in the processes that tests start.
         environment = {**os.environ, "PYTHONPATH": self._folder, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -83,11 +83,11 @@ class Package:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
         running = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
         try:
-            output = running.communicate(timeout=LIMIT)[0]
+            output = running.communicate(timeout=limit)[0]
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
             running.communicate()
-            return f"no end after {LIMIT} s"
+            return f"no end after {limit} s"
         if running.returncode == 0:
             return ""
         failures = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
@@ -116,10 +116,13 @@ def main() -> int:
     if options.short:
         mutations = [mutation for mutation in mutations if mutation.protects in SHORT]
     mutations = [mutation for mutation in mutations if (options.only or "") in str(mutation)]
+    # A shell's background process ignores Ctrl-C, and so would the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         package, begun = Package(folder), time.monotonic()
-        if failure := package.test(sorted({test for mutation in mutations for test in mutation.node_ids})):
+        tests = sorted({test for mutation in mutations for test in mutation.node_ids})
+        if failure := package.test(tests, limit=None):
             raise SystemExit(f"without a mutation: {failure}")
         for mutation in mutations:
             since = time.monotonic()

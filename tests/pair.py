@@ -323,6 +323,18 @@ def stalls():
     run(cut(), source=source, log_every=50)
 
 
+def fails_while_another_waits_for_data():
+    def source(epoch):
+        for number, batch in enumerate(own_part(data()(epoch))):
+            if number == 5 and PROCESS == 1:
+                time.sleep(1000)
+            if number == 6 and PROCESS == 0:
+                raise OSError("disk gone")
+            yield batch
+
+    run(cut(), source=source, log_every=50)
+
+
 def is_killed():
     def act(loop):
         if PROCESS == 1:

@@ -421,6 +421,8 @@ def test_step_that_is_already_saved_is_refused_and_kept(tmp_path):
     with pytest.raises(FileExistsError, match="already holds step 4. Use another step or directory"):
         save(tmp_path, jnp.zeros(3), step=4)
     assert load(tmp_path, jnp.zeros(3, int)).tolist() == [0, 1, 2]
+    save(tmp_path, jnp.zeros(3), step=5)
+    assert Checkpoints(tmp_path).steps() == [4, 5]
 
 
 def test_load_without_like_returns_plain_dicts(tmp_path):

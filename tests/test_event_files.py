@@ -149,6 +149,26 @@ def test_writer_that_its_user_closed_is_replaced(tmp_path):
     assert steps(tmp_path) == {"a": [1, 2], "train/loss": [1, 2], "epoch/loss": [2]}
 
 
+def test_point_that_is_written_after_closing_has_failed_is_kept(tmp_path, monkeypatch):
+    class Last(Write):
+        def on_run_end(self, loop):
+            event_writer(loop, self.directory).add_scalar("end", 1, loop.step)
+            super().on_run_end(loop)
+
+    def fail_once(file):
+        if failing and failing.pop():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    fsync, failing = os.fsync, []
+    monkeypatch.setattr(os, "fsync", fail_once)
+    engine = Engine(step, [Last(tmp_path, "a"), Write(tmp_path, "b")])  # the last one ends first
+    engine.on("run_end")(lambda loop: failing.append(True))
+    with pytest.raises(OSError, match="No space left"):
+        engine.run(0, [1.0] * 2, epochs=1)
+    assert steps(tmp_path) == {"a": [1, 2], "b": [1, 2], "end": [2]}
+
+
 def test_no_thread_writes(tmp_path):
     before, during = set(threading.enumerate()), []
     engine = Engine(step, [Write(tmp_path, "a"), TensorBoard(tmp_path)])

@@ -133,6 +133,19 @@ def test_compiled_halves_do_not_change_a_byte_of_small_models(model, steps_per_c
     assert result.history["train/loss"] == expected.history["train/loss"]
 
 
+def test_small_block_is_not_compiled_to_one_piece_of_machine_code():
+    engine, traced = Engine(lambda state, batch: (state * 0.9 + batch, {}), [EMA(0.5, of=None)], steps_per_call=4), []
+    call = engine._compiled.call
+
+    def traced_call(*args):
+        return call(*args)
+
+    traced_call.trace = lambda *args: traced.append(call.trace(*args)) or traced[0]
+    engine._compiled.call = traced_call
+    engine.run(jnp.float32(0), [1.0] * 4, epochs=1)
+    assert "small_call" not in traced[0].lower().compile().as_text()  # XLA's name for such a piece
+
+
 class Scales(Callback):
     """A compiled half that changes the state."""
 

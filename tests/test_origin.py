@@ -157,7 +157,7 @@ def test_results_of_log_that_are_returned_are_fine():
 
 @pytest.mark.parametrize("when", [1, 2])
 def test_an_array_of_the_step_kept_in_the_callback_is_an_error(when):
-    with pytest.raises(TypeError, match=r"Half.update sets self.x to an array of the compiled step.* ctx.log\(x=...\)"):
+    with pytest.raises(TypeError, match=r"Half.update sets self.x to a traced array.* ctx.log\(x=...\)"):
         run(keeps_array, when)
 
 

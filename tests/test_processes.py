@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -207,6 +208,15 @@ def test_failing_process_ends_all_and_the_others_name_it(scenario, failing, erro
     assert error.split(": ", 1)[1] in errors[1 - failing]
     assert seconds < 15
     assert not saved or checkpoints(tmp_path / "run") == saved
+
+
+@pytest.mark.slow
+def test_process_that_waits_for_data_is_ended_when_another_one_fails(tmp_path):
+    statuses, errors, seconds = start("fails_while_another_waits_for_data", tmp_path)
+    assert statuses == [1, 1], errors
+    assert last_error(errors[0]) == "OSError: disk gone"
+    assert re.search(r"ending process 1: Process 0 failed at step \d: OSError: disk gone", errors[1])
+    assert seconds < 15
 
 
 @pytest.mark.slow
