@@ -365,13 +365,16 @@ class Loop:
         """Save with every handler that has not saved this step, and record the last partial window.
 
         The record is not in the snapshot, because a later target continues the window. A run that resumes from a
-        checkpoint at its target records it again, because the run before may have been killed between the two.
+        checkpoint at its target passes it to `on_log` again, because the run before may have been killed between the
+        two. It is not part of this session's history.
         """
         if self.step > self.start_step:
             self._save([h for h in self._events.handlers["on_save"] if h.called_at != self.step])
         self._final_snapshot = self.snapshot()
-        if self.finished and (self.step > self.start_step or not self._reported):
+        if self.finished and self.step > self.start_step:
             self.log(self._windows.take_means("train"))
+        elif self.finished and not self._reported:
+            self._report(Record(self.step, self.epoch, self._windows.take_means("train")))
 
     def result(self) -> Result:
         """Return how the run ended. After an error, the result is as if a resumable stop had ended the run there.
@@ -509,9 +512,13 @@ class Loop:
             values: scalars by name, such as `{"val/loss": 0.3}`. Blocks until scalars on the device are ready.
         """
         record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
+        self.history.add(record)
+        self._report(record)
+
+    def _report(self, record: Record) -> None:
+        """Pass a record to every `on_log`, unless it is empty."""
         if record.values:
             self.latest.update(record.values)
-            self.history.add(record)
             self._events.fire("on_log", self, record)
 
     def announce(self, names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """Configuration of all tests."""
 
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background process ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     jax.config.update("jax_num_cpu_devices", 8)  # for meshes; a run without one uses the first device
     if config.option.steps_per_call is not None:
         from onstep import Engine

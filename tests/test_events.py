@@ -348,8 +348,11 @@ def test_window_whose_record_was_lost_is_recorded_by_the_rerun():
         for _ in steps:
             pass
     assert steps.result.history["train/loss"] == [1.5]
-    rerun = Engine(step, [Restore(steps.result)], log_every=2).run(jnp.int32(0), [1, 2, 3], steps=3)
-    assert rerun.history["train/loss"] == [3.0]
+    lines = []
+    engine = Engine(step, [Restore(steps.result), Transcript(lines=lines)], log_every=2)
+    rerun = engine.run(jnp.int32(0), [1, 2, 3], steps=3)
+    assert [line for line in lines if "log" in line] == ["log 3/1 train/loss=3"]
+    assert (rerun.latest["train/loss"], len(rerun.history)) == (3.0, 0)  # a record of the session before
 
 
 def test_cadence_without_effect_is_refused():
