@@ -118,13 +118,14 @@ class Callback:
         """Numbers are ready: the means of a training window or an epoch, or the values given to `loop.log`.
 
         `record.values` are numbers on the host, and `loop.latest` has them. `loop.state` and `loop.metrics` are
-        those of step `loop.step`.
+        those of step `loop.step`; the metrics are empty until this session has run a step.
         """
 
     def on_epoch_end(self, loop: Loop) -> None:
         """Epoch `loop.epoch` is complete, and its means are in `loop.latest`.
 
-        `loop.state`, `loop.step` and `loop.metrics` are those of its last step.
+        `loop.state`, `loop.step` and `loop.metrics` are those of its last step. The metrics are empty if a resumed run
+        only found its epoch complete.
         """
 
     def on_save(self, loop: Loop) -> None:
@@ -136,7 +137,8 @@ class Callback:
     def on_snapshot(self, loop: Loop) -> None:
         """A snapshot is about to be made of `loop.state`, the carries and the counters. An error here prevents it.
 
-        `loop.state` and `loop.metrics` are those of step `loop.step`; the metrics are empty if no step has run.
+        `loop.state` and `loop.metrics` are those of step `loop.step`; the metrics are empty if this session has run
+        no step.
         """
 
     def on_exception(self, loop: Loop, error: BaseException) -> None:
@@ -150,8 +152,8 @@ class Callback:
         """The run is over, whether it ended well, by a stop or by an error (`loop.error`). Called in reverse order.
 
         Guaranteed for every callback whose `on_load` or `on_run_begin` was reached. `loop.state`, `loop.step` and
-        `loop.metrics` are those of the last step (the metrics are empty if none has run). After an error, see
-        `on_exception`.
+        `loop.metrics` are those of the last step (the metrics are empty if this session has run none). After an error,
+        see `on_exception`.
         """
 
     def init(self, state: State) -> Carry:
@@ -222,13 +224,16 @@ _OTHER_WORDS = {"batch": "step", "train": "run", "fit": "run", "start": "begin",
 """The words of other engines for events, with ours."""
 
 
+def _in_our_words(name: str) -> str:
+    return "_".join(_OTHER_WORDS.get(word, word) for word in name.replace("train_batch", "batch").split("_"))
+
+
 def _check_event_name(name: str, found: Any, who: str) -> None:
     """Raise a TypeError for a method that looks like an event but is none."""
     plain = {event.replace("_", ""): event for event in EVENTS}
     meant = plain.get(name.lower().replace("_", ""))
     if name.startswith("on_") and name not in EVENTS:
-        ours = "_".join(_OTHER_WORDS.get(word, word) for word in name.replace("train_batch", "batch").split("_"))
-        raise TypeError(f"{who}.{name} is not an event.{did_you_mean(ours, EVENTS)}")
+        raise TypeError(f"{who}.{name} is not an event.{did_you_mean(_in_our_words(name), EVENTS)}")
     if meant is None and "_" in name:  # not `log` or `save`, which are common names of methods
         meant = plain.get(f"on{name.lower().replace('_', '')}")
     if meant not in (None, name) and callable(found):
@@ -284,7 +289,9 @@ class FunctionCallback(Callback):
         method = event if event.startswith("on_") else f"on_{event}"
         if method not in EVENTS:
             names = [name.removeprefix("on_") for name in EVENTS]
-            raise ValueError(f"{event!r} is not an event.{did_you_mean(method.removeprefix('on_'), names)}")
+            raise ValueError(
+                f"{event!r} is not an event.{did_you_mean(_in_our_words(method).removeprefix('on_'), names)}"
+            )
         self.event: str = method
         self.function: Any = function
         self.plain_name: str = getattr(function, "__name__", "function")

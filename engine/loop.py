@@ -303,12 +303,12 @@ class Loop:
         compiled, throttle, clock, pending = self._compiled, self._throttle, self._group.clock, self._windows.pending
         several, should_stop = self._group.count > 1, self._group.should_stop
         stream, rng, block_size = self._stream, self._call_rng, self._compiled.block_size
-        steps, epoch_end, deadline = self._until_due(trigger)
+        steps_left, epoch_end, deadline = self._until_due(trigger)
         has_deadline = deadline < math.inf
         wait_at, most_steps = throttle.start(pending), throttle.most_steps(step)
         simple = not (block_size or compiled.conditional)  # one step a call, and every compiled half is due
         call, advance, wait = compiled.call, compiled.advance, throttle.wait
-        batches = stream.blocks(steps, block_size, most_steps) if block_size else stream.take(steps)
+        batches = stream.blocks(steps_left, block_size, most_steps) if block_size else stream.take(steps_left)
         if (spans := self._spans).timed:
             batches, wait = spans.iterate(DATA, batches), spans.wrap(WAIT, wait)
             call, advance = spans.wrap(CALL, call), spans.wrap(CALL, advance)

@@ -107,9 +107,9 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
     """Warn if a metric that a callback watches is not recorded. Call it in `on_log`, `on_epoch_end` and `on_run_end`.
 
     It warns once, as soon as the name can be known to be wrong: before the first step, if a callback has announced
-    other names that begin alike; after the first evaluation that did not record it; or at the end of the first epoch,
-    unless the metric may still come from an evaluation that was not due. It warns again at the end of a run that
-    reached its target. Call it in `on_epoch_begin`, too, and in `on_epoch_end` unless `loop.over`.
+    other names with the same prefix; after the first evaluation that did not record it; or at the end of the first
+    epoch, unless the metric may still come from an evaluation that was not due. It warns again at the end of a run
+    that reached its target. Call it in `on_epoch_begin`, too, and in `on_epoch_end` unless `loop.over`.
 
     Args:
         who: the callback, for the message.
@@ -137,6 +137,8 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
         missing = bool(siblings) and not loop.over
     elif record is not None:  # the second such record, because another callback may log at the step of the first
         missing = any(len(loop.history[name]) == 2 for name in siblings if name in record.values)
+        if not siblings and loop.epoch_length is None and first not in loop.callbacks:  # an epoch may never end
+            missing = any(len(loop.history[name]) == 2 for name in record.values)
     elif loop.over:
         missing = loop.finished and loop.stopped is None and loop.error is None and loop.step > loop.start_step
     elif siblings:
@@ -145,7 +147,7 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
         opened = first == "train" and f"epoch/{rest}" in loop.latest  # its window is longer than an epoch
         missing = loop.epoch == 1 and first not in loop.callbacks and not opened
     told = _told.setdefault(loop, set())
-    if missing and (loop.over or (who, metric) not in told):
+    if missing and ((loop.over and record is None) or (who, metric) not in told):
         told.add((who, metric))
         similar = did_you_mean(metric, siblings or known) or " Add Evaluate(...) or watch one of these."
         warn_user(f"{who} watches {metric!r}, but the records hold {known}.{similar}")

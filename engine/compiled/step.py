@@ -48,7 +48,7 @@ completed, an int32 scalar, or None if nothing compiled asks for it."""
 
 
 MOST_CONSTANTS = 1024
-"""Flags and counts that are kept on the device."""
+"""The most flags and counts that are kept on the device."""
 
 
 class CompiledStep:
@@ -215,12 +215,12 @@ class CompiledStep:
         due = tuple(tuple(t.fires(n, e) for t in triggers) for n, e in enumerate(epochs, step + 1)) if triggers else ()
         bundle, metrics = self.call(bundle, batch, rng, self._due(due, count))
         flags = zip(self.conditional, zip(*due, strict=True), strict=True)
-        present = {name: now for half, now in flags for name in self.function.logged[half]}
+        present = {name: due_steps for half, due_steps in flags for name in self.function.logged[half]}
         last, columns = metrics if self.block_size else (metrics, {})
-        due_now = {name: value for name, value in last.items() if present.get(name, (True,))[-1]}
+        last_metrics = {name: value for name, value in last.items() if present.get(name, (True,))[-1]}
         if self.block_size:
-            return bundle, BlockMetrics(due_now, columns, count, present)
-        return bundle, due_now or NoMetrics(next(iter(last.values()))) if last else last
+            return bundle, BlockMetrics(last_metrics, columns, count, present)
+        return bundle, last_metrics or NoMetrics(next(iter(last.values()))) if last else last
 
     @property
     def _never(self) -> tuple[bool, ...]:
