@@ -47,7 +47,7 @@ def test_many_devices_are_timed_and_the_engine_adds_no_collective(tmp_path):
         assert cases["onstep"] == cases["by hand"], name
         assert cases["by hand"]["all-reduce"] > 0
         assert [row["ratio"] for row in found["steps"][name] if "by hand: device_put" in row["case"]] == [1.0]
-    assert found["agreement us"] > 0
+    assert found["agreement us"]["2"] > 0
     assert "agreement of 2 processes" in printed
 
 
