@@ -374,7 +374,9 @@ class Loop:
         if self.finished and self.step > self.start_step:
             self.log(self._windows.take_means("train"))
         elif self.finished and not self._reported:
-            self._report(Record(self.step, self.epoch, self._windows.take_means("train")))
+            history, self.history = self.history, History()  # for what handlers log as well, such as a learning rate
+            self.log(self._windows.take_means("train"))
+            self.history = history
 
     def result(self) -> Result:
         """Return how the run ended. After an error, the result is as if a resumable stop had ended the run there.
@@ -512,13 +514,9 @@ class Loop:
             values: scalars by name, such as `{"val/loss": 0.3}`. Blocks until scalars on the device are ready.
         """
         record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
-        self.history.add(record)
-        self._report(record)
-
-    def _report(self, record: Record) -> None:
-        """Pass a record to every `on_log`, unless it is empty."""
         if record.values:
             self.latest.update(record.values)
+            self.history.add(record)
             self._events.fire("on_log", self, record)
 
     def announce(self, names: Iterable[str]) -> None:
