@@ -57,9 +57,9 @@ bench: $(VENV)/ready  ## the measurements of docs/performance.md; about half an 
 lowest: .venv-lowest/ready  ## tests of dependent code with the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/python $(QUICK) $(DEPENDENT:%=tests/test_%.py)
 
-newest:  ## all tests on the newest Python of the machine, with the newest dependencies
+newest:  ## all tests but those of the benchmarks on the newest Python of the machine, with the newest dependencies
 	@python=$$(sh .ci/newest-python) || exit 0; \
-	$(MAKE) test test-slow VENV=.venv-newest PYTHON="$$python" PYTEST_FLAGS=--compile-anew
+	$(MAKE) test test-slow VENV=.venv-newest PYTHON="$$python" PYTEST_FLAGS="--compile-anew --ignore=tests/test_benchmarks.py"
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onstep needs Python >= 3.11; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
