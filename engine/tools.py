@@ -137,8 +137,6 @@ def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None
         missing = bool(siblings) and not loop.over
     elif record is not None:  # the second such record, because another callback may log at the step of the first
         missing = any(len(loop.history[name]) == 2 for name in siblings if name in record.values)
-        if not siblings and loop.epoch_length is None and first not in loop.callbacks:  # an epoch may never end
-            missing = any(len(loop.history[name]) == 2 for name in record.values)
     elif loop.over:
         missing = loop.finished and loop.stopped is None and loop.error is None and loop.step > loop.start_step
     elif siblings:
