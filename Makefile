@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-# One test per processor at a time. The slow tests that start, kill or time processes run one after another.
+# One test per processor at a time. The slow tests that time something, or that use several processes, run one after another.
 PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 QUICK = -m pytest -q -m "not slow" $(PARALLEL) $(PYTEST_FLAGS)
-SCRIPTS = $(addprefix tests/test_,docs.py examples.py examples_generative.py examples_loops.py)
+ALONE = $(addprefix tests/test_,benchmarks.py examples_distributed.py graceful_exit.py processes.py)
 # Tests of code that depends on other packages.
 DEPENDENT = checkpoint config events histograms images learning_rate metrics state summary swa tensorboard
 
@@ -21,9 +21,9 @@ coverage: $(VENV)/ready  ## the same with coverage; pyproject.toml sets the mini
 	$(RUN) $(QUICK) --cov --cov-report=
 	$(RUN) -m coverage report --skip-covered
 
-test-slow: $(VENV)/ready  ## the examples and the documentation, run as a user would
-	$(RUN) -m pytest -q -m slow $(PARALLEL) $(PYTEST_FLAGS) $(SCRIPTS)
-	$(RUN) -m pytest -q -m slow $(PYTEST_FLAGS) $(addprefix --ignore=,$(SCRIPTS))
+test-slow: $(VENV)/ready  ## examples, documentation, kills, several processes, benchmarks
+	$(RUN) -m pytest -q -m slow $(PARALLEL) $(PYTEST_FLAGS) $(addprefix --ignore=,$(ALONE))
+	$(RUN) -m pytest -q -m slow $(PYTEST_FLAGS) $(ALONE)
 
 test-all: lint types coverage test-slow dist lowest newest  ## everything that must pass before a change is merged
 
@@ -59,7 +59,7 @@ lowest: .venv-lowest/ready  ## tests of dependent code with the lowest versions 
 
 newest:  ## all tests but those of the benchmarks on the newest Python of the machine, with the newest dependencies
 	@python=$$(sh .ci/newest-python) || exit 0; \
-	$(MAKE) test test-slow VENV=.venv-newest PYTHON="$$python" PYTEST_FLAGS="--compile-anew --ignore=tests/test_benchmarks.py"
+	$(MAKE) test test-slow VENV=.venv-newest PYTHON="$$python" PYTEST_FLAGS="--compile-anew --deselect tests/test_benchmarks.py"
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onstep needs Python >= 3.11; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }

@@ -579,7 +579,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "the return from the compiled calls at a stop",
-            "self.stopped, self._final = self._requested\n            self._leave = True",
+            "self.stopped, self._final = self._requested\n            self._leave_calls = True",
             "self.stopped, self._final = self._requested",
             "test_graceful_exit.py::test_a_signal_in_the_step_lets_the_step_end",
         ),
@@ -609,13 +609,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "the record of the last window, if the run before was killed",
-            "elif self.finished and not self._reported:",
+            "elif self.finished and not self._window_reported:",
             "elif False:",
             "test_events.py::test_window_whose_record_was_lost_is_recorded_by_the_rerun",
         ),
         (
             "the record of the last window from being repeated",
-            "elif self.finished and not self._reported:",
+            "elif self.finished and not self._window_reported:",
             "elif self.finished:",
             "test_stop.py::test_resuming_a_finally_stopped_result_runs_no_step_and_says_so "
             "test_counts.py::test_target_already_reached_runs_no_step_and_says_so",
@@ -710,7 +710,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a batch from being assigned after its step",
-            "if not self._choosing:",
+            "if not self._in_step_begin:",
             "if False:",
             "test_callbacks.py::test_batch_can_only_be_replaced_before_its_step",
         ),
@@ -1072,6 +1072,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint is not deleted",
             "with contextlib.nullcontext():",
             "test_integrity.py::test_damaged_older_checkpoint_does_not_fail_the_run",
+        ),
+        (
+            "directories outside from a link with the name of unfinished saves",
+            "if os.path.islink(saving):",
+            "if False:",
+            "test_integrity.py::test_symbolic_link_with_the_name_of_unfinished_saves_is_refused",
         ),
         (
             "directories outside from a link with the name of a deletion",

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import re
-import warnings
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import onstep
 from onstep import Cadence, Callback, Loop, Record, Snapshot, every, processes
 from onstep.redact import without_secrets
 from onstep.storage import Checkpoints, CheckpointWriter, Lock, check_storable, load, save
-from onstep.tools import check_int, check_mode, local_path, log_user, warn_missing_metric
+from onstep.tools import check_int, check_mode, local_path, log_user, warn_missing_metric, warn_user
 
 __all__ = ["Checkpoint", "load", "save"]
 
@@ -85,6 +84,10 @@ class Checkpoint(Callback):
 
     def __post_init__(self) -> None:
         check_int("Checkpoint", "keep", self.keep, 1)
+        if self.best is not None and not isinstance(self.best, str):
+            raise TypeError(
+                f"Checkpoint needs best= to be the name of a metric, such as 'val/loss', got {self.best!r}."
+            )
         check_mode("Checkpoint", self.mode, self.best)
         if isinstance(self.resume, int) and self.resume < 0:
             raise ValueError(f"Checkpoint needs a step >= 0 for resume, got {self.resume}.")
@@ -184,11 +187,10 @@ class Checkpoint(Callback):
     def _warn_if_none_is_best(self, loop: Loop, best: str) -> None:
         checkpoints, over = self._writer.checkpoints, loop.error is None and loop.finished and self._saved
         if over and processes.writes() and best in loop.latest and checkpoints.best_step() is None:
-            warnings.warn(
+            warn_user(
                 f"Checkpoint: no checkpoint in {checkpoints.steps()} of {self.directory} counts as best, because "
                 f"{best!r} was not recorded at a step that was saved, or was never finite. Give both the same cadence "
-                "(when=...).",
-                stacklevel=3,
+                "(when=...)."
             )
 
     def _find_resume_step(self, at: int) -> int | None:
@@ -220,7 +222,7 @@ class Checkpoint(Callback):
             damage = checkpoints.damage(step)
             if damage is None:
                 return step
-            warnings.warn(f"Checkpoint {checkpoints.path(step)} is damaged and is skipped: {damage}.", stacklevel=2)
+            warn_user(f"Checkpoint {checkpoints.path(step)} is damaged and is skipped: {damage}.")
         raise RuntimeError(f"Checkpoint: none of the checkpoints {steps} in {self.directory} is intact.")
 
     def _requested(self, checkpoints: Checkpoints, steps: list[int]) -> int:

@@ -62,6 +62,8 @@ class Evaluate(Callback):
     weight: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"Evaluate needs a name for its records, such as 'val', got {self.name!r}.")
         if self.steps is not None:
             check_int(f"Evaluate {self.name!r}", "steps", self.steps, 1)
         if self.using is not None and not callable(getattr(self.using, "apply", None)):

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from typing import Any
 
 from onstep import Cadence, Callback, Loop, every
 from onstep.processes import handle_sigterm
-from onstep.tools import log_user
+from onstep.tools import log_user, warn_user
 
 ECHO = 0.5
 """Seconds without a signal after which another one counts as a second request.
@@ -38,8 +37,8 @@ class GracefulExit(Callback):
     from `on_load` to `on_run_end`, only in the main thread. A signal that was ignored stays ignored. List this callback
     first, so that it ends last.
 
-    With several processes, a signal to any of them stops all of them after the same step, the next one that none has
-    begun. JAX handles SIGTERM then, and all processes end with exit status 143.
+    With several processes, a signal to any of them stops all of them after the same step, the first that no process
+    has begun. JAX handles SIGTERM then, and all processes end with exit status 143.
 
     Args:
         deadline: when to stop by the clock, in seconds since the run began or as a datetime with a time zone, which
@@ -105,9 +104,7 @@ class GracefulExit(Callback):
         self._loop, self._first, self._previous, self._process = loop, None, {}, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             if self.signals:
-                warnings.warn(
-                    "GracefulExit handles no signals, because the run is not in the main thread.", stacklevel=2
-                )
+                warn_user("GracefulExit handles no signals, because the run is not in the main thread.")
             return
         self._all_stop = signal.SIGTERM in self.signals and handle_sigterm(self._receive_together)
         for number in self.signals:

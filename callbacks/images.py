@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Loop, every, processes
-from onstep.tools import close_event_writer, event_writer, local_path, to_host
+from onstep.tools import check_signature, close_event_writer, event_writer, local_path, to_host
 
 from ._support.event_files import image_summary
 
@@ -66,6 +66,9 @@ class Images(Callback):
             raise ValueError("Images needs a directory: png= for files, events= for TensorBoard, or both.")
         if not callable(self.draw):
             raise TypeError(f"Images needs a function state -> images, got {type(self.draw).__name__}.")
+        check_signature(self.draw, ("state",), "The function of Images")
+        if self.using is not None and not callable(getattr(self.using, "apply", None)):
+            raise TypeError(f"Images needs using= to have apply(loop), such as an EMA, got {self.using!r:.80}.")
         self._png = None if self.png is None else local_path("Images", self.png)
         self._events = None if self.events is None else local_path("Images", self.events)
 

@@ -60,6 +60,8 @@ class LearningRate(Callback):
         self.schedule: Callable[[Any], Any] | None = schedule
         self.of: str | int | tuple[str | int, ...] | None = of
         self.name: str | None = name
+        if not isinstance(name, str):
+            raise TypeError(f"LearningRate needs a name for its records, such as 'lr', got {name!r}.")
         self._wanted = "count" if schedule else "learning_rate"
         self._rate = jax.jit(lambda count: schedule(jnp.maximum(count - 1, 0))) if schedule else None
 

@@ -60,6 +60,8 @@ class Progress(Callback):
         check_list("Progress", "metrics", self.metrics)
         default = 0.2 if self._screen().moves else 10.0
         self._interval = default if self.interval is None else self.interval
+        if not (isinstance(self._interval, (int, float)) and self._interval > 0):
+            raise ValueError(f"Progress needs interval > 0 in seconds, got {self.interval!r}.")
         self.when: Cadence | int = every(seconds=self._interval)
         self._tasks: dict[str, _Task] = {}
         self._loop: Loop | None = None
@@ -75,6 +77,9 @@ class Progress(Callback):
             self._to = self._screen()(self.file or sys.stderr)  # shows nothing yet: other notices come first
         self._tasks = {}
         loop.observe(_Reports(functools.partial(self._report, loop)))
+
+    def on_epoch_begin(self, loop: Loop) -> None:
+        self._check_metrics(loop)
 
     def on_step_end(self, loop: Loop) -> None:
         if not loop.over:  # on_run_end shows the last step

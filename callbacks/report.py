@@ -29,8 +29,7 @@ PACKAGES = ("onstep", "jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoi
 TIMES = ("time/steps_per_second", "time/data", "time/callbacks")
 """The records from which the page shows where the time went: steps per second, and the shares of data and callbacks.
 
-Callbacks communicate by records, so these are the names that the documentation of `Timing` lists, not a convention
-between the two.
+`Timing` documents these names, and any callback may log them.
 """
 
 
@@ -51,7 +50,7 @@ class Report(Callback):
     Args:
         path: the file, such as `"runs/digits/report.html"`.
         config: a dict, dataclass or pydantic model to show, with secrets redacted.
-        when: when to write the page during the run as well; a plain int means steps.
+        when: when to write the page during the run as well; a plain int means steps, None only at the end.
         name: the callback's name.
 
     Raises:

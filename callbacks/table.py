@@ -63,6 +63,9 @@ class Table(Callback):
         self._shown: list[str] = []
         self._rows = 0
 
+    def on_epoch_begin(self, loop: Loop) -> None:
+        self._check_names(loop)
+
     def on_log(self, loop: Loop, record: Record) -> None:
         self._check_names(loop, record)
         for name, value in record.values.items():

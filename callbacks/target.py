@@ -50,6 +50,8 @@ class Target(Callback):
     def __post_init__(self) -> None:
         if not (isinstance(self.rate, (int, float)) and 0 < self.rate <= 1):
             raise ValueError(f"Target needs 0 < rate <= 1, got {self.rate!r}.")
+        if self.source == self.target:
+            raise ValueError(f"Target needs two different fields, got {self.source!r} for both.")
         self.update_when: Cadence | int = self.when
 
     def init(self, state: Any) -> tuple[()]:

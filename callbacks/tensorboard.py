@@ -24,8 +24,8 @@ class TensorBoard(Callback):
     Args:
         directory: as for `tensorboard --logdir`.
         config: a dict, dataclass or pydantic model for the HParams tab, flat, with secrets redacted.
-        flush_seconds: seconds from one time that the file is forced to disk to the next. Every point is in the file
-            when its event ends; a crash of the machine may lose those since then.
+        flush_seconds: seconds between two fsyncs of the file. Points are written immediately, so only a crash of
+            the machine can lose those since the last fsync.
         name: the callback's name.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 
 from onstep import Callback, Loop, Record, processes
 from onstep.redact import redacted
+from onstep.tools import check_signature
 
 
 @dataclass(eq=False, repr=False)
@@ -43,9 +44,13 @@ class Writer(Callback):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for method in ["write_scalars"] + ["write_hparams"] * (self.config is not None):
+        methods: dict[str, tuple[str, ...]] = {"write_scalars": ("step", "scalars")}
+        if self.config is not None:
+            methods["write_hparams"] = ("hparams",)
+        for method, arguments in methods.items():
             if not callable(getattr(self.writer, method, None)):
                 raise TypeError(f"Writer needs an object with {method}, got {type(self.writer).__name__}.")
+            check_signature(getattr(self.writer, method), arguments, f"{type(self.writer).__name__}.{method}")
         self.config = None if self.config is None else redacted(self.config)
         self._begun = False
 

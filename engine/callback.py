@@ -42,7 +42,7 @@ class _CadenceAttribute:
     def __set__(self, callback: Callback, value: Cadence | int) -> None:
         who = f"{type(callback).__name__}.{self._name}"
         if as_cadence(value, who).seconds and self._name == "update_when":
-            raise ValueError(f"{who} needs steps or epochs, got {value}: it is compiled in.")
+            raise ValueError(f"{who} needs a cadence in steps or epochs, got {value}. It is compiled and has no clock.")
         vars(callback)[self._name] = value
 
 
@@ -56,6 +56,11 @@ class Callback:
 
     A callback has two halves. The host half handles events between steps. The compiled half (`init` and `update`)
     runs inside the compiled step. At an event, callbacks take effect in the order of the engine's list.
+
+    At every event, `loop.epoch` counts complete epochs. The last step of an epoch completes it before `on_step_end`; if
+    the data has no length, its end is noticed only after the events of that step. `loop.batch` is the batch of the
+    last step, or None before the first, with two exceptions: in `on_step_begin` it is the next batch, also for the
+    records that are logged there, and after a failed call it is the batch of that call.
 
     Attributes:
         name: unique among an engine's callbacks; by default the class name, numbered if it is repeated.
@@ -89,7 +94,7 @@ class Callback:
         """
 
     def on_run_begin(self, loop: Loop) -> None:
-        """The run begins, and `on_run_end` is guaranteed (also to a callback whose `on_load` was reached).
+        """The run begins. `on_run_end` will be called, even for a callback of which only `on_load` was reached.
 
         `loop.state` and `loop.step` are those from which it begins, fresh or restored; `loop.metrics` is empty.
         """
@@ -109,7 +114,7 @@ class Callback:
         """
 
     def on_step_end(self, loop: Loop) -> None:
-        """Step `loop.step` is done.
+        """Step `loop.step` was called; its results may still be computed on the device.
 
         `loop.state`, `loop.metrics` (on the device) and the carries include it, and `loop.batch` is its batch.
         """
@@ -144,8 +149,9 @@ class Callback:
     def on_exception(self, loop: Loop, error: BaseException) -> None:
         """The run is ending because of `error`, which `run` raises afterwards.
 
-        `loop.step` is the last complete step, and `loop.state` and `loop.metrics` are those of it. If a compiled call
-        failed while it ran, the arrays of `loop.state` were donated to it and can no longer be read.
+        `loop.step` is the last step that was called without an error, and `loop.state` and `loop.metrics` are those of
+        it. If a compiled call failed, the arrays of `loop.state` were donated to it and can no longer be read. An error
+        on the device is noticed when the host waits for it, so a few later steps may have been counted by then.
         """
 
     def on_run_end(self, loop: Loop) -> None:
@@ -198,7 +204,7 @@ class Callback:
             if callable(found) and not hasattr(Callback, name) and (similar := _similar_method(found, name)):
                 warn_user(f"{cls.__name__}.{name} is never called by the engine. Did you mean {similar}?")
             if name in _ARGUMENTS:
-                check_signature(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
+                _check_method(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
         for one, other in (("get_state", "set_state"), ("set_state", "get_state"), ("init", "update")):
             if getattr(cls, one) is not getattr(Callback, one) and getattr(cls, other) is getattr(Callback, other):
                 raise TypeError(f"{cls.__name__} has {one} without {other}; define both.")
@@ -218,6 +224,14 @@ _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
     "get_state": (),
     "set_state": ("state",),
 }
+
+
+def _check_method(method: Any, names: tuple[str, ...], who: str) -> None:
+    """Raise a TypeError unless a method has these arguments, and runs when it is called."""
+    check_signature(method, names, who)
+    for kind, is_kind in (("a coroutine", inspect.iscoroutinefunction), ("a generator", inspect.isgeneratorfunction)):
+        if is_kind(method):
+            raise TypeError(f"{who} needs to be a plain function, got {kind} function, whose body would never run.")
 
 
 _OTHER_WORDS = {"batch": "step", "train": "run", "fit": "run", "start": "begin", "finish": "end", "stop": "end"}
@@ -255,6 +269,8 @@ def check_when(callback: Callback, name: str) -> None:
     update_when = as_cadence(callback.update_when, f"{name}.update_when")
     handled = [event for event in EVENTS if overridden(callback, event)]
     compiled = bool(overridden(callback, "update"))
+    for method in vars(callback).keys() & _ARGUMENTS.keys():  # assigned to the object instead of defined in its class
+        _check_method(vars(callback)[method], _ARGUMENTS[method], f"{name}.{method}")
     if update_when != ALWAYS and not compiled:
         raise ValueError(
             f"{name}.update_when={update_when} has no effect, because {name} has no compiled half (update)."
@@ -295,7 +311,7 @@ class FunctionCallback(Callback):
         self.event: str = method
         self.function: Any = function
         self.plain_name: str = getattr(function, "__name__", "function")
-        check_signature(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
+        _check_method(function, _ARGUMENTS[method], getattr(function, "__name__", "The function"))
         self.when: Cadence | int = as_cadence(when, f"{self.plain_name}.when")
         setattr(self, method, function)
         check_when(self, self.plain_name)
@@ -316,6 +332,8 @@ def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
     given = [callback.name for callback in callbacks if callback.name is not None]
     names: dict[str, Callback] = {}
     for callback in callbacks:
+        if not isinstance(callback.name, (str, type(None))):
+            raise TypeError(f"The name of {type(callback).__name__} needs to be text, got {callback.name!r}.")
         kind = callback.plain_name if isinstance(callback, FunctionCallback) else type(callback).__name__
         if any(callback is known for known in names.values()) or given.count(callback.name or "") > 1:
             who = callback.name or type(callback).__name__

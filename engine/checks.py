@@ -77,7 +77,7 @@ LOWER_IS_BETTER = {"err", "error", "loss"}
 
 
 def check_list(who: str, name: str, value: Iterable[str] | None) -> None:
-    """Check that an argument that takes several names is not one string, whose letters Python would take as names.
+    """Check that a list of names is not a single string, which Python would iterate letter by letter.
 
     Raises:
         ValueError: it is.
@@ -213,7 +213,7 @@ def check_state(tree: Any, what: str) -> None:
         what: its name, for the error.
 
     Raises:
-        TypeError: a leaf is something else; the message has its place, and how to keep it out of the tree.
+        TypeError: a leaf is something else; the message says where it is and how to keep it out of the tree.
         ValueError: an array was donated and can no longer be read.
 
     >>> check_state({"x": 1.0, "label": "cat"}, "The state")

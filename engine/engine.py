@@ -84,8 +84,16 @@ class Engine:
         for name, callback in self._callbacks.items():
             check_when(callback, name)
         reset(self._callbacks)
-        self._given = {"step": step, "log_every": log_every, "steps_per_call": steps_per_call, "in_flight": in_flight}
-        self._given |= {"prefetch": prefetch, "mesh": mesh, "jit": jit, "clock": clock}
+        self._given: dict[str, Any] = {
+            "step": step,
+            "log_every": log_every,
+            "steps_per_call": steps_per_call,
+            "in_flight": in_flight,
+            "prefetch": prefetch,
+            "mesh": mesh,
+            "jit": jit,
+            "clock": clock,
+        }
         self._options = Options(log_every, in_flight, prefetch, clock)
         self._placement = make_placement(mesh)
         self._compiled = self._compile(jit)
@@ -103,7 +111,7 @@ class Engine:
             when: as `Callback.when`; only for `step_begin`, `step_end` and `save`.
 
         Raises:
-            TypeError: the function has the wrong arguments for the event, or there is no event.
+            TypeError: the function has the wrong arguments for the event, or `engine.on` was used without a name.
             ValueError: there is no such event, or `when` has no effect on it.
 
         >>> engine = Engine(lambda state, batch: (state + batch, {}))
@@ -159,7 +167,7 @@ class Engine:
         >>> engine.run(jnp.int32(0), [1, 2, 3], epochs=2)
         Result(step=6, epoch=2, stopped=None, latest={'epoch/loss': 2, 'train/loss': 2})
         """
-        loop = self._loop(state, data, epochs, steps, epoch_steps, rng, donate)
+        loop = self._make_loop(state, data, epochs, steps, epoch_steps, rng, donate)
         for _ in loop.iterate():
             pass
         return loop.result()
@@ -189,7 +197,7 @@ class Engine:
         [2, 4]
         """
         cadence = as_cadence(when, "engine.steps(when=...)")
-        return Steps(self._loop(state, data, epochs, steps, epoch_steps, rng, donate), cadence)
+        return Steps(self._make_loop(state, data, epochs, steps, epoch_steps, rng, donate), cadence)
 
     def plan(
         self,
@@ -219,7 +227,7 @@ class Engine:
         >>> plan.loop[-2:]
         ['ends at step 12', 'keeps at most 2 compiled calls in flight']
         """
-        compiled = self._compile(self._jit)  # a separate copy, so that planning does not affect this engine
+        compiled = self._compile(self._jit_now)  # a separate copy, so that planning does not affect this engine
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 
@@ -231,7 +239,7 @@ class Engine:
         return call_text(Engine, {**self._given, "callbacks": list(self._callbacks.values())})
 
     @property
-    def _jit(self) -> bool:
+    def _jit_now(self) -> bool:
         """Whether a run that begins now is compiled: JAX_DISABLE_JIT and `jax.disable_jit()` act as `jit=False`."""
         return self._given["jit"] and not jit_is_disabled()
 
@@ -239,7 +247,7 @@ class Engine:
         given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call")}
         return CompiledStep(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
 
-    def _loop(
+    def _make_loop(
         self,
         state: State | Result,
         data: Data,
@@ -255,7 +263,7 @@ class Engine:
                 "instead, or pass the data."
             )
         return Loop(
-            self._compiled if self._jit == self._given["jit"] else self._compile(self._jit),
+            self._compiled if self._jit_now == self._given["jit"] else self._compile(self._jit_now),
             self._callbacks,
             self._options,
             self._placement,

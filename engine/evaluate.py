@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -16,6 +15,7 @@ from .compiled.origin import function_name, note_origin
 from .data.batches import EpochIterator
 from .data.source import Data, length, open_pass
 from .means import Mean, fetch, merges
+from .messages import warn_user
 from .metrics import Metrics, as_metrics
 from .placement import fold_in, jit_is_disabled, make_placement
 from .processes import check_same
@@ -39,8 +39,8 @@ def evaluate(
     """Return the mean of a step's metrics over a set of data.
 
     Batches are weighted by their number of examples, so a short last one does not bias the mean. That number is the
-    size of the leading axis or, where leaves differ in it, of the axes that are shorter in the last batch. Where the
-    shapes do not tell, pass `weight`. Clu metrics merge exactly. The step is compiled once for each function and
+    size of the leading axis. If leaves disagree about it, the axes that are shorter in a short last batch count. If the
+    shapes leave it open, pass `weight`. Clu metrics merge exactly. The step is compiled once for each function and
     shape.
 
     Args:
@@ -80,9 +80,7 @@ def evaluate(
     elif rng is None:
         raise ValueError("The evaluation step takes a random key as its third argument. Pass one: rng=...")
     if dropped := getattr(data, "dropped", 0):
-        warnings.warn(
-            f"The evaluation data drops {dropped} example{'s' * (dropped > 1)}. Pass drop_last=False.", stacklevel=2
-        )
+        warn_user(f"The evaluation data drops {dropped} example{'s' * (dropped > 1)}. Pass drop_last=False.")
     placement = make_placement(mesh)
     if placement.processes > 1:
         check_same({"the number of batches to evaluate on": length(data)})
@@ -212,11 +210,10 @@ def _example_counts(shapes: list[dict[str, tuple[int, ...]]], mesh: Mesh | Named
         counts = [next(iter(size)) for size in sizes]
         if axis is None and len(set(counts)) == 1:
             first, other = shapes[0], next(batch for batch in shapes if batch != shapes[0])
-            warnings.warn(
+            warn_user(
                 f"The evaluation batches differ along other axes than the leading one, such as {first} and {other}. "
                 "Each gets the same weight. If that is wrong, let the step return the number of examples as a metric, "
-                'and pass its name: weight="examples".',
-                stacklevel=3,
+                'and pass its name: weight="examples".'
             )
         return counts
     # Leaves disagree, such as the weights of classes beside examples. A short last batch tells which axes count them.

@@ -31,8 +31,8 @@ def event_writer(loop: Loop, directory: str | os.PathLike[str], *, flush_seconds
     Args:
         loop: the run.
         directory: as for `tensorboard --logdir`.
-        flush_seconds: seconds from one time that the file is forced to disk to the next. Every point is in the file
-            when the call that adds it returns; a crash of the machine may lose those since then.
+        flush_seconds: seconds between two fsyncs of the file. Points are written immediately, so only a crash of
+            the machine can lose those since the last fsync.
 
     Returns:
         The writer in process 0. In the other processes, an object that accepts every call and writes nothing.

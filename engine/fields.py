@@ -128,7 +128,7 @@ def _next(tree: Any, path: str) -> tuple[Any, Any, str] | None:
     fits = [child for child in children if f"{path}.".startswith(f"{child[0]}.")]
     if fits:
         name, key, child = max(fits, key=lambda fit: len(fit[0]))
-        # Not `child`, because some mappings hold nested ones in another form than they return them: FrozenDict.
+        # Not `child`, because FrozenDict returns nested dicts in a different form from how it stores them.
         return key, tree[key.key] if isinstance(key, jax.tree_util.DictKey) else child, path[len(name) + 1 :]
     name, _, rest = path.partition(".")
     value = getattr(tree, name, None) if children and not isinstance(tree, (Mapping, tuple, list)) else None

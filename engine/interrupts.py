@@ -17,8 +17,8 @@ def deferred_interrupts(calls: CodeType, defer: Callable[[], bool]) -> Iterator[
     """Delay a KeyboardInterrupt that arrives during a compiled call until the call has returned.
 
     A call consumes the state and returns a new one. Python raises a KeyboardInterrupt after the call and before its
-    results are assigned, so that the run would have neither. Nothing changes outside the main thread, or if there is
-    another signal handler.
+    results are assigned, so the run would lose both the old state and the new one. Nothing changes outside the main
+    thread, or if there is another signal handler.
 
     Args:
         calls: the code of the function that makes the calls.

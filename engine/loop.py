@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from .events import Events, Handler
 from .exclusive import exclusive
 from .interrupts import deferred_interrupts
 from .means import to_float
-from .messages import log_user
+from .messages import log_user, warn_user
 from .metrics import Metrics, Windows
 from .placement import Placement, replicated_checksums
 from .processes import ProcessGroup, check_same
@@ -132,7 +131,7 @@ class Loop:
         self._stream = BatchStream(data, epoch_steps, placement, options.prefetch, placement.prefetcher(self._bundle))
         self._signature = signature({"state": self.state, "carries": self.carries})
         self._batch: tuple[Batch, int] = (None, 0)  # of the last call; for a block, how many of its batches were used
-        self._choosing = False  # whether on_step_begin may replace the batch of the next step
+        self._in_step_begin = False  # whether on_step_begin may replace the batch of the next step
         self._next_batch: list[Batch] = []  # that batch, once a handler has read or replaced it
         self._windows = Windows()
         self._group = ProcessGroup(options.clock)
@@ -142,7 +141,7 @@ class Loop:
 
         self._requested: tuple[str, bool] | None = None  # a stop that the processes have not agreed on yet
         self._final = True  # whether the stop is final
-        self._leave = False  # whether _run_steps must return after the call in progress
+        self._leave_calls = False  # whether _run_steps must return after the call in progress
         self._interrupted = False  # whether it must raise a KeyboardInterrupt then
         self._loading = True
         self._restored = self._saving = self._prepared = False
@@ -151,7 +150,7 @@ class Loop:
         self._epoch_done = False  # whether the last step completed its epoch
         self._completed_epoch = 0  # that epoch, 0 if none
         self._earlier = earlier  # the result from which the run resumes, until it has begun
-        self._reported = earlier is not None  # whether the last window is known to have been recorded
+        self._window_reported = earlier is not None  # whether the last window is known to have been recorded
         self._final_snapshot: Snapshot | None = None
         self._failed: str | None = None  # the error that ended the run
 
@@ -159,10 +158,11 @@ class Loop:
     #
     # Between the first step and the last, the host waits for the device in five places: in the throttle, when too many
     # calls are in flight; when the means of a window are taken; when MOST_PENDING calls are unread; in `log`, if a
-    # value is on the device; and in `snapshot`. Batches that are already on a device may be read when they are
-    # stacked, or divided over processes, and a prefetch thread waits for its transfers. Handlers may wait as well:
-    # evaluations, saves, and callbacks that read the state or a carry. At the start and in `restore`, the random key is
-    # read, and with several processes also the state, to compare it.
+    # value is on the device; and in `snapshot`, which reads unread metrics. Batches that are already on a device may be
+    # read when they are stacked, or divided over processes, and a prefetch thread waits for its transfers. Handlers may
+    # wait as well: evaluations, saves, and callbacks that read the state or a carry. With several processes, assigning
+    # `loop.state` reads it. At the start and in `restore`, the random key is read, and with several processes also the
+    # state, to compare and replicate it. tests/test_package.py lists the files that read or wait.
 
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
@@ -257,12 +257,12 @@ class Loop:
         """Call the handlers that are due before the next step, with its batch. Compile before the first step."""
         completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self.epoch_length else 0
         if due := self._events.take_due("on_step_begin", self.step + 1, completed_epoch):
-            self._choosing = True
+            self._in_step_begin = True
             try:
                 for handler in due:
                     handler.call(self)
             finally:
-                chosen, self._next_batch, self._choosing = self._next_batch, [], False
+                chosen, self._next_batch, self._in_step_begin = self._next_batch, [], False
             self._agree_on_stop()
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
@@ -290,11 +290,10 @@ class Loop:
     def _run_steps(self, trigger: Trigger) -> bool:
         """Run steps up to the next one at which anything is due; return whether that one ends the epoch.
 
-        This is the hot path. Everything it needs is a local variable, and the loop keeps its state in them until it
-        ends. The plain form costs 0.45 µs more for each step:
+        This is the hot path, so it works with local variables. The plain form costs 0.45 µs more for each step:
 
             for batch, count in self._stream.take(steps):
-                self._bundle, self.metrics = self._compiled.call(self._bundle, batch, self.rng, None)
+                self._bundle, self.metrics = self._compiled.call(self._bundle, batch, self._call_rng, None)
                 self.step += count
                 self._windows.pending.append(self.metrics)
                 self._throttle.wait(self._windows.pending)
@@ -323,12 +322,12 @@ class Loop:
                 pending.append(metrics)
                 if len(pending) >= wait_at:
                     wait_at = wait(pending)
-                if self._leave or (has_deadline and clock() >= deadline) or (several and should_stop()):
+                if self._leave_calls or (has_deadline and clock() >= deadline) or (several and should_stop()):
                     break  # a signal may have requested a stop
         finally:
             self.epoch_step += step - self.step
             self.step, self._bundle, self.metrics = step, bundle, dict(metrics)
-            self._batch = batch, count if block_size else 0
+            self._batch = (batch, count if block_size else 0)
         if self._interrupted:
             raise KeyboardInterrupt
         return stream.epoch_done(self.epoch_step)
@@ -373,10 +372,10 @@ class Loop:
         self._final_snapshot = self.snapshot()
         if self.finished and self.step > self.start_step:
             self.log(self._windows.take_means("train"))
-        elif self.finished and not self._reported:
-            history, self.history = self.history, History()  # for what handlers log as well, such as a learning rate
+        elif self.finished and not self._window_reported:
+            session, self.history = self.history, History()  # also keeps out what handlers log, such as a learning rate
             self.log(self._windows.take_means("train"))
-            self.history = history
+            self.history = session
 
     def result(self) -> Result:
         """Return how the run ended. After an error, the result is as if a resumable stop had ended the run there.
@@ -389,8 +388,17 @@ class Loop:
                 raise RuntimeError("A run has a result only after its end.")
             self.stopped, self._final = self._failed, False
             self._final_snapshot = self._make_snapshot()
-        now = (self.state, self.step, self.epoch, self.stopped, self.history, self.latest)
-        return Result(*now, self._final_snapshot, self.callbacks, self._stream)
+        return Result(
+            self.state,
+            self.step,
+            self.epoch,
+            self.stopped,
+            self.history,
+            self.latest,
+            self._final_snapshot,
+            self.callbacks,
+            self._stream,
+        )
 
     # What callbacks use.
 
@@ -412,7 +420,7 @@ class Loop:
     @property
     def batch(self) -> Batch:
         """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
-        if self._choosing:
+        if self._in_step_begin:
             if not self._next_batch:
                 self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
             return self._next_batch[0]
@@ -421,7 +429,7 @@ class Loop:
 
     @batch.setter
     def batch(self, new: Batch) -> None:
-        if not self._choosing:
+        if not self._in_step_begin:
             raise RuntimeError(
                 "loop.batch can only be replaced in on_step_begin, before its step. Here it is too late."
             )
@@ -613,10 +621,7 @@ class Loop:
             if name in keepers:
                 keepers[name].set_state(kept)
             elif kept:
-                warnings.warn(
-                    f"The saved run holds the state of {name}, which this run does not have; it is ignored.",
-                    stacklevel=3,
-                )
+                warn_user(f"The saved run holds the state of {name}, which this run does not have; it is ignored.")
 
     # Details of the above.
 
@@ -626,8 +631,11 @@ class Loop:
         return deferred_interrupts(code, self._interrupt_later) if self._compiled.jit else nullcontext()
 
     def _interrupt_later(self) -> bool:
-        first, self._interrupted, self._leave = not self._interrupted, True, True
-        return first
+        """Ask the hot path to raise a KeyboardInterrupt after its call; return False if it was asked before."""
+        if self._interrupted:
+            return False
+        self._interrupted = self._leave_calls = True
+        return True
 
     @contextmanager
     def _ensure_end(self) -> Iterator[None]:
@@ -659,7 +667,8 @@ class Loop:
         if not strict:
             carries = {name: carry for name, carry in carries.items() if name in host["carries"]}
             changed = tuple(f"carries/{name}/" for name in {*host["carries"], *self.carries} - set(carries))
-            saved, here = ({n: k for n, k in s.items() if not f"{n}/".startswith(changed)} for s in (saved, here))
+            saved = {path: kind for path, kind in saved.items() if not f"{path}/".startswith(changed)}
+            here = {path: kind for path, kind in here.items() if not f"{path}/".startswith(changed)}
         if changes := compare_signatures(saved, here):
             raise ValueError(f"The saved run does not fit this one (saved, then here): {changes}.")
         like, loads = {"state": self.state, "carries": carries}, callable(snapshot.tree)
@@ -683,7 +692,7 @@ class Loop:
             self._requested = self._group.agree_on_stop(self.step, self._requested)
         if self._requested is not None and self.stopped is None:
             self.stopped, self._final = self._requested
-            self._leave = True
+            self._leave_calls = True
         self._requested = None
 
     def _resume_message(self) -> str:
@@ -724,10 +733,9 @@ class Loop:
         after = [handler for event in ("on_step_end", "on_save") for handler in handlers[event]]
         waiting = dict.fromkeys(handler.name for handler in after if handler.trigger.cadence.epochs)
         if waiting and self._stream.one_shot and self.steps is not None:
-            warnings.warn(
+            warn_user(
                 f"{', '.join(waiting)} will wait for the end of an epoch, but this run may never complete one: the "
-                f"data is a {kind}. Pass epoch_steps= to run, or use a cadence in steps.",
-                stacklevel=2,
+                f"data is a {kind}. Pass epoch_steps= to run, or use a cadence in steps."
             )
 
     def _check_processes(self) -> None:

@@ -52,7 +52,7 @@ def log_duration(what: str, seconds: float) -> None:
 
 
 def warn_user(text: str) -> None:
-    """Warn the user with the line of their own code that called into onstep, not a line of the engine.
+    """Warn with the line of the user's code that called into onstep, rather than a line of onstep or JAX.
 
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
@@ -61,12 +61,12 @@ def warn_user(text: str) -> None:
     a batch has another shape
     """
     level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 
 
-_OURS = ("onstep", "contextlib")
+_BETWEEN = ("onstep", "contextlib", "jax")
 """Packages whose frames stand between the user's code and a warning."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .checks import check_state
+from .messages import warn_user
 from .processes import SameShapes
 from .trees import Batch, State, check_not_shared, named_leaves, signature, strip_weak_types
 
@@ -84,10 +84,9 @@ class SingleDevice:
     def place_batch(self, batch: Batch, *, ragged: bool = False) -> Batch:
         """Return a batch for a compiled call, unchanged: JAX transfers it faster itself."""
         if self._devices > 1 and all(_on_host(leaf) for leaf in jax.tree.leaves(batch)):
-            warnings.warn(
+            warn_user(
                 f"The state is on {self._devices} devices, but the engine has no mesh, so every device computes the "
-                "whole batch. Divide the batches with Engine(..., mesh=mesh).",
-                stacklevel=2,
+                "whole batch. Divide the batches with Engine(..., mesh=mesh)."
             )
         return batch
 
@@ -137,7 +136,7 @@ class DataSharding:
         axes: the axes of the mesh over which batches are divided.
         shards: the number of parts of a batch.
         own_shards: the indices of the parts that the devices of this process hold.
-        context: returns a context in which to call what is compiled; of meshes with Explicit axes, their own.
+        context: returns a context for compiled calls: that of a mesh with Explicit axes, otherwise an empty one.
         blocks_by_default: whether `steps_per_call="auto"` may run several steps in one call.
 
     Raises:
@@ -440,7 +439,7 @@ def _own(tree: Any, what: str, copy: bool, settle: Callable[[jax.Array, Any], ja
 
 
 def device_of(tree: Any) -> jax.sharding.Sharding | None:
-    """Return the device that a tree is committed to: None if to several, the default one if to none."""
+    """Return the device that a tree is committed to: None for several devices, the default device for none."""
     committed = {x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and x.committed}
     if any(len(sharding.device_set) > 1 for sharding in committed):
         return None

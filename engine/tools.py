@@ -75,6 +75,7 @@ __all__ = [
     "takes_rng",
     "to_host",
     "warn_missing_metric",
+    "warn_user",
     "widen",
 ]
 
@@ -104,12 +105,14 @@ def has_training_metrics(record: Record) -> bool:
 
 
 def warn_missing_metric(who: str, metric: str, loop: Loop, record: Record | None = None) -> None:
-    """Warn if a metric that a callback watches is not recorded. Call it in `on_log`, `on_epoch_end` and `on_run_end`.
+    """Warn if a metric that a callback watches is not recorded.
 
-    It warns once, as soon as the name can be known to be wrong: before the first step, if a callback has announced
-    other names with the same prefix; after the first evaluation that did not record it; or at the end of the first
-    epoch, unless the metric may still come from an evaluation that was not due. It warns again at the end of a run
-    that reached its target. Call it in `on_epoch_begin`, too, and in `on_epoch_end` unless `loop.over`.
+    Call it in `on_epoch_begin`, in `on_log` with the record, in `on_epoch_end` unless `loop.over`, and in `on_run_end`.
+    It warns once, as soon as the name is certainly wrong: before the first step, if a callback has announced other
+    names with the same prefix; after the first evaluation that did not record it; or at the end of the first epoch,
+    unless the metric may still come from an evaluation that was not due. A prefix that no callback uses, as in
+    `vall/loss`, may belong to a callback that has not logged yet, so it is told at the end of the first epoch. It warns
+    again at the end of a run that reached its target.
 
     Args:
         who: the callback, for the message.

@@ -360,8 +360,9 @@ def test_two_callbacks_of_one_class_each_get_their_own_state_back(tmp_path):
 def test_removed_callback_is_named_and_a_new_one_starts_from_scratch(tmp_path):
     run(tmp_path, extra=[Counts("old")], steps=6)
     new = Counts("new")
-    with pytest.warns(UserWarning, match="The saved run holds the state of old"):
+    with pytest.warns(UserWarning, match="The saved run holds the state of old") as warned:
         run(tmp_path, extra=[new], steps=8)
+    assert warned[0].filename == __file__
     assert new.count == 2
 
 

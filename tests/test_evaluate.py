@@ -240,8 +240,9 @@ def test_data_that_is_not_a_source_of_batches_is_an_error(data):
 
 def test_data_that_drops_examples_causes_a_warning():
     batches = Batches(np.float32([1, 2, 3, 10, 4]), 2, shuffle=False)
-    with pytest.warns(UserWarning, match=r"drops 1 example.* drop_last=False"):
+    with pytest.warns(UserWarning, match=r"drops 1 example.* drop_last=False") as warned:
         assert evaluate(mean, None, batches) == {"x": 4.0}
+    assert warned[0].filename == __file__
 
 
 def test_data_that_drops_nothing_causes_no_warning():

@@ -3,10 +3,8 @@
 import os
 import random
 import re
-import statistics
 import subprocess
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +12,12 @@ import numpy as np
 import pytest
 from faults import KILLS, SEEDS, Child, mounted, points, result, script
 from models import fresh_state
-from onstep import Callback, Engine
+from onstep import Engine
 from onstep.callbacks import Checkpoint
 from onstep.storage import Checkpoints, load
 from onstep.testing import counting_step
 
 pytestmark = pytest.mark.slow
-
-SAVES = 40
-"""Saves whose median is compared."""
 
 NOT_PERMITTED = "a mount is not permitted here: "
 
@@ -305,80 +300,3 @@ def test_disk_that_becomes_read_only_ends_the_run_at_once(tmp_path):
         reason = f"The checkpoint of step 8 in {tmp_path} could not be saved: .*Read-only file system"
         assert re.search(reason, error.strip().split("RuntimeError: ")[-1])
         assert int(load(tmp_path, jnp.int32(0), 4)) == 6
-
-
-class PlainOrbax:
-    """Orbax's own background save of the same trees, to compare with."""
-
-    def __init__(self, directory):
-        import orbax.checkpoint as ocp
-
-        self.args, self.directory = ocp.args, Path(directory)
-        self.checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-
-    def save(self, step, tree):
-        self.checkpointer.save(self.directory / str(step), args=self.args.StandardSave(tree))
-
-
-class Stopwatch(Callback):
-    """At every step, saves with Checkpoint and with Orbax, in alternating order, and measures both."""
-
-    def __init__(self, ours, plain):
-        self.ours, self.plain = ours, plain
-        self.blocked, self.total = {"onstep": [], "orbax": []}, {"onstep": [], "orbax": []}
-
-    def on_load(self, loop):
-        self.ours.on_load(loop)
-
-    def on_run_begin(self, loop):
-        self.ours.on_run_begin(loop)
-
-    def on_save(self, loop):
-        jax.block_until_ready(loop.state)
-        order = ["onstep", "orbax"] if loop.step % 2 else ["orbax", "onstep"]
-        for who in order:
-            began = time.perf_counter()
-            if who == "onstep":
-                self.ours.on_save(loop)
-            else:
-                self.plain.save(loop.step, {"state": loop.state, "carries": loop.carries})
-            self.blocked[who].append(time.perf_counter() - began)
-            if who == "onstep":
-                while not os.path.exists(loop.checkpoints[0].path(loop.step)):  # it is committed by a rename
-                    time.sleep(1e-4)
-            else:
-                self.plain.checkpointer.wait_until_finished()
-            self.total[who].append(time.perf_counter() - began)
-
-    def on_run_end(self, loop):
-        self.ours.on_run_end(loop)
-        self.plain.checkpointer.close()
-
-
-def test_save_blocks_the_loop_little_longer_than_orbax_does(tmp_path, capsys):
-    for attempt in range(3):  # the machine may be busy; one quiet attempt is enough
-        ratio, line = compare_with_orbax(tmp_path / str(attempt))
-        with capsys.disabled():
-            print(f"\n{line}")
-        if ratio <= 1.5:
-            break
-    assert ratio <= 1.5
-
-
-def compare_with_orbax(directory):
-    """Return the median ratio of how long the loop waits for a save, to Orbax's own, and all figures as text."""
-    watch = Stopwatch(Checkpoint(directory / "ours", keep=1), PlainOrbax(directory / "plain"))
-    state = {str(number): jnp.full((125_000,), number, jnp.float32) for number in range(20)}
-    Engine(lambda s, b: (jax.tree.map(lambda x: x + 1, s), {}), [watch]).run(state, range(SAVES), epochs=1)
-    blocked = {who: statistics.median(times[1:]) for who, times in watch.blocked.items()}
-    total = {who: statistics.median(times[1:]) for who, times in watch.total.items()}
-    began = time.perf_counter()
-    assert Checkpoints(directory / "ours").damage(SAVES) is None
-    checked = time.perf_counter() - began
-    line = (
-        f"a save of 10 MB in 20 leaves: the loop waits {1e3 * blocked['onstep']:.1f} ms, for Orbax's own "
-        f"{1e3 * blocked['orbax']:.1f} ms; committed after {1e3 * total['onstep']:.0f} ms, Orbax's own after "
-        f"{1e3 * total['orbax']:.0f} ms; checksums alone {1e3 * checked:.0f} ms"
-    )
-    pairs = zip(watch.blocked["onstep"][1:], watch.blocked["orbax"][1:], strict=True)
-    return statistics.median(ours / orbax for ours, orbax in pairs), line

@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from onstep import Callback, Engine
-from onstep.callbacks import EMA, Checkpoint, EarlyStopping, GradNorm, TensorBoard
+from onstep.callbacks import (
+    EMA,
+    Checkpoint,
+    EarlyStopping,
+    Evaluate,
+    GradNorm,
+    Images,
+    LearningRate,
+    Progress,
+    Target,
+    TensorBoard,
+    Writer,
+)
 
 
 def step(state, batch):
@@ -240,6 +252,21 @@ def test_resuming_with_another_random_key_names_both_keys():
 # Callbacks
 
 
+async def coroutine(self, loop):
+    pass
+
+
+def generator(self, loop):
+    yield
+
+
+def test_handler_assigned_to_an_object_is_checked_when_the_engine_is_made():
+    callback = Callback()
+    callback.on_step_end = lambda: None
+    with pytest.raises(TypeError, match=r"Callback.on_step_end needs the arguments \(loop\), got \(\)"):
+        Engine(step, [callback])
+
+
 @pytest.mark.parametrize(
     ("methods", "match"),
     [
@@ -251,6 +278,8 @@ def test_resuming_with_another_random_key_names_both_keys():
         ({"on_exception": lambda self, loop: None}, r"\(self, loop, error\), got \(self, loop\)"),
         ({"update": lambda self, ctx: None}, r"Bad.update needs the arguments \(self, carry, ctx\), got \(self, ctx\)"),
         ({"on_log": None}, "Bad.on_log needs to be a plain method, got NoneType"),
+        ({"on_step_end": coroutine}, "Bad.on_step_end needs to be a plain function, got a coroutine function"),
+        ({"on_step_end": generator}, "Bad.on_step_end needs to be a plain function, got a generator function"),
         ({"on_log": staticmethod(lambda loop, record: None)}, "plain method, got staticmethod"),
         ({"init": lambda self, state: 0}, "Bad has init without update; define both"),
         ({"get_state": lambda self: {}}, "Bad has get_state without set_state; define both"),
@@ -304,11 +333,47 @@ def test_compiled_half_with_a_mistake_is_named(wrong, error, match, when):
         (lambda: EarlyStopping("x", patience=1, mode="best"), "mode 'min' or 'max', got 'best'"),
         (lambda: EarlyStopping("x", patience=1, min_delta=-1), "min_delta >= 0, got -1"),
         (lambda: Checkpoint("x", keep=0), "Checkpoint needs keep to be a whole number >= 1"),
+        (lambda: Progress(interval=-1), "Progress needs interval > 0 in seconds, got -1"),
+        (lambda: Progress(interval="1"), "Progress needs interval > 0 in seconds, got '1'"),
+        (lambda: Target("params", "params"), "Target needs two different fields, got 'params' for both"),
     ],
 )
 def test_arguments_out_of_range_are_refused_when_the_callback_is_made(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+class Scalars:
+    """A writer whose method lacks the step."""
+
+    def write_scalars(self, scalars):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Checkpoint("x", best=5), "Checkpoint needs best= to be the name of a metric, .* got 5"),
+        (lambda: EarlyStopping(5, patience=1), "EarlyStopping needs the name of a metric, .* got 5"),
+        (lambda: Evaluate(score, [], name=None), "Evaluate needs a name for its records, .* got None"),
+        (lambda: LearningRate(name=None), "LearningRate needs a name for its records, .* got None"),
+        (lambda: Images(lambda: {}, png="x"), r"The function of Images needs the arguments \(state\), got \(\)"),
+        (lambda: Images(lambda s: {}, png="x", using=0.9), r"Images needs using= to have apply\(loop\), .* got 0.9"),
+        (lambda: Writer(Scalars()), r"Scalars.write_scalars needs the arguments \(step, scalars\), got \(scalars\)"),
+        (lambda: Engine(step, [Callback5()]), "The name of Callback5 needs to be text, got 5"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_when_the_callback_is_made(make, match):
+    with pytest.raises(TypeError, match=match):
+        make()
+
+
+class Callback5(Callback):
+    name = 5
+
+
+def score(state, batch):
+    return {"loss": state}
 
 
 def test_missing_field_of_the_state_is_named_with_the_existing_fields(tmp_path):

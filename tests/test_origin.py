@@ -162,8 +162,11 @@ def test_an_array_of_the_step_kept_in_the_callback_is_an_error(when):
 
 
 def test_counting_in_the_callback_causes_a_warning():
-    with pytest.warns(UserWarning, match=r"Half.update changes self.n from 0 to 1. It runs only while the step is"):
+    with pytest.warns(
+        UserWarning, match=r"Half.update changes self.n from 0 to 1. It runs only while the step is"
+    ) as warned:
         run(counts)
+    assert warned[0].filename == __file__
 
 
 def test_what_a_callback_notes_about_the_trace_is_fine():

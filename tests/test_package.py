@@ -85,6 +85,29 @@ PRIVATE = {
 }
 """Reads of another object's private attributes by (module, text), each with its reason. At most ten."""
 
+WAITS = {
+    "callbacks/histograms.py": "a record of histograms",
+    "callbacks/images.py": "images to be written",
+    "callbacks/nan_guard.py": "the report of a NaN",
+    "callbacks/report.py": "nothing: its curves are numbers on the host",
+    "callbacks/profiler.py": "the last step of a trace",
+    "callbacks/summary.py": "means and deviations of the parameters, before the first step",
+    "callbacks/swa.py": "whether anything has been averaged yet, in an evaluation or at the end",
+    "engine/compiled/throttle.py": "more than in_flight calls",
+    "engine/data/prefetch.py": "a transfer, in a thread of its own",
+    "engine/data/stacking.py": "batches on a device, when a block is stacked",
+    "engine/evaluate.py": "an evaluation",
+    "engine/loop.py": "values on the device that are given to loop.log",
+    "engine/means.py": "the means of a window",
+    "engine/metrics.py": "the means of a window, and MOST_PENDING unread calls",
+    "engine/placement.py": "arrays that are compared, replicated or divided over processes",
+    "engine/snapshot.py": "the random key, at the start and in a snapshot",
+    "engine/storage/orbax_trees.py": "the dtype of numbers that are no arrays",
+    "engine/storage/trees.py": "numbers that are no arrays",
+    "engine/testing.py": "batches that a test compares",
+}
+"""The files that may read an array from the device, or wait for it, and what for. docs/loop.md says when they do."""
+
 
 def imports(path, always=False):
     """Yield (module, names) of every import in a file, or of those that run when it is imported."""
@@ -171,6 +194,20 @@ def test_no_class_reads_private_attributes_of_another_object():
         found.update((module, text) for text in private_reads(path))
     assert set(found) == set(PRIVATE)
     assert found.total() <= 10
+
+
+def waits(path):
+    """Whether a file has a call that reads an array, or waits for it."""
+    reads = {"block_until_ready", "device_get", "fetch", "read", "to_float", "to_host"}
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    named = any(isinstance(call, ast.Name) and call.id in reads for call in calls)
+    methods = {ast.unparse(call) for call in calls if isinstance(call, ast.Attribute)}
+    return named or "np.asarray" in methods or any(m.endswith(("block_until_ready", "device_get")) for m in methods)
+
+
+def test_only_the_listed_files_wait_for_the_device():
+    paths = [*(ROOT / "engine").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in paths if waits(path)} == set(WAITS)
 
 
 def test_every_folder_of_the_package_is_installed():

@@ -90,7 +90,7 @@ def test_summary_of_a_plan_as_text(tmp_path):
 Events, in order, and the callbacks that handle them
   on_load         before anything else                               Checkpoint
   on_run_begin    when the run begins                                val (Evaluate), Checkpoint, Progress
-  on_epoch_begin  when an epoch begins                               Checkpoint
+  on_epoch_begin  when an epoch begins                               Checkpoint, Progress
   on_step_begin   at step 4                            step 4        peek
   on_step_end     every 2 epochs                       step 24       val (Evaluate)
                   every 5 s                            by the clock  Progress

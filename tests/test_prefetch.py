@@ -154,7 +154,7 @@ def test_thread_that_was_left_behind_is_used_again(monkeypatch):
     batches = Prefetch(source(), 2)
     assert int(next(batches)) == 1
     assert stuck.wait(30)
-    with pytest.warns(UserWarning, match="left behind"):
+    with pytest.warns(UserWarning, match="The run ends without it"):
         batches.close()
     threading.Timer(0.05, go.set).start()
     assert [int(batch) for batch in batches] == [2, 3]

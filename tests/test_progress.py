@@ -317,7 +317,7 @@ def test_nothing_is_printed_when_no_step_ran(terminal):
 
 @pytest.mark.parametrize("interval", [0, -1.0])
 def test_an_interval_must_be_positive(interval):
-    with pytest.raises(ValueError, match="seconds > 0"):
+    with pytest.raises(ValueError, match="Progress needs interval > 0 in seconds"):
         Progress(interval=interval)
 
 

@@ -1,1 +1,1 @@
-"""Details of the built-in callbacks that authors of callbacks do not need: pages, text tables, event files."""
+"""Details of the built-in callbacks: the report's page, lines in a terminal, event files."""

@@ -10,7 +10,7 @@ import jax
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yield every equation of a jaxpr and of the programs inside it, and at least how often it runs."""
+    """Yield every equation of a jaxpr and of the programs inside it, with a lower bound on how often it runs."""
     for equation in jaxpr.eqns:
         yield equation, times
         inner = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times

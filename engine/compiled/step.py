@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import inspect
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..callback import Callback, Carry, Context, overridden
 from ..checks import takes_rng
 from ..data.stacking import BatchStacker
 from ..means import BlockMetrics, NoMetrics
-from ..messages import log_duration
+from ..messages import log_duration, warn_user
 from ..metrics import Metrics, as_metrics, describe_result
 from ..placement import Placement, put_small
 from ..processes import check_same
@@ -85,7 +84,10 @@ class CompiledStep:
         cadences = {name: as_cadence(half.update_when, f"{name}.update_when") for name, half in transforms.items()}
         for name, cadence in cadences.items():
             if cadence.seconds:
-                raise ValueError(f"{name}.update_when needs steps or epochs, got {cadence}: it is compiled in.")
+                raise ValueError(
+                    f"{name}.update_when needs a cadence in steps or epochs, got {cadence}. "
+                    "It is compiled and has no clock."
+                )
         self.conditional: dict[str, Trigger] = {
             name: Trigger(cadence, time.monotonic) for name, cadence in cadences.items() if cadence != ALWAYS
         }
@@ -371,10 +373,9 @@ class StepFunction:
 
     def _warn_if_reshaped(self, batch: Batch) -> None:
         if self.expected is not None and (changed := compare_signatures(self.expected, signature(batch))):
-            warnings.warn(
+            warn_user(
                 f"A batch's shape differs from the first one's, so the step is compiled again: {changed}. "
-                "To avoid this, give all batches the same shape: drop the short last one, or pad it.",
-                stacklevel=2,
+                "To avoid this, give all batches the same shape: drop the short last one, or pad it."
             )
 
 
@@ -429,10 +430,9 @@ def _check_attributes(who: str, half: Callback) -> Iterator[None]:
                 f"in the carry, and read it with loop.carry(self); or log it: ctx.log({name}=...)."
             )
         if isinstance(value, (int, float)) and isinstance(before.get(name), (int, float)) and value != before[name]:
-            warnings.warn(
+            warn_user(
                 f"{who} changes self.{name} from {before[name]} to {value}. It runs only while the step is compiled, "
-                "not at every step. Count in the carry instead.",
-                stacklevel=2,
+                "not at every step. Count in the carry instead."
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 
 from ..checks import check_batch
+from ..messages import warn_user
 from ..trees import Batch, copy_numpy
 
 Error = TypeVar("Error", bound=BaseException)
@@ -96,10 +96,10 @@ class Prefetch(Iterator[Batch]):
         if self._thread is not None:
             self._thread.join(PATIENCE)
             if self._thread.is_alive():
-                warnings.warn(
+                warn_user(
                     f"The prefetch thread has waited more than {PATIENCE:g} s for the next batch of the data "
-                    f"({type(self._source).__name__}). It is left behind, and ends with its batch or with the process.",
-                    stacklevel=2,
+                    f"({type(self._source).__name__}). The run ends without it; the thread ends with its batch or with "
+                    "the process."
                 )
 
     def _draw(self) -> None:

@@ -79,7 +79,7 @@ class BatchStream:
         self._replaced = False  # whether a callback replaced that batch
         self._failure: Exception | None = None  # an error in drawing it, raised when the batch is due
         self._ended = False  # whether the pass has ended: its iterator is not asked again
-        # A state of the loader, and how many batches of the pass come before it. As a rule that of the next batch.
+        # A state of the loader, usually that before the next batch, and how many batches of the pass come before it.
         self._before: tuple[Any, int] = None, 0
         self._pass_length: int | None = None  # batches in the pass, if a callable returned data with a length
         self._end: float = math.inf  # the run needs this many batches of the pass, or fewer

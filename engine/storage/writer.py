@@ -186,8 +186,11 @@ class CheckpointWriter:
 
     def clean(self) -> None:
         """Delete leftovers of interrupted saves and deletions."""
-        if os.path.isdir(self._path(SAVING)):
-            shutil.rmtree(self._path(SAVING))  # an error if it is a link
+        saving = self._path(SAVING)
+        if os.path.islink(saving):
+            raise OSError(f"{saving} is a symbolic link, and a run deletes the files in it. Remove the link.")
+        if os.path.isdir(saving):
+            shutil.rmtree(saving)
         for name in names_in(self._path()):
             if re.fullmatch(rf"\d+(\.[0-9a-f]+)?{re.escape(TRASH)}", name) and not os.path.islink(self._path(name)):
                 with contextlib.suppress(OSError, ValueError):
