@@ -175,7 +175,9 @@ def test_compiled_half_by_epochs_accepts_epoch_steps_as_the_length():
 
 
 def test_compiled_half_cannot_be_due_by_the_clock():
-    with pytest.raises(ValueError, match=r"NotedInside.update_when needs a cadence in steps or epochs, got .*every\(seconds=60\)"):
+    with pytest.raises(
+        ValueError, match=r"NotedInside.update_when needs a cadence in steps or epochs, got .*every\(seconds=60\)"
+    ):
         NotedInside(every(10) | every(seconds=60))
 
 
