@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from .data.source import NO_DATA, Data
 from .loop import Loop, Options
 from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
+from .replay import Moment, ReplayedStep, make_moment
 from .representation import call_text
 from .result import Result
 from .steps import Steps
@@ -231,6 +233,53 @@ class Engine:
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str],
+        *,
+        step: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Moment:
+        """Return a step of a past run as it was: the state, carries, batch and key that it received.
+
+        The run is continued from the newest intact checkpoint before the step, in its own mode, so the bytes are those
+        of the run. Only files of checkpoints are read; nothing is locked, written or moved. Compiled halves run as in
+        the run. Of the host halves, only those that changed `loop.state` or `loop.batch` run, and with them those that
+        recorded numbers; no callback that only saves, writes or shows handles an event.
+
+        Args:
+            state, data, epochs, steps, epoch_steps, rng: as for `run`.
+            directory: the directory of the run's `Checkpoint`.
+            step: the step to reconstruct, counted from 1.
+
+        Raises:
+            ValueError: the step is beyond the target of the run, or the checkpoint does not fit this engine.
+            RuntimeError: the body of `for loop in engine.steps(...)` changed the state, so the run cannot be repeated
+                without it.
+
+        >>> import tempfile
+        >>> from onstep.callbacks import Checkpoint
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     engine = Engine(lambda s, b: (s + b, {"loss": b}), [Checkpoint(directory, when=4)])
+        ...     _ = engine.run(0, [1, 2, 3, 4, 5], epochs=2)
+        ...     moment = engine.replay(0, [1, 2, 3, 4, 5], directory, step=7, epochs=2)
+        >>> int(moment.state), int(moment.batch), moment.checkpoint
+        (16, 2, 4)
+        >>> after, metrics, aux = moment.run()
+        >>> int(after)
+        18
+        """
+        targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
+        compiled = self._compile(self._jit_now, ReplayedStep)
+        return make_moment(
+            compiled, self._callbacks, self._options, self._placement, state, data, directory, step, targets, rng
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle an engine as the call that made it. Its compiled step is not part of a copy."""
         return _from_call, ({**self._given, "callbacks": list(self._callbacks.values())},)
@@ -243,9 +292,9 @@ class Engine:
         """Whether a run that begins now is compiled: JAX_DISABLE_JIT and `jax.disable_jit()` act as `jit=False`."""
         return self._given["jit"] and not jit_is_disabled()
 
-    def _compile(self, jit: bool) -> CompiledStep:
+    def _compile(self, jit: bool, kind: type[CompiledStep] = CompiledStep) -> Any:
         given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call")}
-        return CompiledStep(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
+        return kind(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
 
     def _make_loop(
         self,

@@ -1,0 +1,243 @@
+"""Replay: any step of a past run, reconstructed from the checkpoints of the run."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .cadence import at
+from .callback import Callback, Carry, overridden
+from .checks import check_int
+from .compiled.step import CompiledStep
+from .data.source import NO_DATA, Data
+from .data.stacking import last_batch
+from .first_bad import BadOperation, first_bad
+from .loop import Loop, Options
+from .metrics import Metrics
+from .placement import Placement
+from .snapshot import Snapshot, unpack
+from .storage.checkpoints import Checkpoints
+from .trees import Batch, State, copy_containers, named_leaves
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a past run, about to be taken again. Made by `engine.replay`.
+
+    Attributes:
+        step: the number of the step, counted from 1.
+        checkpoint: the step of the checkpoint from which it was reconstructed, None for the initial state.
+        state: what the step received.
+        carries: what the compiled halves of callbacks received, by name.
+        batch: the batch that the step received.
+        rng: the random key that the step received, None without one.
+    """
+
+    step: int
+    checkpoint: int | None
+    state: State
+    carries: dict[str, Carry]
+    batch: Batch
+    rng: Any
+    _compiled: ReplayedStep = field(repr=False)
+
+    def run(self, *, jit: bool = True) -> tuple[State, Metrics, dict[str, Any]]:
+        """Run the step again.
+
+        Args:
+            jit: True makes the call that the run made, so the results are the same bytes. False runs the same code
+                uncompiled, so that you can print, or stop in a debugger.
+
+        Returns:
+            The state and the metrics after the step, with what compiled halves made of them; and the `aux` of the
+            step, from a separate call.
+        """
+        state, metrics = self._compiled.run_again(jit=jit)
+        return state, metrics, self._compiled.aux(self.state, self.batch, self.rng, jit=jit)
+
+    def first_bad(self) -> BadOperation | None:
+        """Return the operation that first produced a NaN or an infinity in the step, None if all results are finite.
+
+        The step and the compiled halves run one operation at a time. The results can differ from those of the compiled
+        step in the last bits, so an uncompiled step may be finite where the compiled one was not.
+        """
+        return first_bad(self._compiled.one_step, *self._compiled.arguments)
+
+    def bad_results(self) -> list[str]:
+        """Return the names of the metrics, and of the leaves of the state, that are not finite after the step."""
+        state, metrics = self._compiled.run_again(jit=True)
+        leaves = named_leaves(dict(metrics)) | {f"state/{name}": leaf for name, leaf in named_leaves(state).items()}
+        floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+        return [name for name, leaf in floats.items() if not bool(jnp.isfinite(leaf).all())]
+
+
+class ReplayedStep(CompiledStep):
+    """A compiled step that remembers the arguments of one call."""
+
+    recording: bool = False
+    _inner: Any = None
+    _recorded: Any = None
+
+    @property
+    def call(self) -> Any:
+        """The call, which is recorded while `recording` is set."""
+        return functools.partial(self._record, self._inner) if self.recording else self._inner
+
+    @call.setter
+    def call(self, inner: Any) -> None:
+        self._inner = inner
+
+    def _record(self, call: Callable[..., Any], bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
+        if self._recorded is None:
+            batch = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
+            self._recorded = _copy(bundle), batch, rng, due
+        return call(bundle, batch, rng, due)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of one step: the bundle, the batch, the run's key, and which conditional halves are due."""
+        bundle, batch, rng, due = self._recorded
+        if self.block_size:
+            mask, _ = due
+            batch, due = last_batch(batch, 1), None if mask is None else mask[0]
+        return bundle, batch, rng, due
+
+    def one_step(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
+        """Run one step; to be traced or run without compilation."""
+        (state, carries, _), metrics = self.function(bundle, batch, rng, due)
+        return dict(self._logged(metrics, due)), state, carries
+
+    def run_again(self, *, jit: bool) -> tuple[State, Metrics]:
+        """Return the state and the metrics after the recorded call."""
+        bundle, batch, rng, due = self._recorded
+        if not jit:
+            with jax.disable_jit():
+                metrics, state, _ = self.one_step(*self.arguments)
+            return state, metrics
+        bundle, metrics = self._inner(_copy(bundle), batch, rng, due)
+        metrics = metrics[0] if self.block_size else metrics
+        return bundle[0], dict(self._logged(metrics, self.arguments[-1]))
+
+    def aux(self, state: State, batch: Batch, rng: Any, *, jit: bool) -> dict[str, Any]:
+        """Return the third result of the user's step, {} if it has none."""
+        step = jax.jit(self.function.step) if jit else self.function.step
+        results = step(*copy_containers((state, batch)), *([rng] if self.takes_rng else []))
+        return results[2] if len(results) == 3 else {}
+
+    def _logged(self, metrics: Metrics, due: Any) -> Metrics:
+        """Return the metrics without those of compiled halves that are not due."""
+        if due is None or isinstance(due, jax.core.Tracer):
+            return metrics
+        skipped = [half for half, now in zip(self.conditional, np.asarray(due), strict=True) if not now]
+        absent = {name for half in skipped for name in self.function.logged[half]}
+        return {name: value for name, value in metrics.items() if name not in absent}
+
+
+class _Capture(Callback):
+    """Restores the run, and records the step that is replayed."""
+
+    def __init__(self, step: int, snapshot: Snapshot | None, compiled: ReplayedStep):
+        self._step, self._snapshot, self._compiled = step, snapshot, compiled
+        self.when = at(step)
+        self.found: dict[str, Any] = {}
+
+    def on_load(self, loop: Loop) -> None:
+        if self._snapshot is not None:
+            loop.restore(self._snapshot)
+
+    def on_step_begin(self, loop: Loop) -> None:
+        count = loop.step
+        key = None if loop.rng is None else jax.random.fold_in(loop.rng, count)
+        self.found = {
+            "state": _copy(loop.state),
+            "carries": _copy(loop.carries),
+            "batch": copy_containers(loop.batch),
+            "rng": key,
+        }
+        self._compiled.recording = True
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def find_start(checkpoints: Checkpoints, step: int) -> Snapshot | None:
+    """Return the newest intact checkpoint from which a step can be replayed; None for the initial state."""
+    for saved in reversed([number for number in checkpoints.steps() if number < step]):
+        if checkpoints.damage(saved) is None:
+            return Snapshot(saved, functools.partial(checkpoints.load, saved), checkpoints.host(saved))
+    return None
+
+
+def changing_callbacks(
+    callbacks: dict[str, Callback], checkpoints: Checkpoints, start: Snapshot | None, step: int
+) -> list[str]:
+    """Return the names of the callbacks whose host half takes part in a replay: those that changed state or batches.
+
+    If one of them did, so do those that recorded numbers, because the first may read them. Checkpoints say which they
+    are. If none was saved after the step, any callback that handles `on_step_begin` could have changed a batch.
+
+    Raises:
+        RuntimeError: the body of a `for` over the run changed the state.
+    """
+    changed, recorded = set[str](), set[str]()
+    later = next((n for n in checkpoints.steps() if n >= step and checkpoints.damage(n) is None), None)
+    for host in ([] if start is None else [start.host]) + ([] if later is None else [checkpoints.host(later)]):
+        known = unpack(host).get("influences", {})  # version 0.1 did not save it
+        changed.update(known.get("changed", ()))
+        recorded.update(known.get("recorded", ()))
+    if later is None:
+        changed.update(name for name, callback in callbacks.items() if overridden(callback, "on_step_begin"))
+    if "" in changed:
+        raise RuntimeError(
+            "engine.replay cannot repeat a run whose state was changed in the body of `for loop in engine.steps(...)`. "
+            "Change it in a callback instead."
+        )
+    names = changed | recorded if changed else changed
+    return [name for name in callbacks if name in names]
+
+
+def make_moment(
+    compiled: ReplayedStep,
+    callbacks: dict[str, Callback],
+    options: Options,
+    placement: Placement,
+    state: State,
+    data: Data,
+    directory: str | os.PathLike[str],
+    step: int,
+    targets: dict[str, int | None],
+    rng: jax.Array | None,
+) -> Moment:
+    """Run from the newest checkpoint before a step up to it, and return the step as it was; see `Engine.replay`."""
+    check_int("engine.replay", "step", step, 1)
+    if targets["steps"] is not None and step > targets["steps"]:
+        raise ValueError(f"engine.replay needs a step of the run, got {step}; the run ends at step {targets['steps']}.")
+    checkpoints = Checkpoints(directory)
+    start = find_start(checkpoints, step)
+    names = changing_callbacks(callbacks, checkpoints, start, step)
+    capture = _Capture(step, start, compiled)
+    loop = Loop(
+        compiled,
+        callbacks,
+        options,
+        placement,
+        state,
+        NO_DATA if data is None else data,
+        **targets | {"steps": step},
+        rng=rng,
+        donate=False,
+        handled={name: callbacks[name] for name in names} | {"engine.replay": capture},
+    )
+    for _ in loop.iterate():
+        pass
+    if not capture.found:
+        raise ValueError(f"engine.replay needs a step of the run, got {step}; the run ended at step {loop.step}.")
+    return Moment(step, None if start is None else start.step, **capture.found, _compiled=compiled)
