@@ -18,7 +18,7 @@ from .data.source import NO_DATA, Data
 from .loop import Loop, Options
 from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
-from .replay import Moment, ReplayedStep, make_moment
+from .replay import INTERCEPT, Moment, ReplayedStep, make_moment
 from .representation import call_text
 from .result import Result
 from .steps import Steps
@@ -237,7 +237,7 @@ class Engine:
         self,
         state: State,
         data: Data,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None,
         *,
         step: int,
         epochs: int | None = None,
@@ -254,7 +254,7 @@ class Engine:
 
         Args:
             state, data, epochs, steps, epoch_steps, rng: as for `run`.
-            directory: the directory of the run's `Checkpoint`.
+            directory: the directory of the run's `Checkpoint`; None to start from the initial state.
             step: the step to reconstruct, counted from 1.
 
         Raises:
@@ -306,6 +306,9 @@ class Engine:
         rng: jax.Array | None,
         donate: bool,
     ) -> Loop:
+        if intercept := INTERCEPT.get():
+            targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
+            intercept(self, {"state": state, "data": data, "rng": rng, **targets})
         if data is None and epochs is not None and epoch_steps is None:
             raise ValueError(
                 "A run without data needs the length of an epoch to reach epochs=. Pass epoch_steps=, use steps= "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import pdb
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,9 @@ from .placement import Placement
 from .snapshot import Snapshot, unpack
 from .storage.checkpoints import Checkpoints
 from .trees import Batch, State, copy_containers, named_leaves
+
+INTERCEPT: ContextVar[Callable[[Any, dict[str, Any]], None] | None] = ContextVar("INTERCEPT", default=None)
+"""Called with the engine and the arguments instead of a run: how `python -m onstep replay` replays a script's run."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,12 @@ class Moment:
         step in the last bits, so an uncompiled step may be finite where the compiled one was not.
         """
         return first_bad(self._compiled.one_step, *self._compiled.arguments)
+
+    def debug(self) -> None:
+        """Run the uncompiled step in pdb, Python's debugger, which stops at its first line."""
+        rng = [self.rng] if self._compiled.takes_rng else []
+        with jax.disable_jit():
+            pdb.runcall(self._compiled.function.step, *copy_containers((self.state, self.batch)), *rng)
 
     def bad_results(self) -> list[str]:
         """Return the names of the metrics, and of the leaves of the state, that are not finite after the step."""
@@ -177,7 +188,7 @@ def find_start(checkpoints: Checkpoints, step: int) -> Snapshot | None:
 
 
 def changing_callbacks(
-    callbacks: dict[str, Callback], checkpoints: Checkpoints, start: Snapshot | None, step: int
+    callbacks: dict[str, Callback], checkpoints: Checkpoints | None, start: Snapshot | None, step: int
 ) -> list[str]:
     """Return the names of the callbacks whose host half takes part in a replay: those that changed state or batches.
 
@@ -188,8 +199,11 @@ def changing_callbacks(
         RuntimeError: the body of a `for` over the run changed the state.
     """
     changed, recorded = set[str](), set[str]()
-    later = next((n for n in checkpoints.steps() if n >= step and checkpoints.damage(n) is None), None)
-    for host in ([] if start is None else [start.host]) + ([] if later is None else [checkpoints.host(later)]):
+    hosts, later = [] if start is None else [start.host], None
+    if checkpoints is not None:
+        later = next((n for n in checkpoints.steps() if n >= step and checkpoints.damage(n) is None), None)
+        hosts += [] if later is None else [checkpoints.host(later)]
+    for host in hosts:
         known = unpack(host).get("influences", {})  # version 0.1 did not save it
         changed.update(known.get("changed", ()))
         recorded.update(known.get("recorded", ()))
@@ -211,7 +225,7 @@ def make_moment(
     placement: Placement,
     state: State,
     data: Data,
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | None,
     step: int,
     targets: dict[str, int | None],
     rng: jax.Array | None,
@@ -220,8 +234,8 @@ def make_moment(
     check_int("engine.replay", "step", step, 1)
     if targets["steps"] is not None and step > targets["steps"]:
         raise ValueError(f"engine.replay needs a step of the run, got {step}; the run ends at step {targets['steps']}.")
-    checkpoints = Checkpoints(directory)
-    start = find_start(checkpoints, step)
+    checkpoints = None if directory is None else Checkpoints(directory)
+    start = None if checkpoints is None else find_start(checkpoints, step)
     names = changing_callbacks(callbacks, checkpoints, start, step)
     capture = _Capture(step, start, compiled)
     loop = Loop(
