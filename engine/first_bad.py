@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import sysconfig
@@ -14,6 +15,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from .trees import named_leaves
 
@@ -74,7 +76,7 @@ def first_bad(function: Callable[..., Any], *args: Any) -> BadOperation | None:
     ('exp', 'sub')
     """
     closed = jax.make_jaxpr(function)(*args)
-    names = [name.partition("/")[2] for name in named_leaves(args)]
+    names = named_leaves(args[0] if len(args) == 1 else args)
     values = [
         _Value(leaf, _origin_of_input(leaf, name)) for leaf, name in zip(jax.tree.leaves(args), names, strict=True)
     ]
@@ -109,9 +111,11 @@ class _Operation:
 
     name: str
     place: _Place
-    run: Callable[[list[Any]], Sequence[Any]]
+    run: _Run
     take_apart: Callable[[list[_Value]], list[_Value]] | None
 
+
+_Run = Callable[[list[Any]], Sequence[Any]]
 
 _numbers = itertools.count()
 
@@ -191,7 +195,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: list[_Value], place: _Place) -
 
 def _apply(operation: _Operation, operands: list[_Value]) -> list[_Value]:
     """Run an operation, and find out for each result whether it, or an operand, is the cause of what is not finite."""
-    if operation.name == "optimization_barrier":
+    if operation.name in _IDENTITIES:
         return operands
     results = list(operation.run([value.array for value in operands]))
     bad = [value for value in operands if value.cause is not None]
@@ -220,14 +224,15 @@ class _Place:
 
     source: str
     inside: tuple[str, ...] = ()
+    mesh: Any = None  # of the shard_map around them, and whether it checks what varies over devices
 
     def of(self, eqn: Any) -> _Place:
         """Return the place of an equation in this program. Code inside JAX counts as the code that called it."""
-        return _Place(_source(eqn) or self.source, self.inside)
+        return dataclasses.replace(self, source=_source(eqn) or self.source)
 
     def within(self, loop: str) -> _Place:
         """Return a place in a loop."""
-        return _Place(self.source, (*self.inside, loop))
+        return dataclasses.replace(self, inside=(*self.inside, loop))
 
 
 def _operation(eqn: Any, outer: _Place) -> _Operation:
@@ -240,8 +245,10 @@ def _operation(eqn: Any, outer: _Place) -> _Operation:
         return results if eqn.primitive.multiple_results else [results]
 
     take_apart = _PARTS.get(eqn.primitive.name, None if _inner(eqn) is None else _take_call_apart)
+    if place.mesh is not None and take_apart is not _take_call_apart:
+        take_apart = None  # loops in a shard_map run as a whole
     parts = None if take_apart is None else functools.partial(take_apart, eqn, place)
-    return _Operation(eqn.primitive.name, place, run, parts)
+    return _Operation(eqn.primitive.name, place, run if place.mesh is None else _per_device(run, *place.mesh), parts)
 
 
 def _inner(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
@@ -311,7 +318,38 @@ def _take_cond_apart(eqn: Any, place: _Place, operands: list[_Value]) -> list[_V
     return _run(branch.jaxpr, branch.consts, operands[1:], place)
 
 
+def _take_shard_map_apart(eqn: Any, place: _Place, operands: list[_Value]) -> list[_Value]:
+    mesh, program = eqn.params["mesh"], eqn.params["jaxpr"]
+    spread = jax.shard_map(
+        lambda *values: [value[None] for value in values],
+        mesh=mesh,
+        in_specs=tuple(eqn.params["in_specs"]),
+        out_specs=PartitionSpec(mesh.axis_names),
+        check_vma=False,
+    )
+    parts = spread(*[value.array for value in operands])
+    values = [_Value(part, old.cause) for part, old in zip(parts, operands, strict=True)]
+    return _run(program, (), values, dataclasses.replace(place, mesh=(mesh, eqn.params["check_vma"])))
+
+
+def _per_device(run: _Run, mesh: Any, check: bool) -> _Run:
+    """Return a function of arrays that have one row for each device, which runs an operation in a shard_map."""
+    rows = PartitionSpec(mesh.axis_names)
+
+    def run_all(values: list[Any]) -> Sequence[Any]:
+        # A literal has no row for each device yet.
+        values = [jnp.broadcast_to(value, mesh.size) if jnp.ndim(value) == 0 else value for value in values]
+        own = lambda *parts: [result[None] for result in run([part[0] for part in parts])]  # noqa: E731
+        return jax.shard_map(own, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check)(*values)
+
+    return run_all
+
+
+_IDENTITIES = ("optimization_barrier", "pvary", "pcast")
+"""Operations whose results are their operands, one by one."""
+
 _PARTS = {
+    "shard_map": _take_shard_map_apart,
     "scan": _take_scan_apart,
     "while": _take_while_apart,
     "cond": _take_cond_apart,

@@ -73,7 +73,15 @@ class Moment:
         The step and the compiled halves run one operation at a time. The results can differ from those of the compiled
         step in the last bits, so an uncompiled step may be finite where the compiled one was not.
         """
-        return first_bad(self._compiled.one_step, *self._compiled.arguments)
+        (state, carries, count), batch, rng, due = self._compiled.arguments
+        rest = {"count": count, "rng": rng, "due": due}
+        given = {"state": state, "carries": carries, "batch": batch, "rest": rest}
+
+        def step(given: dict[str, Any]) -> Any:
+            bundle = given["state"], given["carries"], given["rest"]["count"]
+            return self._compiled.one_step(bundle, given["batch"], given["rest"]["rng"], given["rest"]["due"])
+
+        return first_bad(step, given)
 
     def debug(self) -> None:
         """Run the uncompiled step in pdb, Python's debugger, which stops at its first line."""
