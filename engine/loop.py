@@ -280,10 +280,15 @@ class Loop:
             self._agree_on_stop()
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
-        if not (self._prepared or self.over):
-            check_batch(batch := self._stream.peek())
+        if not self.over:
+            self._prepare(self._stream.peek)
+
+    def _prepare(self, batch: Callable[[], Batch]) -> None:
+        """Compile for the first batch, unless that is done."""
+        if not self._prepared:
+            check_batch(first := batch())
             with self._spans.span(COMPILE):
-                self._compiled.prepare(self._bundle, batch, self._call_rng)
+                self._compiled.prepare(self._bundle, first, self._call_rng)
             self._prepared = True
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
@@ -449,6 +454,23 @@ class Loop:
                 "loop.batch can only be replaced in on_step_begin, before its step. Here it is too late."
             )
         self._next_batch = [new]
+
+    def try_step(self) -> tuple[State, dict[str, Carry], Metrics]:
+        """Run the next step on copies, with the executable of the run, and return what it gives. Changes nothing.
+
+        Only in `on_step_begin`. Compiled halves with a cadence are not due.
+
+        Returns:
+            The state, the carries and the metrics after the step.
+
+        Raises:
+            RuntimeError: the run is at another event.
+        """
+        if not self._in_step_begin:
+            raise RuntimeError("loop.try_step can only be called in on_step_begin, where the next batch is known.")
+        self._prepare(lambda: self.batch)
+        (state, carries, _), metrics = self._compiled.trial(self._bundle, self.batch, self._call_rng)
+        return state, carries, dict(metrics)
 
     @property
     def carries(self) -> dict[str, Carry]:
