@@ -44,8 +44,8 @@ class RepeatStep(Callback):
         if bad:
             where = ", ".join(f"{name} ({count} of {pairs[name][0].size})" for name, count in bad.items())
             raise RuntimeError(
-                f"RepeatStep: two calls of step {loop.step + 1} with the same arguments gave different results in {where}. "
-                "The device computes wrongly, or the step is not deterministic on it. Run it on another device."
+                f"RepeatStep: two calls of step {loop.step + 1} with the same arguments differ in {where}. The device "
+                "computes wrongly, or the step is not deterministic on it. Run it on another device."
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import pdb
+import shlex
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -263,3 +265,28 @@ def make_moment(
     if not capture.found:
         raise ValueError(f"engine.replay needs a step of the run, got {step}; the run ended at step {loop.step}.")
     return Moment(step, None if start is None else start.step, **capture.found, _compiled=compiled)
+
+
+def replay_command(loop: Loop, step: int) -> str:
+    """Return what the user can type to replay a step of a run, for the message of an error.
+
+    That is a command if the run is part of a script, and a call of `engine.replay` in a notebook.
+
+    Args:
+        loop: the run.
+        step: the step, counted from 1.
+
+    >>> from onstep import Engine
+    >>> engine = Engine(lambda state, batch: (state + batch, {}))
+    >>> _ = engine.on("step_end")(lambda loop: print(replay_command(loop, loop.step)))
+    >>> _ = engine.run(0, [1], epochs=1)
+    ... replay... 1...
+    """
+    directory = loop.checkpoints[0].directory if loop.checkpoints else None
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is None or "ipykernel" in sys.modules:
+        return f"engine.replay(state, data, {directory!r}, step={step}, ...).first_bad()"
+    here = os.path.relpath(script)
+    where = [] if directory is None else ["--run", os.path.relpath(directory)]
+    parts = ["python", "-m", "onstep", "replay", "--step", str(step), *where, here, *sys.argv[1:]]
+    return shlex.join(parts)
