@@ -17,13 +17,15 @@ import dataclasses
 import json
 import os
 import runpy
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from onstep.callbacks.checkpoint import Checkpoint
 
-from .compare import compare_runs
+from .compare import compare_runs, first_difference
 from .engine import Engine
 from .first_bad import BadOperation
 from .replay import INTERCEPT, Moment
@@ -55,15 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("diff", help="say where two runs differ first")
     command.add_argument("one")
     command.add_argument("other")
+    command.add_argument(
+        "--scripts",
+        nargs=2,
+        metavar="COMMAND",
+        help="the two scripts with their arguments, each in quotes: both are replayed to find the exact step",
+    )
     command.set_defaults(command=_diff)
     command = commands.add_parser("replay", help="replay a step of the run of a script, which is not changed")
-    command.add_argument("--step", type=int, required=True, help="the step, counted from 1")
+    command.add_argument("--step", type=_steps, required=True, help="the step, counted from 1; or FIRST:LAST")
     command.add_argument(
         "--run",
         metavar="DIR",
         dest="run_directory",
         help="the directory of the run, if the script has several",
     )
+    command.add_argument("--checksums", action="store_true", help="print checksums of what the steps received")
     command.add_argument("--pdb", action="store_true", help="stop in a debugger in the uncompiled step")
     command.add_argument("script")
     command.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -72,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     return options.command(options)
+
+
+def _steps(text: str) -> range:
+    first, _, last = text.partition(":")
+    return range(int(first), int(last or first) + 1)
 
 
 def _print(options: argparse.Namespace, values: Any, lines: Sequence[str]) -> None:
@@ -120,8 +134,21 @@ def _none(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     found = compare_runs(options.one, options.other)
+    if options.scripts and found.differs_at is not None:
+        steps = f"{(found.equal_until or 0) + 1}:{found.differs_at}"
+        pairs = zip(options.scripts, (options.one, options.other), strict=True)
+        found = dataclasses.replace(found, step=first_difference(*(_checksums(*pair, steps) for pair in pairs)))
     _print(options, found.values(), [str(found)])
     return int(not found.equal)
+
+
+def _checksums(script: str, directory: str, steps: str) -> dict[int, dict[str, int]]:
+    """Return the checksums of what some steps of the run of a script received."""
+    command = [sys.executable, "-m", "onstep", "replay", "--json", "--checksums", "--step", steps, "--run", directory]
+    done = subprocess.run([*command, *shlex.split(script)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script} could not be replayed; its error is above.")
+    return {int(step): found for step, found in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 class _Replayed(SystemExit):
@@ -134,7 +161,14 @@ def _replay(options: argparse.Namespace) -> int:
     def replay(engine: Engine, arguments: dict[str, Any]) -> None:
         directory = next((cb.directory for cb in engine.callbacks.values() if isinstance(cb, Checkpoint)), None)
         if wanted is None or (directory is not None and os.path.realpath(directory) == wanted):
-            _report_moment(options, engine.replay(directory=directory, step=options.step, **arguments))
+            moments = engine.replay(directory=directory, step=options.step, **arguments)
+            if options.checksums:
+                found = {moment.step: moment.checksums() for moment in moments}
+                lines = [f"{step}  {name}  {value:08x}" for step, each in found.items() for name, value in each.items()]
+                print(json.dumps(found) if options.json else "\n".join(lines))
+            else:
+                for moment in moments:
+                    _report_moment(options, moment)
             raise _Replayed(0)
 
     with _script(options.script, options.arguments), _intercepted(replay):

@@ -25,6 +25,7 @@ class Comparison:
         leaves: the leaves that differ there, with the number of entries that differ and the largest difference.
         fingerprint: the first step at which the fingerprints differ, and whether it is in the batch or in the state.
         records: the values recorded at `differs_at` that differ, of both.
+        step: the first step that received other values, if it was looked for, and the leaves in which it did.
     """
 
     one: str
@@ -36,6 +37,7 @@ class Comparison:
     leaves: dict[str, str] = field(default_factory=dict)
     fingerprint: tuple[int, str] | None = None
     records: dict[str, tuple[float, float]] = field(default_factory=dict)
+    step: tuple[int, list[str]] | None = None
 
     @property
     def equal(self) -> bool:
@@ -59,6 +61,9 @@ class Comparison:
             lines.append(f"the checkpoints of step {self.differs_at} differ:")
             lines += [f"  {name}: {text}" for name, text in self.leaves.items()]
             lines += [f"  {name}: {a:.9g}, {b:.9g}" for name, (a, b) in self.records.items()]
+        if self.step is not None:
+            step, names = self.step
+            lines.append(f"step {step} is the first that received other values: {', '.join(names)}")
         return "\n".join(lines) if lines else "no difference found"
 
 
@@ -163,4 +168,20 @@ def _differing_fingerprint(one: dict[str, Any], other: dict[str, Any]) -> tuple[
             for what, x, y in zip(("batch", "state"), rows[0][step], rows[1][step], strict=True):
                 if x != y:
                     return int(step), what
+    return None
+
+
+def first_difference(one: dict[int, dict[str, int]], other: dict[int, dict[str, int]]) -> tuple[int, list[str]] | None:
+    """Return the first step at which the checksums of two runs differ, and the names of the leaves.
+
+    Args:
+        one, other: by step, the checksums of the leaves that it received.
+
+    >>> first_difference({1: {"batch": 5, "state/w": 7}}, {1: {"batch": 6, "state/w": 7}})
+    (1, ['batch'])
+    """
+    for step in sorted(one.keys() & other.keys()):
+        a, b = one[step], other[step]
+        if names := sorted(name for name in {**a, **b} if a.get(name) != b.get(name)):
+            return step, names
     return None

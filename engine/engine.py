@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, overload
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -18,7 +18,7 @@ from .data.source import NO_DATA, Data
 from .loop import Loop, Options
 from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
-from .replay import INTERCEPT, Moment, ReplayedStep, make_moment
+from .replay import INTERCEPT, Moment, ReplayedStep, replay_steps
 from .representation import call_text
 from .result import Result
 from .steps import Steps
@@ -233,6 +233,7 @@ class Engine:
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 
+    @overload
     def replay(
         self,
         state: State,
@@ -244,7 +245,34 @@ class Engine:
         steps: int | None = None,
         epoch_steps: int | None = None,
         rng: jax.Array | None = None,
-    ) -> Moment:
+    ) -> Moment: ...
+
+    @overload
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None,
+        *,
+        step: range,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Iterator[Moment]: ...
+
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None,
+        *,
+        step: int | range,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Moment | Iterator[Moment]:
         """Return a step of a past run as it was: the state, carries, batch and key that it received.
 
         The run is continued from the newest intact checkpoint before the step, in its own mode, so the bytes are those
@@ -255,7 +283,7 @@ class Engine:
         Args:
             state, data, epochs, steps, epoch_steps, rng: as for `run`.
             directory: the directory of the run's `Checkpoint`; None to start from the initial state.
-            step: the step to reconstruct, counted from 1.
+            step: the step to reconstruct, counted from 1; or a range of steps, for an iterator over them.
 
         Raises:
             ValueError: the step is beyond the target of the run, or the checkpoint does not fit this engine.
@@ -274,11 +302,25 @@ class Engine:
         >>> int(after)
         18
         """
-        targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
-        compiled = self._compile(self._jit_now, ReplayedStep)
-        return make_moment(
-            compiled, self._callbacks, self._options, self._placement, state, data, directory, step, targets, rng
+        wanted = step if isinstance(step, range) else range(check_int("engine.replay", "step", step, 1), step + 1)
+        if not wanted or wanted.start < 1 or wanted.step != 1:
+            raise ValueError(f"engine.replay needs a step, or a range of steps >= 1 without gaps, got {step!r}.")
+        moments = replay_steps(
+            self._compile(self._jit_now, ReplayedStep),
+            self._callbacks,
+            self._options,
+            self._placement,
+            state,
+            data,
+            directory,
+            wanted,
+            {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps},
+            rng,
         )
+        if isinstance(step, range):
+            return moments
+        (moment,) = moments
+        return moment
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle an engine as the call that made it. Its compiled step is not part of a copy."""

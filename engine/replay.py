@@ -7,7 +7,8 @@ import os
 import pdb
 import shlex
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,17 +19,16 @@ import numpy as np
 
 from .cadence import at
 from .callback import Callback, Carry, overridden
-from .checks import check_int
 from .compiled.step import CompiledStep
 from .data.source import NO_DATA, Data
 from .data.stacking import last_batch
 from .first_bad import BadOperation, first_bad
 from .loop import Loop, Options
 from .metrics import Metrics
-from .placement import Placement
+from .placement import Placement, fold_in, to_host
 from .snapshot import Snapshot, unpack
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, copy_containers, named_leaves
+from .trees import Batch, State, copy_containers, copy_numpy, named_leaves
 
 INTERCEPT: ContextVar[Callable[[Any, dict[str, Any]], None] | None] = ContextVar("INTERCEPT", default=None)
 """Called with the engine and the arguments instead of a run: how `python -m onstep replay` replays a script's run."""
@@ -54,6 +54,7 @@ class Moment:
     batch: Batch
     rng: Any
     _compiled: ReplayedStep = field(repr=False)
+    _call: _Call = field(repr=False)
 
     def run(self, *, jit: bool = True) -> tuple[State, Metrics, dict[str, Any]]:
         """Run the step again.
@@ -66,7 +67,7 @@ class Moment:
             The state and the metrics after the step, with what compiled halves made of them; and the `aux` of the
             step, from a separate call.
         """
-        state, metrics = self._compiled.run_again(jit=jit)
+        state, metrics = self._compiled.repeat(self._call, jit=jit)
         return state, metrics, self._compiled.aux(self.state, self.batch, self.rng, jit=jit)
 
     def first_bad(self) -> BadOperation | None:
@@ -75,7 +76,7 @@ class Moment:
         The step and the compiled halves run one operation at a time. The results can differ from those of the compiled
         step in the last bits, so an uncompiled step may be finite where the compiled one was not.
         """
-        (state, carries, count), batch, rng, due = self._compiled.arguments
+        (state, carries, count), batch, rng, due = self._compiled.single(self._call)
         rest = {"count": count, "rng": rng, "due": due}
         given = {"state": state, "carries": carries, "batch": batch, "rest": rest}
 
@@ -85,6 +86,11 @@ class Moment:
 
         return first_bad(step, given)
 
+    def checksums(self) -> dict[str, int]:
+        """Return a checksum of every leaf of the state, the carries and the batch, by name: CRC-32."""
+        trees = {"batch": self.batch, "carries": self.carries, "state": self.state}
+        return {name: _checksum(leaf) for name, leaf in named_leaves(trees).items()}
+
     def debug(self) -> None:
         """Run the uncompiled step in pdb, Python's debugger, which stops at its first line."""
         rng = [self.rng] if self._compiled.takes_rng else []
@@ -93,58 +99,63 @@ class Moment:
 
     def bad_results(self) -> list[str]:
         """Return the names of the metrics, and of the leaves of the state, that are not finite after the step."""
-        state, metrics = self._compiled.run_again(jit=True)
+        state, metrics = self._compiled.repeat(self._call, jit=True)
         leaves = named_leaves(dict(metrics)) | {f"state/{name}": leaf for name, leaf in named_leaves(state).items()}
         floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
         return [name for name, leaf in floats.items() if not bool(jnp.isfinite(leaf).all())]
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a compiled call."""
+
+    bundle: Any
+    batch: Batch
+    rng: Any
+    due: Any
+
+
 class ReplayedStep(CompiledStep):
-    """A compiled step that remembers the arguments of one call."""
+    """A compiled step that can record the arguments of its next call."""
 
     recording: bool = False
+    recorded: _Call | None = None
     _inner: Any = None
-    _recorded: Any = None
 
     @property
     def call(self) -> Any:
-        """The call, which is recorded while `recording` is set."""
-        return functools.partial(self._record, self._inner) if self.recording else self._inner
+        """The compiled call; while `recording` is set, it records its arguments."""
+        return self._record if self.recording else self._inner
 
     @call.setter
     def call(self, inner: Any) -> None:
         self._inner = inner
 
-    def _record(self, call: Callable[..., Any], bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
-        if self._recorded is None:
-            batch = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
-            self._recorded = _copy(bundle), batch, rng, due
-        return call(bundle, batch, rng, due)
+    def _record(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
+        self.recorded, self.recording = _Call(_copy(bundle), copy_numpy(batch), rng, due), False
+        return self._inner(bundle, batch, rng, due)
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """The arguments of one step: the bundle, the batch, the run's key, and which conditional halves are due."""
-        bundle, batch, rng, due = self._recorded
-        if self.block_size:
-            mask, _ = due
-            batch, due = last_batch(batch, 1), None if mask is None else mask[0]
-        return bundle, batch, rng, due
+    def single(self, call: _Call) -> tuple[Any, ...]:
+        """Return the arguments of one step: the bundle, the batch, the run's key, and the halves that are due."""
+        if not self.block_size:
+            return call.bundle, call.batch, call.rng, call.due
+        mask, _ = call.due
+        return call.bundle, last_batch(call.batch, 1), call.rng, None if mask is None else mask[0]
 
     def one_step(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
         """Run one step; to be traced or run without compilation."""
         (state, carries, _), metrics = self.function(bundle, batch, rng, due)
         return dict(self._logged(metrics, due)), state, carries
 
-    def run_again(self, *, jit: bool) -> tuple[State, Metrics]:
-        """Return the state and the metrics after the recorded call."""
-        bundle, batch, rng, due = self._recorded
+    def repeat(self, call: _Call, *, jit: bool) -> tuple[State, Metrics]:
+        """Return the state and the metrics after a recorded call."""
+        single = self.single(call)
         if not jit:
             with jax.disable_jit():
-                metrics, state, _ = self.one_step(*self.arguments)
+                metrics, state, _ = self.one_step(*single)
             return state, metrics
-        bundle, metrics = self._inner(_copy(bundle), batch, rng, due)
-        metrics = metrics[0] if self.block_size else metrics
-        return bundle[0], dict(self._logged(metrics, self.arguments[-1]))
+        bundle, metrics = self._inner(_copy(call.bundle), call.batch, call.rng, call.due)
+        return bundle[0], dict(self._logged(metrics[0] if self.block_size else metrics, single[-1]))
 
     def aux(self, state: State, batch: Batch, rng: Any, *, jit: bool) -> dict[str, Any]:
         """Return the third result of the user's step, {} if it has none."""
@@ -162,11 +173,11 @@ class ReplayedStep(CompiledStep):
 
 
 class _Capture(Callback):
-    """Restores the run, and records the step that is replayed."""
+    """Restores the run, and records the steps that are replayed."""
 
-    def __init__(self, step: int, snapshot: Snapshot | None, compiled: ReplayedStep):
-        self._step, self._snapshot, self._compiled = step, snapshot, compiled
-        self.when = at(step)
+    def __init__(self, steps: range, snapshot: Snapshot | None, compiled: ReplayedStep):
+        self._snapshot, self._compiled = snapshot, compiled
+        self.when = at(*steps)
         self.found: dict[str, Any] = {}
 
     def on_load(self, loop: Loop) -> None:
@@ -174,15 +185,19 @@ class _Capture(Callback):
             loop.restore(self._snapshot)
 
     def on_step_begin(self, loop: Loop) -> None:
-        count = loop.step
-        key = None if loop.rng is None else jax.random.fold_in(loop.rng, count)
         self.found = {
+            "step": loop.step + 1,
             "state": _copy(loop.state),
             "carries": _copy(loop.carries),
-            "batch": copy_containers(loop.batch),
-            "rng": key,
+            "batch": copy_numpy(loop.batch),
+            "rng": None if loop.rng is None else fold_in(loop.rng, loop.step),
         }
         self._compiled.recording = True
+
+
+def _checksum(leaf: Any) -> int:
+    typed = jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
+    return zlib.crc32(np.ascontiguousarray(to_host(jax.random.key_data(leaf) if typed else leaf)).tobytes())
 
 
 def _copy(tree: Any) -> Any:
@@ -228,7 +243,7 @@ def changing_callbacks(
     return [name for name in callbacks if name in names]
 
 
-def make_moment(
+def replay_steps(
     compiled: ReplayedStep,
     callbacks: dict[str, Callback],
     options: Options,
@@ -236,18 +251,18 @@ def make_moment(
     state: State,
     data: Data,
     directory: str | os.PathLike[str] | None,
-    step: int,
+    steps: range,
     targets: dict[str, int | None],
     rng: jax.Array | None,
-) -> Moment:
-    """Run from the newest checkpoint before a step up to it, and return the step as it was; see `Engine.replay`."""
-    check_int("engine.replay", "step", step, 1)
-    if targets["steps"] is not None and step > targets["steps"]:
-        raise ValueError(f"engine.replay needs a step of the run, got {step}; the run ends at step {targets['steps']}.")
+) -> Iterator[Moment]:
+    """Run from the newest checkpoint before the first of some steps, and yield each of them as it was."""
+    last = targets["steps"]
+    if last is not None and steps[-1] > last:
+        raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ends at step {last}.")
     checkpoints = None if directory is None else Checkpoints(directory)
-    start = None if checkpoints is None else find_start(checkpoints, step)
-    names = changing_callbacks(callbacks, checkpoints, start, step)
-    capture = _Capture(step, start, compiled)
+    start = None if checkpoints is None else find_start(checkpoints, steps[0])
+    names = changing_callbacks(callbacks, checkpoints, start, steps[-1])
+    capture = _Capture(steps, start, compiled)
     loop = Loop(
         compiled,
         callbacks,
@@ -255,16 +270,20 @@ def make_moment(
         placement,
         state,
         NO_DATA if data is None else data,
-        **targets | {"steps": step},
+        **targets | {"steps": steps[-1]},
         rng=rng,
         donate=False,
         handled={name: callbacks[name] for name in names} | {"engine.replay": capture},
     )
-    for _ in loop.iterate():
-        pass
-    if not capture.found:
-        raise ValueError(f"engine.replay needs a step of the run, got {step}; the run ended at step {loop.step}.")
-    return Moment(step, None if start is None else start.step, **capture.found, _compiled=compiled)
+    for _ in loop.iterate(capture.when):
+        yield Moment(
+            **capture.found,
+            checkpoint=None if start is None else start.step,
+            _compiled=compiled,
+            _call=compiled.recorded,
+        )
+    if loop.step < steps[-1]:
+        raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ended at step {loop.step}.")
 
 
 def replay_command(loop: Loop, step: int) -> str:
