@@ -47,7 +47,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrite links out of docs/ to pages of the site, and unescape `|` in code, as GitHub does."""
+    """Rewrite links out of docs/ to pages of the site, and unescape `|` in code, as GitHub does.
+
+    Search lists explanations before the reference and the project's texts.
+    """
+    if page.file.src_uri.startswith("reference/") or page.file.generated_by is not None:
+        page.meta.setdefault("search", {"boost": 0.5})
     generated = page.file.generated_by is not None
     folder = (ROOT if generated else ROOT / "docs") / os.path.dirname(page.file.src_uri)
 
