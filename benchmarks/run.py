@@ -106,7 +106,8 @@ def draw(found, path):
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
         ratios = {row["case"]: row["ratio"] for row in rows}
         shown = [case for case in SHOWN if case in ratios] or list(ratios)
-        places = [index + 0.6 * case.startswith("usual") for index, case in enumerate(shown)]  # a gap between the groups
+        # A gap between the groups.
+        places = [index + 0.6 * case.startswith("usual") for index, case in enumerate(shown)]
         colors = ["#2a78d6" if "onstep" in case else "#b5b5b5" for case in shown]
         bars = panel.barh(places, [ratios[case] for case in shown], 0.8, color=colors)
         numbers = [f"{ratios[case]:.{0 if ratios[case] > 10 else 2}f}" for case in shown]
