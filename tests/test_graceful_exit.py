@@ -742,7 +742,9 @@ def run(directory, moment, *numbers):
         try:
             for n, number in enumerate(numbers):
                 assert n or child.stdout.readline() == "now\n"
-                time.sleep(0.8 * n)  # more than an echo
+                if n:  # after the first one was handled, and later than an echo
+                    next(line for line in child.stderr if "finishing" in line)
+                    time.sleep(0.8)
                 child.send_signal(number)
             out, err = child.communicate(timeout=60)
         finally:
