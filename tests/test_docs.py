@@ -64,8 +64,11 @@ def test_first_run_is_interrupted_and_resumes_as_the_page_shows(tmp_path):
     assert printed[-1] == "onstep: saved at step 440; run the same command to resume\n"
     second = subprocess.run(command, cwd=tmp_path, timeout=300, check=True, **pipes).stdout
     assert "onstep: resuming from step" in second
-    both = [line for line in "".join([*printed, second]).splitlines() if line.startswith(("step", "done"))]
-    assert masked("\n".join(both)) == masked(shown)
+    both, shown = (
+        "\n".join(line for line in text.splitlines() if line.startswith(("step", "done")))
+        for text in ("".join([*printed, second]), shown)
+    )
+    assert masked(both) == masked(shown)
 
 
 @pytest.mark.slow
