@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .cadence import Cadence
+from .events import note_kept
 from .loop import Loop
 from .result import Result
 
@@ -46,6 +47,7 @@ class Steps:
         self._open = False
         if error is not None:
             try:
+                note_kept(error)
                 self._iterator.throw(error)  # type: ignore[attr-defined]
             except BaseException as raised:
                 if raised is not error:
