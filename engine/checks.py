@@ -144,8 +144,8 @@ def check_mode(who: str, mode: str, metric: str | None = None) -> str:
 
 
 HIGHER_IS_BETTER = {
-    *("acc", "acc1", "acc5", "accuracy", "ap", "auc", "auroc", "bleu", "dice", "f1", "iou", "map", "mrr", "ndcg"),
-    *("precision", "psnr", "recall", "return", "reward", "rouge", "score", "ssim", "top1", "top5"),
+    *("acc", "acc1", "acc5", "accuracy", "auc", "auroc", "bleu", "dice", "f1", "iou", "mrr", "ndcg", "precision"),
+    *("psnr", "recall", "reward", "rouge", "ssim", "top1", "top5"),
 }
 LOWER_IS_BETTER = {"distance", "err", "error", "fid", "loss", "lpips", "mae", "mse", "nll", "perplexity", "rmse", "wer"}
 """Words in the names of metrics that suggest a mode. The second set wins, as in `accuracy_loss`."""
