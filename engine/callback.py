@@ -209,7 +209,7 @@ class Callback(CheckedCall):
                 _check_method(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
         for one, other in (("get_state", "set_state"), ("set_state", "get_state"), ("init", "update")):
             if getattr(cls, one) is not getattr(Callback, one) and getattr(cls, other) is getattr(Callback, other):
-                raise TypeError(f"{cls.__name__} has {one} without {other}; define both.")
+                raise TypeError(f"{cls.__name__} has {one} without {other}; define both, or neither.")
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))

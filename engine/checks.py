@@ -52,7 +52,7 @@ def check_call(
     >>> check_call(run, "engine.run", (0, [1], 5), ())
     Traceback (most recent call last):
     ...
-    TypeError: engine.run takes (state, data) by position, and got 3 arguments. Pass the others by name: epochs=5.
+    TypeError: engine.run takes (state, data) by position, and got 3. Pass the others by name: epochs=5.
     """
     parameters = list(inspect.signature(function).parameters.values())[1:]
     kinds = {parameter.kind for parameter in parameters}
@@ -62,9 +62,10 @@ def check_call(
         if known == by_position:
             raise TypeError(f"{who} takes the arguments ({', '.join(known)}), and got {len(given)}.")
         name = next((name for name in known[len(by_position) :] if name not in set(named)), known[-1])
+        takes = f"({', '.join(by_position)})" if by_position else "no arguments"
         raise TypeError(
-            f"{who} takes ({', '.join(by_position)}) by position, and got {len(given)} arguments. Pass the others by "
-            f"name: {name}={given[len(by_position)]!r:.60}."
+            f"{who} takes {takes} by position, and got {len(given)}. Pass the others by name: "
+            f"{name}={given[len(by_position)]!r:.60}."
         )
     unknown = [name for name in named if name not in known]
     if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:

@@ -40,7 +40,7 @@ class Steps:
 
     def __iter__(self) -> Iterator[Loop]:
         if not self._open:
-            raise RuntimeError("engine.steps needs a with: `with engine.steps(...) as steps: for loop in steps: ...`.")
+            raise RuntimeError("engine.steps needs a with: with engine.steps(...) as steps: for loop in steps: ...")
         return self._iterator
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:

@@ -215,7 +215,7 @@ ENGINES = [
         "an option of the engine by position",
         lambda s: Engine(step, [], 50),
         TypeError,
-        r"Engine takes \(step, callbacks\) by position, and got 3 arguments. Pass the others by name: log_every=50",
+        r"Engine takes \(step, callbacks\) by position, and got 3. Pass the others by name: log_every=50",
         MADE,
     ),
     Mistake(
@@ -668,7 +668,7 @@ DATASETS = [
         "the seed of Batches by position",
         lambda s: Batches(X, 2, 0),
         TypeError,
-        r"Batches takes \(arrays, batch_size\) by position, and got 3 arguments. Pass the others by name: seed=0",
+        r"Batches takes \(arrays, batch_size\) by position, and got 3. Pass the others by name: seed=0",
         MADE,
     ),
     Mistake(
@@ -802,7 +802,7 @@ RUNS = [
         "epochs by position",
         lambda s: s.make().run(0.0, DATA, 5),
         TypeError,
-        r"engine.run takes \(state, data\) by position, and got 3 arguments. Pass the others by name: epochs=5",
+        r"engine.run takes \(state, data\) by position, and got 3. Pass the others by name: epochs=5",
         ENGINE,
     ),
     Mistake(
@@ -853,7 +853,7 @@ RUNS = [
         "engine.steps without with",
         lambda s: list(s.make().steps(0.0, DATA, epochs=1)),
         RuntimeError,
-        "engine.steps needs a with: `with engine.steps",
+        "engine.steps needs a with: with engine.steps",
         ENGINE,
     ),
     Mistake(
@@ -1083,7 +1083,7 @@ BUILT_IN = [
         "patience by position",
         lambda s: EarlyStopping("val/loss", 3),
         TypeError,
-        r"EarlyStopping takes \(metric\) by position, and got 2 arguments. Pass the others by name: patience=3",
+        r"EarlyStopping takes \(metric\) by position, and got 2. Pass the others by name: patience=3",
         MADE,
     ),
     Mistake(
@@ -1097,7 +1097,7 @@ BUILT_IN = [
         "a cadence by position",
         lambda s: Checkpoint(s.path, 10),
         TypeError,
-        r"Checkpoint takes \(directory\) by position, and got 2 arguments. Pass the others by name: when=10",
+        r"Checkpoint takes \(directory\) by position, and got 2. Pass the others by name: when=10",
         MADE,
     ),
     Mistake(
@@ -1353,7 +1353,7 @@ BUILT_IN = [
         "a deadline by position",
         lambda s: GracefulExit(3600),
         TypeError,
-        r"GracefulExit takes \(\) by position, and got 1 arguments. Pass the others by name: deadline=3600",
+        r"GracefulExit takes no arguments by position, and got 1. Pass the others by name: deadline=3600",
         MADE,
     ),
     Mistake(
