@@ -26,6 +26,7 @@ from .checks import (
     takes_rng,
 )
 from .compiled.cost import count_flops
+from .data.source import check_data
 from .evaluate import check_evaluation
 from .event_files import close_event_writer, event_writer
 from .fields import get_field, get_fields, set_field, set_fields
@@ -43,6 +44,7 @@ __all__ = [
     "RecordFile",
     "Span",
     "cast_like",
+    "check_data",
     "check_evaluation",
     "check_int",
     "check_list",

@@ -17,7 +17,7 @@ from ..messages import log_user
 from ..placement import Placement
 from ..spans import DATA, Spans
 from ..trees import Batch, copy_numpy
-from .batches import EpochIterator
+from .batches import Batches, EpochIterator
 from .prefetch import Prefetch, not_the_end
 from .source import Data, check_data, choose_pass, length, read_pass
 from .stacking import BatchStacker
@@ -304,8 +304,11 @@ class BatchStream:
         """
         saved, here = (n or "an unknown number of" for n in (position["length"], self.length))
         if saved != here:
+            if isinstance(self.data, Batches) and position["loader"] is not None:
+                self.data(position["pass"]).set_state(position["loader"])  # an error that says why
             raise ValueError(
-                f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data and epoch_steps."
+                f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data, batch size and "
+                "epoch_steps."
             )
         self.pass_index, self.used, self._pass_length = position["pass"], position["used"], position.get("pass_length")
         self._before = position["loader"], position.get("before", self.used)
