@@ -20,6 +20,7 @@ from .messages import warn_user
 from .records import Record
 from .representation import call_text
 from .snapshot import pack, unpack
+from .spans import Observer
 from .trees import Batch, State
 
 if TYPE_CHECKING:
@@ -162,6 +163,14 @@ class Callback(CheckedCall):
         see `on_exception`.
         """
 
+    def observer(self, loop: Loop) -> Observer | None:
+        """Return an observer of the whole run, or None.
+
+        This is called before the first `on_load`, and the observer is closed after the last `on_run_end`. An observer
+        that is needed later is registered with `loop.observe`.
+        """
+        return None
+
     def init(self, state: State) -> Carry:
         """Return the first carry, from the state before the first step."""
         return ()
@@ -221,6 +230,7 @@ BY_CADENCE = ("on_step_begin", "on_step_end", "on_save")
 _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
     "on_log": ("loop", "record"),
     "on_exception": ("loop", "error"),
+    "observer": ("loop",),
     "init": ("state",),
     "update": ("carry", "ctx"),
     "get_state": (),

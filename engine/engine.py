@@ -22,6 +22,7 @@ from .representation import call_text
 from .result import Result
 from .steps import Steps
 from .trees import State
+from .views import engine_html
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -264,6 +265,9 @@ class Engine(CheckedCall):
 
     def __repr__(self) -> str:
         return call_text(Engine, {**self._given, "callbacks": list(self._callbacks.values())})
+
+    def _repr_html_(self) -> str:
+        return engine_html(call_text(Engine, self._given), {name: repr(each) for name, each in self._callbacks.items()})
 
     @property
     def _jit_now(self) -> bool:

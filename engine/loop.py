@@ -188,6 +188,9 @@ class Loop:
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
+        for callback in self.callbacks.values():
+            if observer := callback.observer(self):
+                self.observe(observer)
         self._group.begin(self._step_in_progress)
         self._placement.begin("training")
         self._check_processes()
@@ -541,7 +544,10 @@ class Loop:
         self.announced.update(names)
 
     def observe(self, observer: Observer) -> None:
-        """Report the run to an observer until it ends: compiled calls, waits, handlers and progress."""
+        """Report the run to an observer until it ends: compiled calls, waits, handlers and progress.
+
+        An observer of the whole run, `on_load` of every callback included, is returned by `Callback.observer`.
+        """
         timed = self._spans.timed
         self._spans.add(observer)
         if self._spans.timed and not timed:  # the first observer that overrides begin or end

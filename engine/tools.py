@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .activity import Activity, thread_activity
 from .callback import Callback, Carry
 from .checks import (
     check_int,
@@ -40,6 +41,7 @@ from .spans import Observer, Span
 from .trees import difference, named_leaves, signature
 
 __all__ = [
+    "Activity",
     "Observer",
     "RecordFile",
     "Span",
@@ -75,6 +77,7 @@ __all__ = [
     "set_fields",
     "signature",
     "takes_rng",
+    "thread_activity",
     "to_host",
     "warn_missing_metric",
     "warn_user",

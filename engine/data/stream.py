@@ -372,16 +372,20 @@ class BatchStream:
             self._loader.set_state(state)
         if count := self.used - before:
             log_user(f"skipping {f'the first {count}' if not before else count} batches of the data, already used")
-            skipped = sum(1 for _ in islice(iterator, count))
-            if skipped < count:
-                raise ValueError(
-                    f"The run had used {self.used} batches of this pass, but the data now has only {before + skipped}."
-                )
+            self._skip(iterator, count, before)
         if self._prefetch:
             iterator = Prefetch(iterator, self._prefetch, self._put)
             iterator.limit(self._end - self.used)
             self._loader = iterator if self._loader is not None else None
         return iterator
+
+    def _skip(self, iterator: Iterator[Batch], count: int, before: int) -> None:
+        """Draw batches that were already used, and drop them."""
+        skipped = sum(1 for _ in islice(iterator, count))
+        if skipped < count:
+            raise ValueError(
+                f"The run had used {self.used} batches of this pass, but the data now has only {before + skipped}."
+            )
 
     def _check_pass_length(self, here: int | None) -> None:
         """Raise a ValueError if a resumed run finds its pass with another number of batches."""
