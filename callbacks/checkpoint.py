@@ -197,6 +197,11 @@ class Checkpoint(Callback):
         """Return the step to resume from, None to start from scratch. The run is at step `at`."""
         checkpoints = self._writer.checkpoints
         steps = checkpoints.steps()
+        if not steps and not isinstance(self.resume, (bool, str)) and not at:
+            raise FileNotFoundError(
+                f"Checkpoint: no step {self.resume} in {self.directory}; it holds no checkpoint. To start from "
+                "scratch, leave out resume=."
+            )
         if not steps or self.overwrite:
             return None
         if at and steps[-1] > at:  # the run continues from a Result

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cadence import ALWAYS, Trigger, as_cadence
 from .callback import BY_CADENCE, EVENTS, Callback, overridden
+from .compiled.origin import KEPT_TRACER, TRACER_ERRORS
 from .processes import ProcessGroup
 from .spans import Span, Spans
 
@@ -41,11 +42,7 @@ class Handler:
             self.method(loop, *args)
         except BaseException as error:
             error.add_note(f"onstep: raised by {self.name}.{self.event} at step {loop.step}")
-            if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
-                error.add_note(
-                    "onstep: an array kept from an earlier step has since been donated to the compiled call. "
-                    "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
-                )
+            note_kept(error)
             raise
 
 
@@ -176,6 +173,17 @@ class Events:
                 _add_note(first, error)
         if before is None and first is not None:
             raise first
+
+
+def note_kept(error: BaseException) -> None:
+    """Add what to do to an error about an array that was kept from an earlier step, or from inside a step."""
+    if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
+        error.add_note(
+            "onstep: an array kept from an earlier step has since been donated to the compiled call. "
+            "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
+        )
+    elif isinstance(error, TRACER_ERRORS):
+        error.add_note(f"onstep: {KEPT_TRACER}")
 
 
 def _add_note(error: BaseException, another: BaseException) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from .messages import log_user, warn_user
 from .metrics import Metrics, Windows
 from .placement import Placement, replicated_checksums
 from .processes import ProcessGroup, check_same
-from .records import History, Record
+from .records import History, Latest, Record
 from .representation import plain_arguments
 from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
@@ -101,7 +101,7 @@ class Loop:
         donate: bool,
     ):
         check_targets(epochs, steps, epoch_steps)
-        check_rng(rng, needed=compiled.takes_rng)
+        check_rng(rng, compiled.function.step if compiled.takes_rng else None)
         earlier = state if isinstance(state, Result) else None
         given = earlier.state if earlier else state
         state = placement.place(given, "The state", copy=not (donate or earlier))
@@ -112,7 +112,7 @@ class Loop:
         self.epoch_step: int = 0
         self.start_step: int = 0
         self.metrics: Metrics = {}
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, float] = Latest()
         self.history: History = History()
         self.stopped: str | None = None
         self.error: BaseException | None = None
@@ -188,6 +188,9 @@ class Loop:
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
+        for callback in self.callbacks.values():
+            if observer := callback.observer(self):
+                self.observe(observer)
         self._group.begin(self._step_in_progress)
         self._placement.begin("training")
         self._check_processes()
@@ -521,6 +524,9 @@ class Loop:
         Args:
             values: scalars by name, such as `{"val/loss": 0.3}`. Blocks until scalars on the device are ready.
         """
+        if not isinstance(values, Mapping):
+            got = type(values).__name__
+            raise TypeError(f'loop.log needs a dict of numbers by name, got {got}: loop.log({{"val/loss": loss}}).')
         record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
         if record.values:
             self.latest.update(record.values)
@@ -538,7 +544,10 @@ class Loop:
         self.announced.update(names)
 
     def observe(self, observer: Observer) -> None:
-        """Report the run to an observer until it ends: compiled calls, waits, handlers and progress."""
+        """Report the run to an observer until it ends: compiled calls, waits, handlers and progress.
+
+        An observer of the whole run, `on_load` of every callback included, is returned by `Callback.observer`.
+        """
         timed = self._spans.timed
         self._spans.add(observer)
         if self._spans.timed and not timed:  # the first observer that overrides begin or end
@@ -608,7 +617,7 @@ class Loop:
         state, carries = self._load_tree(snapshot, host, strict)
         self._bundle = self._compiled.bundle(state, carries, host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
-        self.latest, self._restored, self._must_match = host["latest"], True, host["program"]
+        self.latest, self._restored, self._must_match = Latest(host["latest"]), True, host["program"]
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped, self._final = host["stopped"], True
@@ -706,7 +715,7 @@ class Loop:
             found = f"the run ended with a final stop at step {self.step} ({self.stopped})"
             remedy = "resume from an earlier checkpoint with Checkpoint(..., resume=step)"
         if not self._restored_from:
-            return f"{found}: nothing to do"
+            return f"{found}: nothing to do" + ("; raise the target to train further" if self.stopped is None else "")
         again = "start from scratch with Checkpoint(..., overwrite=True)"
         return f"{found}: nothing to do in {self._restored_from}; {remedy}, or {again}"
 

@@ -10,6 +10,7 @@ from .data.stream import BatchStream
 from .records import History
 from .snapshot import Snapshot
 from .trees import State
+from .views import result_html
 
 _SHOWN = 6
 """How many values a repr shows."""
@@ -66,3 +67,6 @@ class Result:
         values = [f"{name!r}: {value:.5g}" for name, value in self.latest.items()]
         latest = ", ".join(values[:_SHOWN] + ["..."] * (len(values) > _SHOWN))
         return f"Result(step={self.step}, epoch={self.epoch}, stopped={self.stopped!r}, latest={{{latest}}})"
+
+    def _repr_html_(self) -> str:
+        return result_html(self.step, self.epoch, self.stopped, self.latest, self.history)

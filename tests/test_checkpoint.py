@@ -372,7 +372,7 @@ def test_different_batch_size_is_refused(tmp_path):
         return Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path)]).run(jnp.int32(0), data, steps=steps)
 
     go(2, 3)
-    with pytest.raises(ValueError, match="saved run's epochs have 6 batches, this run's 4"):
+    with pytest.raises(ValueError, match="Batches has changed since the run was saved: batch_size 2 became 3"):
         go(3, 4)
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GALLERY, FEATURES = ((ROOT / "docs" / name).read_text() for name in ("gallery.md", "features.md"))
+GALLERY, FEATURES = ((ROOT / "docs" / name).read_text() for name in ("gallery.md", "contributing/features.md"))
 
 
 def test_gallery_shows_every_example_with_its_command():

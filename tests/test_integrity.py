@@ -391,7 +391,7 @@ def test_best_is_loaded_by_the_metric_of_the_newest_checkpoint(tmp_path):
 
 def test_loading_the_best_is_an_error_if_there_is_none(tmp_path):
     run(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"load: no step best in .*; it holds \[4, 8, 12\]"):
+    with pytest.raises(FileNotFoundError, match=r"load: no checkpoint in .* counts as best: it holds \[4, 8, 12\]"):
         load(tmp_path, jnp.int32(0), "best")
 
 

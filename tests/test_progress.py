@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, evaluate, processes
 from onstep.callbacks import Evaluate, Progress, Table, Timing, progress
+from onstep.callbacks._support import layout, terminal, watch
 from onstep.testing import FakeClock, counting_step
 from onstep.tools import log_user
 
@@ -37,6 +38,12 @@ class StepTime(Callback):
 
     def on_step_begin(self, loop):
         self.clock.advance(self.seconds)
+
+
+@pytest.fixture(autouse=True)
+def silent_watch(monkeypatch):
+    """A slow machine must not add lines about what a run is doing; tests of these lines look by themselves."""
+    monkeypatch.setattr(watch, "TICK", 3600)
 
 
 @pytest.fixture
@@ -409,7 +416,7 @@ def test_a_long_evaluation_has_its_own_line_while_it_lasts(clock, screen):
         "epoch 2/2 |████████| step 8/8  1.00 steps/s  0:00 left  val/loss 1.000",
         "val       |███▏    | 4/10  0:06 left",
     ]
-    assert user.rows() == ["epoch 2/2 |████████| step 8/8  1.00 steps/s  in 0:28  val/loss 1.000", ""]
+    assert user.rows() == ["epoch 2/2 |████████| step 8/8  in 0:28  val/loss 1.000, train/loss 1.000", ""]
 
 
 def test_short_evaluations_have_no_line(clock, screen):
@@ -435,18 +442,40 @@ def test_a_failed_evaluation_leaves_no_line_behind(clock, screen):
     assert (line[:30], below) == ("epoch 1/2 |████████| step 4/8 ", "")
 
 
-def test_a_narrow_terminal_shows_whole_values_evaluations_first_and_a_shorter_bar(clock, screen):
-    narrow = screen(73)
-    engine = timed_engine(clock, 1, Progress(interval=1, file=narrow.file))
-    engine.on("step_end")(lambda loop: loop.log({"train/first": 1, "val/accuracy": 0.5, "test/very_long_name": 2}))
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (120, "epoch 2/2 |████████████| step 10/10  in 0:10  val/accuracy 0.5000, val/loss 0.2500, train/first 1.000"),
+        (100, "epoch 2/2 |██████████| step 10/10  in 0:10  val/accuracy 0.5000, val/loss 0.2500, train/loss 1.000"),
+        (80, "epoch 2/2 |████████| step 10/10  in 0:10  val/loss 0.2500, train/loss 1.000"),
+        (60, "epoch 2/2  step 10/10  val/loss 0.2500, train/loss 1.000"),
+        (40, "epoch 2/2  step 10/10  train/loss 1.000"),
+        (30, "epoch 2/2  train/loss 1.000"),
+        (20, "epoch 2/2 |█████|"),
+    ],
+)
+def test_a_narrow_terminal_leaves_out_rates_and_times_before_losses(clock, screen, columns, row):
+    user = screen(columns)
+    engine = timed_engine(clock, 1, Progress(interval=1, file=user.file))
+    engine.on("step_end")(lambda loop: loop.log({"train/first": 1, "val/accuracy": 0.5, "val/loss": 0.25}))
     engine.run(jnp.int32(0), [1] * 5, epochs=2)
-    assert narrow.rows()[0] == "epoch 2/2 |█████| step 10/10  1.00 steps/s  in 0:10  val/accuracy 0.5000"
+    assert user.rows()[0].startswith(row)
 
 
-def test_a_line_is_never_wider_than_the_terminal(clock, screen):
-    narrow = screen(30)
-    timed_engine(clock, 1, Progress(interval=1, file=narrow.file)).run(jnp.int32(0), [1] * 5, epochs=2)
-    assert narrow.rows() == ["epoch 2/2 |█████| step 10/10", ""]
+def test_a_narrow_terminal_shows_chosen_metrics_before_rates_and_times(clock, screen):
+    user = screen(80)
+    shown = Progress(interval=1, file=user.file, metrics=["val/accuracy", "train/loss", "test/very_long_name"])
+    engine = timed_engine(clock, 1, shown)
+    engine.on("step_end")(lambda loop: loop.log({"val/accuracy": 0.5, "test/very_long_name": 2}))
+    engine.run(jnp.int32(0), [1] * 5, epochs=2)
+    assert user.rows()[0] == "epoch 2/2 |████████| step 10/10  in 0:10  val/accuracy 0.5000, train/loss 1.000"
+
+
+def test_wide_characters_take_two_columns(clock, screen):
+    assert [terminal.width(text) for text in ("loss", "损失", "e\u0301")] == [4, 4, 1]
+    part = layout.Part("epoch 1/1", None, ["step 1/1"], ["train/损失 1.000"], [0])
+    assert layout.bars([part], 28, smooth=True) == ["epoch 1/1  train/损失 1.000"]
+    assert layout.bars([part], 27, smooth=True) == ["epoch 1/1  step 1/1"]
 
 
 def test_the_bar_shows_the_run_if_the_length_of_an_epoch_is_unknown(clock, screen):

@@ -294,7 +294,10 @@ def test_the_table_goes_to_stderr(capsys):
 def test_a_run_without_steps_prints_nothing(capsys):
     first = run(Engine(lambda state, batch: (state, {})), [1])
     Engine(lambda state, batch: (state, {}), [Timing()]).run(first, [1], epochs=1)
-    assert capsys.readouterr().err == "onstep: already at step 1 (epoch 1 of 1): nothing to do\n"
+    assert (
+        capsys.readouterr().err
+        == "onstep: already at step 1 (epoch 1 of 1): nothing to do; raise the target to train further\n"
+    )
 
 
 def test_the_table_can_be_left_out(clock, capsys):

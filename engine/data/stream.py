@@ -17,7 +17,7 @@ from ..messages import log_user
 from ..placement import Placement
 from ..spans import DATA, Spans
 from ..trees import Batch, copy_numpy
-from .batches import EpochIterator
+from .batches import Batches, EpochIterator
 from .prefetch import Prefetch, not_the_end
 from .source import Data, check_data, choose_pass, length, read_pass
 from .stacking import BatchStacker
@@ -304,8 +304,11 @@ class BatchStream:
         """
         saved, here = (n or "an unknown number of" for n in (position["length"], self.length))
         if saved != here:
+            if isinstance(self.data, Batches) and position["loader"] is not None:
+                self.data(position["pass"]).set_state(position["loader"])  # an error that says why
             raise ValueError(
-                f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data and epoch_steps."
+                f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data, batch size and "
+                "epoch_steps."
             )
         self.pass_index, self.used, self._pass_length = position["pass"], position["used"], position.get("pass_length")
         self._before = position["loader"], position.get("before", self.used)
@@ -369,16 +372,20 @@ class BatchStream:
             self._loader.set_state(state)
         if count := self.used - before:
             log_user(f"skipping {f'the first {count}' if not before else count} batches of the data, already used")
-            skipped = sum(1 for _ in islice(iterator, count))
-            if skipped < count:
-                raise ValueError(
-                    f"The run had used {self.used} batches of this pass, but the data now has only {before + skipped}."
-                )
+            self._skip(iterator, count, before)
         if self._prefetch:
             iterator = Prefetch(iterator, self._prefetch, self._put)
             iterator.limit(self._end - self.used)
             self._loader = iterator if self._loader is not None else None
         return iterator
+
+    def _skip(self, iterator: Iterator[Batch], count: int, before: int) -> None:
+        """Draw batches that were already used, and drop them."""
+        skipped = sum(1 for _ in islice(iterator, count))
+        if skipped < count:
+            raise ValueError(
+                f"The run had used {self.used} batches of this pass, but the data now has only {before + skipped}."
+            )
 
     def _check_pass_length(self, here: int | None) -> None:
         """Raise a ValueError if a resumed run finds its pass with another number of batches."""
