@@ -58,7 +58,7 @@ def server():
 def test_code_blocks_of_a_page_run_and_print_the_shown_output(page, tmp_path, server):
     folder, output = tmp_path / "folder", tmp_path / "output"
     folder.mkdir()
-    task = {"program": program(page), "folder": str(folder), "output": str(output), "seconds": 120}
+    task = {"program": program(page), "folder": str(folder), "output": str(output), "seconds": 300}
     print(json.dumps(task), file=server.stdin, flush=True)
     status = server.stdout.readline()
     printed = output.read_text()
