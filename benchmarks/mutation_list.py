@@ -1520,6 +1520,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_metrics.py::test_ties_nan_and_infinities_never_improve",
         ),
     ],
+    "callbacks/progress.py": [
+        (
+            "a process from the thread that looked at its last run",
+            "            watch.close()",
+            "            pass",
+            "test_progress.py::test_an_error_leaves_neither_thread_nor_line_nor_replaced_stream",
+        ),
+    ],
     "callbacks/_support/terminal.py": [
         (
             "the streams of the process after a run",

@@ -16,7 +16,7 @@ from onstep import Cadence, Callback, Loop, Record, every, processes
 from onstep.tools import Activity, Observer, check_list, print_text, warn_missing_metric
 
 from ._support.layout import Part, bars, clock, page, plain, rate
-from ._support.terminal import MovingLines, is_terminal, terminal_columns
+from ._support.terminal import MovingLines, is_terminal, terminal_columns, width
 from ._support.watch import ActivityWatch
 
 PATIENCE = 1.3
@@ -252,10 +252,10 @@ class Progress(Callback):
             names = sorted(shown, key=lambda name: not name.startswith("epoch/"))
         texts = [f"{name.removeprefix('epoch/')} {values[name]:#.4g}" for name in names if name in values]
         seconds = time.monotonic() - self._epoch_began
-        texts.append(f"{seconds:.1f} s" if seconds < 60 else clock(seconds))
         number = f"{epoch}" if loop.epochs is None else f"{epoch:>{len(str(loop.epochs))}}/{loop.epochs}"
         if self._to is not None:
-            self._to.keep("  ".join([f"epoch {number}", *texts]))
+            took = f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+            self._to.keep("  ".join([f"epoch {number}", *texts]), took)
 
     def _run(self, loop: Loop) -> Part:
         epoch, length, total = loop.epoch + (loop.epoch_step > 0 or not loop.epoch), loop.epoch_length, loop.total
@@ -331,9 +331,9 @@ class _Lines:
         """Show the progress of the run, and what it is doing besides."""
         print_text(plain(run, beside), self.file)
 
-    def keep(self, line: str) -> None:
-        """Show a line that stays."""
-        print_text(line, self.file)
+    def keep(self, line: str, time: str) -> None:
+        """Show a line that stays, with the time it is about if there is room."""
+        print_text(f"{line}  {time}", self.file)
 
     def covered(self) -> bool:
         """Return whether the progress of a run inside this one is shown instead."""
@@ -360,6 +360,10 @@ class _Terminal(_Lines):
         smooth = "utf" in (getattr(self.file, "encoding", None) or "").lower()
         parts = [part for part in (run, beside) if part is not None]
         self._lines.draw(bars(parts, terminal_columns(self.file), smooth))
+
+    def keep(self, line: str, time: str) -> None:
+        whole = f"{line}  {time}"
+        print_text(whole if width(whole) <= terminal_columns(self.file) else line, self.file)
 
     def covered(self) -> bool:
         return not self._lines.newest
@@ -388,8 +392,8 @@ class _Notebook(_Lines):
     def draw(self, run: Part | None, beside: Part | None) -> None:
         self._update([*self._left, *(part for part in (run, beside) if part is not None)])
 
-    def keep(self, line: str) -> None:
-        print_text(line, sys.stdout)
+    def keep(self, line: str, time: str) -> None:
+        print_text(f"{line}  {time}", sys.stdout)
 
     def leave(self) -> None:
         self._left = self._drawn

@@ -19,6 +19,7 @@ WORDS = (
     ("onstep.compiled.step", "CompiledStep.prepare", "compiling the step"),
     ("onstep.compiled.throttle", "", "waiting for the device"),
     ("onstep.evaluate", "evaluate", "evaluating"),
+    ("onstep.evaluate", "check_evaluation", "tracing the evaluation step"),
     ("onstep.storage.checkpoints", "Checkpoints.damage", "verifying a checkpoint"),
     ("onstep.storage.checkpoints", "Checkpoints.load", "restoring a checkpoint"),
     ("onstep.storage.writer", "", "saving a checkpoint"),

@@ -182,7 +182,7 @@ def test_processes_that_wait_for_a_device_end_a_second_after_one_of_them_failed(
         ("stalls", "process 1: at step 5, reading the data (pair.py"),
         (
             "evaluates_less",
-            "process 0: at step 2, evaluating in val.on_step_end; process 1: at step 2, waiting for the",
+            "process 0: at step 2, evaluating in val.on_step_end; process 1: at step 2, waiting for",
         ),
     ],
 )

@@ -331,7 +331,9 @@ def test_compiling_does_not_lower_a_recorded_rate(clock):
         clock.advance(8)
         clock.listeners[0](COMPILED, 8.0)
 
-    assert run(engine, [1, 1]).history["time/steps_per_second"] == [0.5, 0.5]
+    result = run(engine, [1, 1])
+    assert result.history["time/steps_per_second"] == [0.5, 0.5]
+    assert result.history["time/compiling"] == [8, 8]
 
 
 def test_a_resumed_run_counts_from_its_first_step(clock):

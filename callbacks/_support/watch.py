@@ -50,7 +50,7 @@ class ActivityWatch:
         activity = thread_activity(self._thread)
         if now - touched < TICK:  # what it does now has begun since, as far as anybody can see
             since = touched
-        elif activity != seen:
+        elif activity[:3] != seen[:3]:  # the user's line may be another one
             since = now
         since = max(since, touched)
         self._seen = activity, since
