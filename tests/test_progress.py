@@ -1103,9 +1103,10 @@ def test_a_notebook_shows_engines_results_and_plots_and_resumes_after_an_interru
     assert "Progress()" in shown["execute_result"].data["text/html"]
     for cell in (interrupted, stopped):
         assert cell["error"].ename == "KeyboardInterrupt"
-    assert resumed["stream"].text.startswith("onstep: resuming from step 4 (epoch 0 of 2)")
-    assert resumed_after_stop["stream"].text.startswith("onstep: resuming from step 5 (epoch 0 of 2)")
-    assert "epoch 1/2  loss " in resumed_after_stop["stream"].text + str(notebook.cells[4].outputs)
+    texts = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
+    assert "onstep: resuming from step 4 (epoch 0 of 2)" in texts[2]
+    assert "onstep: resuming from step 5 (epoch 0 of 2)" in texts[4]
+    assert re.search(r"epoch 1/2  loss \S+  \S+ s\nepoch 2/2  loss \S+  \S+ s\n", texts[4])
     for cell in (resumed, resumed_after_stop):
         html = cell["execute_result"].data["text/html"]
         assert "<b>reached its target</b>, at step 16, epoch 2" in html
