@@ -86,6 +86,7 @@ class Progress(Callback):
 
     def observer(self, loop: Loop) -> Observer | None:
         self._line, self._beside, self._tasks, self._ended = None, None, {}, False
+        self._shown, self._paused = time.monotonic(), 0.0  # a callback may report a task when it loads
         if processes.writes():
             self._to = to = self._screen()(self.file or sys.stderr)  # shows nothing yet
             if to.moves or not self.epoch_lines:
@@ -98,6 +99,7 @@ class Progress(Callback):
             self._spent["since"] = loop.step
         self._shown = self._epoch_began = self._began
         self._paused, self._recorded, self._completed, self._printed = 0.0, {}, 0, -1
+        self._mark, self._beside = None, None
         if not loop.over:
             self._line = self._run(loop)
 
