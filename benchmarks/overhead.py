@@ -59,7 +59,7 @@ def engine(step, state, data, callbacks=(), call=None):
     built._compiled.call = call or built._compiled.call
 
     def measure():
-        loop = built._loop(state, data, epochs=1, steps=None, epoch_steps=None, rng=None, donate=False)
+        loop = built._make_loop(state, data, epochs=1, steps=None, epoch_steps=None, rng=None, donate=False)
         start = time.perf_counter()
         for _ in loop.iterate():
             pass

@@ -173,7 +173,7 @@ class Checkpoint(Callback):
         """Say so if the compiled step differs from that of the saved run; once, when it has been traced."""
         if "step" in self._config or loop.step == loop.start_step or not processes.writes():
             return
-        self._config["step"] = here = _fingerprint(loop.traced)
+        self._config["step"] = here = _fingerprint(loop.traced, loop.mesh)
         saved = self._saved_part("step")
         if here and saved.get("inputs") == here["inputs"] and saved.get("program") != here["program"]:
             path = self._writer.checkpoints.path(loop.start_step)
@@ -248,7 +248,7 @@ def _describe(callback: Callback) -> str:
         return type(callback).__name__
 
 
-def _fingerprint(traced: Any) -> dict[str, str] | None:
+def _fingerprint(traced: Any, mesh: Any) -> dict[str, str] | None:
     """Return hashes of a traced step: of its program, and of what the program depends on besides the user's code.
 
     The program is the same in every process that runs the same script. The values of arrays that it closes over do not
@@ -256,7 +256,7 @@ def _fingerprint(traced: Any) -> dict[str, str] | None:
     """
     if traced is None:  # nothing is compiled
         return None
-    inputs = f"{jax.__version__} {onstep.__version__} {traced.jaxpr.in_avals}"
+    inputs = f"{jax.__version__} {onstep.__version__} {traced.jaxpr.in_avals} {mesh}"
     texts = {"program": _stable(str(traced.jaxpr)), "inputs": inputs}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 

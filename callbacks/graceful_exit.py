@@ -191,7 +191,8 @@ def _outcome(loop: Loop) -> str:
     """Return what is saved of a run that a signal has stopped."""
     steps = [step for checkpoints in loop.checkpoints for step in checkpoints.steps()]
     if not steps:
-        return f"stopped at step {loop.step}; nothing is saved, because the run has no checkpoint"
+        reason = "no step has run" if loop.checkpoints and not loop.step else "the run has no Checkpoint callback"
+        return f"stopped at step {loop.step}; nothing is saved, because {reason}"
     if loop.finished:
         return f"saved at step {max(steps)}; the run is complete"
     return f"saved at step {max(steps)}; run the same command to resume"

@@ -411,13 +411,20 @@ def test_a_storm_of_signals_counts_as_one():
     assert transcript.lines == ["save 2/0", "run_end 2/0"]
 
 
+def test_the_user_is_told_that_no_step_has_run(capsys, tmp_path):
+    engine = Engine(counting_step, [GracefulExit(), Checkpoint(tmp_path)])
+    send(engine, "run_begin", signal.SIGINT, at=0)
+    interrupted(engine)
+    assert "stopped at step 0; nothing is saved, because no step has run\n" in capsys.readouterr().err
+
+
 def test_the_user_is_told(capsys):
     engine = Engine(counting_step, [GracefulExit()])
     send(engine, "step_end", signal.SIGINT, at=2)
     interrupted(engine)
     assert capsys.readouterr().err == (
         "onstep: SIGINT: finishing this step and saving before stopping. Send it again to stop immediately.\n"
-        "onstep: stopped at step 2; nothing is saved, because the run has no checkpoint\n"
+        "onstep: stopped at step 2; nothing is saved, because the run has no Checkpoint callback\n"
     )
 
 
@@ -735,7 +742,9 @@ def run(directory, moment, *numbers):
         try:
             for n, number in enumerate(numbers):
                 assert n or child.stdout.readline() == "now\n"
-                time.sleep(0.8 * n)  # more than an echo
+                if n:  # after the first one was handled, and later than an echo
+                    next(line for line in child.stderr if "finishing" in line)
+                    time.sleep(0.8)
                 child.send_signal(number)
             out, err = child.communicate(timeout=60)
         finally:
