@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from .callback import Callback, Carry, find_carry
 from .data.stream import BatchStream
@@ -56,6 +56,12 @@ class Result:
             ValueError: the callback is not one of the run's, or has no compiled half.
         """
         return find_carry(self.snapshot.tree["carries"], self._callbacks, callback)
+
+    def __getitem__(self, name: Any) -> NoReturn:
+        raise TypeError(
+            f"A Result has attributes, not items, got [{name!r}]: result.state is the last state, "
+            'result.latest["train/loss"] the newest value of a name, result.history["train/loss"] all of them.'
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(

@@ -996,6 +996,20 @@ OWN = [
         CALL,
     ),
     Mistake(
+        "update that returns only the context",
+        update(lambda half, carry, ctx: ctx),
+        TypeError,
+        r"Half.update needs to return \(carry, ctx\), got Context",
+        CALL,
+    ),
+    Mistake(
+        "update that changes the shape of the state",
+        update(lambda half, carry, ctx: (carry, ctx.replace(state=jnp.zeros(2)))),
+        ValueError,
+        r"Half.update needs to return a state like the one it got: .*float32\[\] became float32\[2\]",
+        CALL,
+    ),
+    Mistake(
         "a carry that becomes something else",
         update(lambda half, carry, ctx: (ctx.batch, ctx)),
         ValueError,
@@ -1065,16 +1079,7 @@ OWN = [
         "the step is compiled, so its arrays have no values yet",
         CALL,
     ),
-    Mistake(
-        "text in the state of a callback",
-        lambda s: s.make(callbacks=[type("Bad", (Callback,), GETS)()]),
-        TypeError,
-        r"Bad.get_state needs JSON values, numpy arrays and bytes, got set at \['seen'\]",
-        ENGINE,
-    ),
 ]
-
-GETS = {"get_state": lambda self: {"seen": {1}}, "set_state": lambda self, state: None}
 
 # The built-in callbacks
 
@@ -1623,18 +1628,25 @@ RESULTS = [
         STEP,
     ),
     Mistake(
-        "restoring in the middle of a run",
-        at_event("step_end", lambda loop, ema: loop.restore(loop.snapshot())),
-        RuntimeError,
-        "loop.restore can only be called in on_load; the run has already begun",
-        STEP,
-    ),
-    Mistake(
         "removing a callback from a loop",
         at_event("step_end", lambda loop, ema: loop.callbacks.pop("EMA")),
         TypeError,
         "The callbacks of an engine cannot be changed",
         STEP,
+    ),
+    Mistake(
+        "a metric of the result by index",
+        lambda s: s.run()["train/loss"],
+        TypeError,
+        r"A Result has attributes, not items, got \['train/loss'\]: .* result.latest\[\"train/loss\"\]",
+        RUN,
+    ),
+    Mistake(
+        "unpacking a result",
+        lambda s: (lambda state, metrics: None)(*s.run()),
+        TypeError,
+        "A Result has attributes, not items|must be an iterable, not Result",
+        RUN,
     ),
     Mistake(
         "pickling a result", lambda s: pickle.dumps(s.run()), TypeError, "A Result cannot be copied or pickled", RUN
