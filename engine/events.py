@@ -92,7 +92,8 @@ class Events:
             step: the step.
             epoch: the epoch that it completes, 0 if it completes none.
         """
-        return [handler for handler in self.handlers[event] if handler.trigger.fires(step, epoch)]
+        handlers = self.handlers[event]
+        return [handler for handler in handlers if handler.trigger.fires(step, epoch)] if handlers else []
 
     def next(self, step: int, end: float) -> float:
         """Return the next step after `step` at which a handler may be due, in an epoch that ends at `end`."""

@@ -243,8 +243,7 @@ class Loop:
         if self._data_ended():
             self._epoch_done = True
             return True
-        self._before_step()
-        if self.over:
+        if not self._before_step():
             return False
         self._epoch_done = self._run_steps(trigger)
         return True
@@ -252,13 +251,17 @@ class Loop:
     def _data_ended(self) -> bool:
         """Return whether data without a length has ended with the last step. Finding out draws a batch, so it may wait.
 
-        It is asked only when everything else that is due at a step is done, and no stop is requested.
+        It is asked when all handlers of the last step but those of `on_save` have run, and no stop is requested.
         """
-        return self.epoch_length is None and self._stream.ended()
+        return self._stream.ended()
 
-    def _before_step(self) -> None:
-        """Call the handlers that are due before the next step, with its batch. Compile before the first step."""
-        completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self.epoch_length else 0
+    def _before_step(self) -> bool:
+        """Call the handlers that are due before the next step, with its batch. Compile before the first step.
+
+        Returns:
+            Whether the step will run: no handler has stopped the run.
+        """
+        completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self._stream.length else 0
         if due := self._events.take_due("on_step_begin", self.step + 1, completed_epoch):
             self._in_step_begin = True
             try:
@@ -269,11 +272,14 @@ class Loop:
             self._agree_on_stop()
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
-        if not (self._prepared or self.over):
+            if self.over:
+                return False
+        if not self._prepared:
             check_batch(batch := self._stream.peek())
             with self._spans.span(COMPILE):
                 self._compiled.prepare(self._bundle, batch, self._call_rng)
             self._prepared = True
+        return True
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
         """Return when anything is next due.

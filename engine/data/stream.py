@@ -74,6 +74,7 @@ class BatchStream:
         self.used: int = 0
         self._placement, self._prefetch, self._put = placement, prefetch, put
         self._iterator: Any = None
+        self._stable = False  # whether the source never reuses a batch's memory; batches of all others are copied
         self._loader: Any = None  # the iterator of the pass, if it has get_state and set_state
         self._ahead: list[Batch] = []  # at most one batch, drawn but not returned yet
         self._replaced = False  # whether a callback replaced that batch
@@ -157,8 +158,7 @@ class BatchStream:
 
     def _take(self, count: int) -> Iterator[tuple[Batch, int]]:
         while count > 0 and self._has_next():
-            # These sources never reuse a batch's memory; batches of all others are copied.
-            stable = isinstance(self._iterator, (EpochIterator, Prefetch)) or isinstance(self.data, (list, tuple))
+            stable = self._stable
             batch = self.peek() if stable else copy_numpy(self.peek())
             # A batch is counted immediately before its `yield`, with no call between, where a signal could be handled.
             self._ahead, self.used, count = [], self.used + 1, count - 1
@@ -377,6 +377,7 @@ class BatchStream:
             iterator = Prefetch(iterator, self._prefetch, self._put)
             iterator.limit(self._end - self.used)
             self._loader = iterator if self._loader is not None else None
+        self._stable = isinstance(iterator, (EpochIterator, Prefetch)) or isinstance(self.data, (list, tuple))
         return iterator
 
     def _skip(self, iterator: Iterator[Batch], count: int, before: int) -> None:
