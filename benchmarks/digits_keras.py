@@ -191,7 +191,7 @@ def main():
             library, saves, execution = case
             found[case].append(timed(pythons[library], library, saves, options.epochs, execution))
 
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; medians of {options.rounds} rounds, ")
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; medians of {options.rounds} rounds,")
     print(f"{options.epochs} epochs of {TRAINED // BATCH} steps\n")
     print(f"{'saves every':<14}{'library':<32}{'lines':>6}{'first s':>9}{'epoch s':>9}{'accuracy':>10}")
     rows = []
