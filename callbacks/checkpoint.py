@@ -257,7 +257,8 @@ def _fingerprint(traced: Any, mesh: Any) -> dict[str, str] | None:
     if traced is None:  # nothing is compiled
         return None
     inputs = f"{jax.__version__} {onstep.__version__} {traced.jaxpr.in_avals} {mesh}"
-    texts = {"program": _stable(str(traced.jaxpr)), "inputs": inputs}
+    program = traced.jaxpr.pretty_print(use_color=False)  # JAX colours `str` if stdout is a terminal
+    texts = {"program": _stable(program), "inputs": inputs}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
