@@ -59,8 +59,8 @@ class Result:
 
     def __getitem__(self, name: Any) -> NoReturn:
         raise TypeError(
-            f"A Result has attributes, not items, got [{name!r}]: result.state is the last state, "
-            'result.latest["train/loss"] the newest value of a name, result.history["train/loss"] all of them.'
+            f"A Result has attributes, not items, got [{name!r}]. Read result.state, or the values of a "
+            'metric: result.latest["train/loss"] is the newest, result.history["train/loss"] are all.'
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
