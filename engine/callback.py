@@ -205,8 +205,8 @@ class Callback(CheckedCall):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("when", "update_when"):
-            default = vars(cls).get(name)
-            if isinstance(default, (Cadence, int, float, str)):
+            if isinstance(vars(cls).get(name), (Cadence, int, float, str)):
+                default: Any = vars(cls)[name]
                 as_cadence(default, f"{cls.__name__}.{name}")
                 setattr(cls, name, _cadence_attribute(name, default))
         mixins = [vars(base) for base in cls.__mro__[1:-1] if not issubclass(base, Callback)]
@@ -387,12 +387,14 @@ def _how_to_make_a_callback(given: Any) -> str:
     return ""
 
 
+def _refuse_change(*_: Any, **__: Any) -> Any:
+    raise TypeError("The callbacks of an engine cannot be changed. Make another Engine with those that you want.")
+
+
 class Callbacks(dict[str, Callback]):
     """The callbacks of an engine by name, in order. It cannot be changed: an engine is configuration."""
 
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("The callbacks of an engine cannot be changed. Make another Engine with those that you want.")
-
+    _refuse: Any = staticmethod(_refuse_change)
     __setitem__ = __delitem__ = __ior__ = pop = popitem = clear = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:

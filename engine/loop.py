@@ -259,7 +259,7 @@ class Loop:
         """Call the handlers that are due before the next step, with its batch. Compile before the first step.
 
         Returns:
-            Whether the step will run: no handler has stopped the run.
+            Whether the step will run, because nothing has stopped the run.
         """
         completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self._stream.length else 0
         if due := self._events.take_due("on_step_begin", self.step + 1, completed_epoch):
@@ -272,14 +272,12 @@ class Loop:
             self._agree_on_stop()
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
-            if self.over:
-                return False
-        if not self._prepared:
+        if not (self._prepared or self.over):
             check_batch(batch := self._stream.peek())
             with self._spans.span(COMPILE):
                 self._compiled.prepare(self._bundle, batch, self._call_rng)
             self._prepared = True
-        return True
+        return not self.over
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
         """Return when anything is next due.

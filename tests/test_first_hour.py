@@ -1638,7 +1638,7 @@ RESULTS = [
         "a metric of the result by index",
         lambda s: s.run()["train/loss"],
         TypeError,
-        r"A Result has attributes, not items, got \['train/loss'\]. Read result.state, .* latest\[\"train/loss\"\]",
+        r"A Result has attributes, not items, got \['train/loss'\]. Read result.state, .*latest\[\"train/loss\"\]",
         RUN,
     ),
     Mistake(

@@ -371,7 +371,7 @@ def test_run_resumes_from_its_best_and_archives_later_ones(tmp_path):
 def test_resume_from_the_best_is_an_error_if_there_is_none(tmp_path):
     with pytest.warns(UserWarning, match=NO_BEST):
         run(tmp_path, best="score", extra=[scores({3: 0.1})])
-    with pytest.raises(FileNotFoundError, match=r"no step best in .*; it holds \[4, 8, 12\]"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .* counts as best: it holds \[4, 8, 12\]"):
         run(tmp_path, best="score", resume="best")
 
 
@@ -399,7 +399,7 @@ def test_manifest_of_an_early_version_is_read(saved):
     for step in (4, 8, 12):
         reseal(saved / str(step), lambda manifest: manifest.pop("best"))
     assert int(load(saved, jnp.int32(0), 8)) == sum_at(8)
-    with pytest.raises(FileNotFoundError, match="no step best"):
+    with pytest.raises(FileNotFoundError, match="counts as best"):
         load(saved, jnp.int32(0), "best")
     assert run(saved, 16, best="train/loss", mode="max", resume="best").step == 16
 
