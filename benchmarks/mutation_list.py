@@ -704,7 +704,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a step from running after a stop in on_step_begin",
-            "self._before_step()\n        if self.over:\n            return False",
+            "if not self._before_step():\n            return False",
             "self._before_step()",
             "test_events.py::test_stop_in_step_begin_prevents_the_step",
         ),

@@ -365,7 +365,7 @@ def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
             raise ValueError(f"Two callbacks are named {who!r}. Give each its own name: {listed}'another').")
         numbered = (kind if n == 1 else f"{kind}_{n}" for n in itertools.count(1))
         names[callback.name or next(n for n in numbered if n not in names and n not in given)] = callback
-    return Callbacks(names)
+    return _Callbacks(names)
 
 
 def _how_to_make_a_callback(given: Any) -> str:
@@ -391,7 +391,7 @@ def _refuse_change(*_: Any, **__: Any) -> Any:
     raise TypeError("The callbacks of an engine cannot be changed. Make another Engine with those that you want.")
 
 
-class Callbacks(dict[str, Callback]):
+class _Callbacks(dict[str, Callback]):
     """The callbacks of an engine by name, in order. It cannot be changed: an engine is configuration."""
 
     _refuse: Any = staticmethod(_refuse_change)
