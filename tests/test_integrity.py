@@ -371,7 +371,7 @@ def test_run_resumes_from_its_best_and_archives_later_ones(tmp_path):
 def test_resume_from_the_best_is_an_error_if_there_is_none(tmp_path):
     with pytest.warns(UserWarning, match=NO_BEST):
         run(tmp_path, best="score", extra=[scores({3: 0.1})])
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .* counts as best: it holds \[4, 8, 12\]"):
+    with pytest.raises(FileNotFoundError, match=r"no step best in .*; it holds \[4, 8, 12\]"):
         run(tmp_path, best="score", resume="best")
 
 
