@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# The environment with everything, if it exists. Otherwise, the demo and the docs install only what they need, which is
+# much less. The site is built without importing onstep, so it needs none of its dependencies.
+ALL = $(notdir $(wildcard $(VENV)/ready))
+SITE = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 # One test per processor at a time. The slow tests that time something, or that use several processes, run one after another.
 PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 QUICK = -m pytest -q -m "not slow" $(PARALLEL) $(PYTEST_FLAGS)
@@ -11,7 +15,7 @@ DEPENDENT = checkpoint config events histograms images learning_rate metrics sta
 
 .PHONY: demo test test-slow test-all lint types coverage dist wheel lowest newest docs bench clean
 
-demo: $(VENV)/ready  ## the main example: train on real data with all callbacks of a typical run
+demo: $(VENV)/$(or $(ALL),ready-demo)  ## the main example: train on real data with all callbacks of a typical run
 	$(RUN) examples/digits.py
 
 test: $(VENV)/ready  ## the tests to run while you work; a few minutes
@@ -43,8 +47,8 @@ dist: wheel  ## check the files of a release, install the wheel alone and test i
 	ONSTEP_DIST=dist $(RUN) -m pytest -q tests/test_release.py
 	sh .ci/try-wheel $(PYTHON)
 
-docs: $(VENV)/ready  ## the documentation as a website: site/index.html
-	$(RUN) -m mkdocs build --strict
+docs: $(VENV)/$(or $(ALL),ready-docs)  ## the documentation as a website: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench: $(VENV)/ready  ## the measurements of docs/performance.md; about half an hour
 	$(RUN) benchmarks/overhead.py
@@ -61,10 +65,13 @@ newest:  ## all tests but those of the benchmarks on the newest Python of the ma
 	@python=$$(sh .ci/newest-python) || exit 0; \
 	$(MAKE) test test-slow VENV=.venv-newest PYTHON="$$python" PYTEST_FLAGS="--compile-anew --deselect tests/test_benchmarks.py"
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: NEEDS = -e '.[dev]'
+$(VENV)/ready-demo: NEEDS = -e '.[demo]'
+$(VENV)/ready-docs: NEEDS = $$($(RUN) -c '$(SITE)')
+$(VENV)/ready $(VENV)/ready-demo $(VENV)/ready-docs: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onstep needs Python >= 3.11; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(NEEDS)
 	@touch $@
 
 .venv-lowest/ready: pyproject.toml

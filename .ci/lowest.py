@@ -6,6 +6,6 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-for requirement in [*project["dependencies"], *extras["config"], *extras["examples"]]:
+for requirement in [*project["dependencies"], *extras["config"], *extras["demo"], *extras["examples"]]:
     if ">=" in requirement:  # skips extras that name another extra
         print(re.sub(r"\[.*?\]", "", requirement).replace(">=", "=="))

@@ -704,7 +704,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a step from running after a stop in on_step_begin",
-            "self._before_step()\n        if self.over:\n            return False",
+            "if not self._before_step():\n            return False",
             "self._before_step()",
             "test_events.py::test_stop_in_step_begin_prevents_the_step",
         ),
@@ -1518,6 +1518,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "if not math.isfinite(value):",
             "if False:",
             "test_metrics.py::test_ties_nan_and_infinities_never_improve",
+        ),
+    ],
+    "callbacks/progress.py": [
+        (
+            "a process from the thread that looked at its last run",
+            "            watch.close()",
+            "            pass",
+            "test_progress.py::test_an_error_leaves_neither_thread_nor_line_nor_replaced_stream",
         ),
     ],
     "callbacks/_support/terminal.py": [

@@ -186,7 +186,7 @@ class Checkpoint(Callback):
         """Say so if the compiled step differs from that of the saved run; once, when it has been traced."""
         if "step" in self._config or loop.step == loop.start_step or not processes.writes():
             return
-        self._config["step"] = here = _fingerprint(loop.traced)
+        self._config["step"] = here = _fingerprint(loop.traced, loop.mesh)
         saved = self._saved_part("step")
         if here and saved.get("inputs") == here["inputs"] and saved.get("program") != here["program"]:
             log_user(f"changed since {self._restored} was saved: the step function, the optimizer or a compiled half")
@@ -209,6 +209,11 @@ class Checkpoint(Callback):
         """Return the step to resume from, None to start from scratch. The run is at step `at`."""
         checkpoints = self._writer.checkpoints
         steps = checkpoints.steps()
+        if not steps and not isinstance(self.resume, (bool, str)) and not at:
+            raise FileNotFoundError(
+                f"Checkpoint: no step {self.resume} in {self.directory}; it holds no checkpoint. To start from "
+                "scratch, leave out resume=."
+            )
         if not steps or self.overwrite:
             return None
         if at and steps[-1] > at:  # the run continues from a Result
@@ -270,7 +275,7 @@ def _describe(callback: Callback) -> str:
         return type(callback).__name__
 
 
-def _fingerprint(traced: Any) -> dict[str, str] | None:
+def _fingerprint(traced: Any, mesh: Any) -> dict[str, str] | None:
     """Return hashes of a traced step: of its program, and of what the program depends on besides the user's code.
 
     The program is the same in every process that runs the same script. The values of arrays that it closes over do not
@@ -278,8 +283,9 @@ def _fingerprint(traced: Any) -> dict[str, str] | None:
     """
     if traced is None:  # nothing is compiled
         return None
-    inputs = f"{jax.__version__} {onstep.__version__} {traced.jaxpr.in_avals}"
-    texts = {"program": _stable(str(traced.jaxpr)), "inputs": inputs}
+    inputs = f"{jax.__version__} {onstep.__version__} {traced.jaxpr.in_avals} {mesh}"
+    program = traced.jaxpr.pretty_print(use_color=False)  # JAX colours `str` if stdout is a terminal
+    texts = {"program": _stable(program), "inputs": inputs}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 from onstep import Cadence, Callback, Loop, evaluate, every
-from onstep.tools import check_evaluation, check_int, fold_in, takes_rng
+from onstep.tools import check_data, check_evaluation, check_int, fold_in, takes_rng
 
 
 class Averaged(Protocol):
@@ -64,6 +64,11 @@ class Evaluate(Callback):
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"Evaluate needs a name for its records, such as 'val', got {self.name!r}.")
+        if hasattr(self.step, "__iter__") and callable(self.data):
+            raise TypeError(
+                f"Evaluate takes the step first, then the data, got {type(self.step).__name__} and "
+                f"{type(self.data).__name__}. Swap them: Evaluate(step, data)."
+            )
         if self.steps is not None:
             check_int(f"Evaluate {self.name!r}", "steps", self.steps, 1)
         if self.using is not None and not callable(getattr(self.using, "apply", None)):
@@ -71,6 +76,7 @@ class Evaluate(Callback):
                 f"Evaluate {self.name!r} needs using= to have apply(loop), such as an EMA, got {self.using!r:.80}."
             )
         self._random = takes_rng(self.step, f"The step of Evaluate {self.name!r}")
+        check_data(self.data)
 
     def on_run_begin(self, loop: Loop) -> None:
         if isinstance(self.using, Callback):
@@ -78,6 +84,12 @@ class Evaluate(Callback):
         if self._random and loop.rng is None:
             raise ValueError(
                 f"The step of Evaluate {self.name!r} takes a random key as its third argument. Pass one: rng=..."
+            )
+        once, epochs = hasattr(self.data, "__next__"), self.when.epochs if isinstance(self.when, Cadence) else ()
+        if once and self.steps is None and any((loop.epochs or 0) // n - loop.epoch // n > 1 for n in epochs):
+            raise ValueError(
+                f"Evaluate {self.name!r} reads its data several times, but a {type(self.data).__name__} can be read "
+                "only once. Pass a list or a callable epoch -> iterable; or steps=, if it has no end."
             )
         if not loop.over and (self.using is None or isinstance(self.using, Callback)):  # others may have no state yet
             metrics = check_evaluation(self.step, self._state(loop), self.data, rng=loop.rng, mesh=loop.mesh)

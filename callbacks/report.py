@@ -31,6 +31,12 @@ TIMES = ("time/steps_per_second", "time/data", "time/callbacks")
 
 `Timing` documents these names, and any callback may log them.
 """
+COMPILING = "time/compiling"
+"""A record of the seconds spent compiling since the previous one. The page shows their sum, if there are any."""
+UNITS = {"time/data": "share of the time", "time/callbacks": "share of the time", "time/mfu": "share of the peak"} | {
+    COMPILING: "seconds"
+}
+"""The units of records whose names do not say them."""
 
 
 class Report(Callback):
@@ -41,8 +47,10 @@ class Report(Callback):
     `Checkpoint`); the configuration, versions and devices. It shows no environment variables, command-line arguments,
     user names or host names. A curve keeps at most 1,000 points: every second one is drawn, or every fourth, and so on.
 
-    Where the time went is computed from the records `time/steps_per_second`, `time/data` and `time/callbacks`, which
-    `Timing` logs with the training metrics. Without these records the page leaves it out.
+    Where the time went is computed from the records `time/steps_per_second`, `time/data`, `time/callbacks` and
+    `time/compiling`, which `Timing` logs with the training metrics. Without these records the page leaves it out.
+
+    The title names the run after the file, or after its folder if the file is called `report.html` or `index.html`.
 
     List it first. Callbacks end in reverse order, so it then writes its page when all others have ended. An existing
     page is replaced; a run that takes no step writes none.
@@ -82,7 +90,7 @@ class Report(Callback):
         self.when: Cadence | int = Cadence() if when is None else when
         self.name: str | None = name
         self._began: float | None = None  # when this session began
-        self.set_state({"curves": {}, "seconds": 0.0, "sessions": 0, "spent": [0.0, 0.0, 0.0]})
+        self.set_state({"curves": {}, "seconds": 0.0, "sessions": 0, "spent": [0.0, 0.0, 0.0], "compiling": 0.0})
 
     def on_run_begin(self, loop: Loop) -> None:
         self._began, self._timed = time.monotonic(), loop.step
@@ -96,6 +104,7 @@ class Report(Callback):
             seconds = (record.step - self._timed) / rate
             self._spent = [old + seconds * share for old, share in zip(self._spent, (1, *shares), strict=True)]
             self._timed = record.step
+        self._compiling += record.values.get(COMPILING, 0.0)
 
     def on_save(self, loop: Loop) -> None:
         self._write(loop)
@@ -109,7 +118,13 @@ class Report(Callback):
             name: vars(curve) | {"steps": np.asarray(curve.steps), "values": np.asarray(curve.values)}
             for name, curve in self._curves.items()
         }
-        return {"curves": curves, "seconds": self._elapsed(), "sessions": self._sessions, "spent": self._spent}
+        return {
+            "curves": curves,
+            "seconds": self._elapsed(),
+            "sessions": self._sessions,
+            "spent": self._spent,
+            "compiling": self._compiling,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._curves = {
@@ -117,6 +132,7 @@ class Report(Callback):
             for name, curve in state["curves"].items()
         }
         self._seconds, self._spent = state["seconds"], state["spent"]
+        self._compiling: float = state.get("compiling", 0.0)  # not in version 0.1
         self._sessions: int = state["sittings"] if "sittings" in state else state["sessions"]  # version 0.1
 
     def _elapsed(self) -> float:
@@ -126,7 +142,8 @@ class Report(Callback):
     def _write(self, loop: Loop) -> None:
         if not processes.writes():
             return
-        text = page.page(_outcome(loop)[0], self._sections(loop)).encode(errors="xmlcharrefreplace")
+        title = f"{_run_name(self.path)}: {_outcome(loop)[0]}"
+        text = page.page(title, self._sections(loop)).encode(errors="xmlcharrefreplace")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         temporary = f"{self.path}.{uuid.uuid4().hex}"
         try:
@@ -140,6 +157,7 @@ class Report(Callback):
     def _sections(self, loop: Loop) -> Iterator[str]:
         title, text, kind = _outcome(loop)
         facts = {
+            "run": _run_name(self.path),
             "step": f"{loop.step:,}" + (f" of {loop.total:,}" if loop.total else ""),
             "epoch": f"{loop.epoch:,}" + (f" of {loop.epochs:,}" if loop.epochs else ""),
             "wall time": _duration(self._elapsed()),
@@ -147,10 +165,10 @@ class Report(Callback):
             "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         }
         yield page.heading(title, text, kind, facts)
-        yield page.charts({name: curve.points() for name, curve in self._curves.items()})
+        yield page.charts({name: curve.points() for name, curve in self._curves.items()}, UNITS)
         columns = "name", "last", "lowest", "at step", "highest", "at step", "not finite"
         names = [name for group in plots.group_by_chart(self._curves).values() for name in group]
-        yield page.table("Values", columns, [(name, *self._curves[name].row()) for name in names])
+        yield page.table("Values", columns, [(_with_unit(name), *self._curves[name].row()) for name in names])
         yield page.table("Time", ("part", "seconds", "%"), self._times())
         for checkpoints in loop.checkpoints:
             title = f"Checkpoints in {os.path.basename(checkpoints.directory)}"
@@ -162,15 +180,17 @@ class Report(Callback):
     def _times(self) -> Iterator[tuple[str, float, float]]:
         measured, data, others = self._spent
         if measured:
-            rest = max(0.0, self._elapsed() - measured)
+            rest = max(0.0, self._elapsed() - measured - self._compiling)
             parts = {
                 "steps": measured - data - others,
                 "waiting for data": data,
                 "callbacks": others,
-                "not measured: compiling, start, end": rest,
+                "compiling": self._compiling,
+                "not measured: start, end" if self._compiling else "not measured: compiling, start, end": rest,
             }
             for part, spent in parts.items():
-                yield part, round(spent, 2), round(100 * spent / (measured + rest), 1)
+                if spent or part != "compiling":
+                    yield part, round(spent, 2), round(100 * spent / sum(parts.values()), 1)
 
 
 @dataclass
@@ -214,6 +234,20 @@ class Curve:
         """Return the last value, the lowest and the highest with their steps, and how many are not finite."""
         (low_step, low), (high_step, high) = self.low or ("", ""), self.high or ("", "")
         return self.last[1], low, low_step, high, high_step, self.bad or ""
+
+
+def _run_name(path: str) -> str:
+    """Return what the page calls the run: the name of the file, or of its folder if that of the file says nothing.
+
+    >>> _run_name("/runs/digits/report.html"), _run_name("/runs/digits.html")
+    ('digits', 'digits')
+    """
+    folder, name = os.path.split(os.path.splitext(path)[0])
+    return (os.path.basename(folder) or name) if name.lower() in ("report", "index") else name
+
+
+def _with_unit(name: str) -> str:
+    return f"{name} ({UNITS[name]})" if name in UNITS else name
 
 
 def _outcome(loop: Loop) -> tuple[str, str, str]:

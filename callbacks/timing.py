@@ -126,7 +126,7 @@ class Timing(Callback):
     `time/steps_per_second`, `time/examples_per_second` (by the leading axis of the first batch), the shares
     `time/data` and `time/callbacks`, and `time/mfu` where the peak speed of the device is known. This is the share
     of the peak that the matrix products and convolutions of a step use (Chowdhery et al., "PaLM", 2022, appendix B,
-    except that recomputed values count every time).
+    except that recomputed values count every time). If anything was compiled since, `time/compiling` has its seconds.
 
     Args:
         table: False prints no table.
@@ -154,6 +154,7 @@ class Timing(Callback):
         self._watch = watch = Stopwatch(time.perf_counter)
         self._last: tuple[float, dict[str, float]] = math.inf, {}  # no step has run
         self._step: tuple[int, float] | None = None  # examples of a step, and seconds that it takes at peak speed
+        self._recorded = 0.0  # seconds of compiling that are in the records
         loop.observe(watch)
         thread = threading.get_ident()
 
@@ -184,6 +185,9 @@ class Timing(Callback):
             values["time/callbacks"] = (
                 sum(s for part, s in spent.items() if part not in (CALL, WAIT, DATA, REST)) / total
             )
+            compiling = self._last[1].get(COMPILE, 0.0) - self._recorded
+            if compiling:
+                values["time/compiling"], self._recorded = compiling, self._recorded + compiling
             loop.log(values)
 
     def on_run_end(self, loop: Loop) -> None:

@@ -1,4 +1,4 @@
-"""Hooks for MkDocs: the import names of the packages, and pages for linked files outside docs/."""
+"""Hooks for MkDocs: the import names of the packages, and pages for files outside docs/."""
 
 import os
 import re
@@ -23,10 +23,10 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Add the examples and the changelog as pages, and the benchmark plots as files."""
+    """Add the examples and the project's texts as pages, and the benchmark plots as files."""
 
-    def add(name, content):
-        files.append(File.generated(config, name, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+    def add(name, content, inclusion=InclusionLevel.NOT_IN_NAV):
+        files.append(File.generated(config, name, content=content, inclusion=inclusion))
 
     for path in sorted(p for p in (ROOT / "examples").rglob("*") if "__pycache__" not in p.parts):
         name = path.relative_to(ROOT).as_posix()
@@ -40,11 +40,19 @@ def on_files(files, config):
             add(f"{name}/index.md", f"{text.read_text() if text.exists() else f'# {path.name}'}\n\n{listed}\n")
     for path in sorted((ROOT / "benchmarks/results").glob("*.png")):
         add(path.relative_to(ROOT).as_posix(), path.read_bytes())
-    add("CHANGELOG.md", (ROOT / "CHANGELOG.md").read_text())
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        add(name, (ROOT / name).read_text(), InclusionLevel.INCLUDED)
+    add("SECURITY.md", (ROOT / "SECURITY.md").read_text())
+    add("LICENSE.md", CODE.format(name="License", path="LICENSE", language="text", text=(ROOT / "LICENSE").read_text()))
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrite links out of docs/ to pages of the site, and unescape `|` in code, as GitHub does."""
+    """Rewrite links out of docs/ to pages of the site, and unescape `|` in code, as GitHub does.
+
+    Search lists explanations before the reference and the project's texts.
+    """
+    if page.file.src_uri.startswith("reference/") or page.file.generated_by is not None:
+        page.meta.setdefault("search", {"boost": 0.5})
     generated = page.file.generated_by is not None
     folder = (ROOT if generated else ROOT / "docs") / os.path.dirname(page.file.src_uri)
 

@@ -119,6 +119,12 @@ def at(*steps: int) -> Cadence:
     """
     if not steps:
         raise ValueError("at needs the steps at which something is due, got none.")
+    for n in steps:
+        if type(n) is int and n < 1:
+            raise ValueError(
+                f"at needs steps to be a whole number >= 1, got {n}. Steps are counted from 1. Before the first one "
+                "comes on_run_begin, and after the last one on_run_end."
+            )
     return Cadence(points=tuple(sorted({check_int("at", "steps", n, 1) for n in steps})))
 
 
@@ -128,7 +134,10 @@ def as_cadence(value: Cadence | int, who: str) -> Cadence:
         return value
     if isinstance(value, Integral) and not isinstance(value, bool) and value > 0:
         return every(steps=int(value))
-    raise ValueError(f"{who} needs a cadence such as every(steps=100) or a whole number > 0, got {value!r}.")
+    raise ValueError(
+        f"{who} needs a cadence such as every(steps=100) or every(epochs=1), or a whole number of steps > 0, got "
+        f"{value!r}."
+    )
 
 
 ALWAYS = every(steps=1)

@@ -8,18 +8,19 @@ import difflib
 import inspect
 import itertools
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from .cadence import ALWAYS, Cadence, as_cadence
-from .checks import check_signature, did_you_mean
+from .checks import CheckedCall, check_plain, check_signature, did_you_mean
 from .messages import warn_user
 from .records import Record
 from .representation import call_text
 from .snapshot import pack, unpack
+from .spans import Observer
 from .trees import Batch, State
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _cadence_attribute(name: str, default: Cadence | int) -> Any:
     return _CadenceAttribute(name, default)
 
 
-class Callback:
+class Callback(CheckedCall):
     """Something to do around or inside the steps of a run. Override the methods you need.
 
     A callback has two halves. The host half handles events between steps. The compiled half (`init` and `update`)
@@ -162,6 +163,14 @@ class Callback:
         see `on_exception`.
         """
 
+    def observer(self, loop: Loop) -> Observer | None:
+        """Return an observer of the whole run, or None.
+
+        This is called before the first `on_load`, and the observer is closed after the last `on_run_end`. An observer
+        that is needed later is registered with `loop.observe`.
+        """
+        return None
+
     def init(self, state: State) -> Carry:
         """Return the first carry, from the state before the first step."""
         return ()
@@ -196,7 +205,9 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("when", "update_when"):
-            if isinstance(default := vars(cls).get(name), (Cadence, int)):
+            if isinstance(vars(cls).get(name), (Cadence, int, float, str)):
+                default: Any = vars(cls)[name]
+                as_cadence(default, f"{cls.__name__}.{name}")
                 setattr(cls, name, _cadence_attribute(name, default))
         mixins = [vars(base) for base in cls.__mro__[1:-1] if not issubclass(base, Callback)]
         for name, found in dict(item for names in (*mixins, vars(cls)) for item in names.items()).items():
@@ -207,7 +218,7 @@ class Callback:
                 _check_method(found, ("self", *_ARGUMENTS[name]), f"{cls.__name__}.{name}")
         for one, other in (("get_state", "set_state"), ("set_state", "get_state"), ("init", "update")):
             if getattr(cls, one) is not getattr(Callback, one) and getattr(cls, other) is getattr(Callback, other):
-                raise TypeError(f"{cls.__name__} has {one} without {other}; define both.")
+                raise TypeError(f"{cls.__name__} has {one} without {other}; define both, or neither.")
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
@@ -219,6 +230,7 @@ BY_CADENCE = ("on_step_begin", "on_step_end", "on_save")
 _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
     "on_log": ("loop", "record"),
     "on_exception": ("loop", "error"),
+    "observer": ("loop",),
     "init": ("state",),
     "update": ("carry", "ctx"),
     "get_state": (),
@@ -229,9 +241,18 @@ _ARGUMENTS = dict.fromkeys(EVENTS, ("loop",)) | {
 def _check_method(method: Any, names: tuple[str, ...], who: str) -> None:
     """Raise a TypeError unless a method has these arguments, and runs when it is called."""
     check_signature(method, names, who)
-    for kind, is_kind in (("a coroutine", inspect.iscoroutinefunction), ("a generator", inspect.isgeneratorfunction)):
-        if is_kind(method):
-            raise TypeError(f"{who} needs to be a plain function, got {kind} function, whose body would never run.")
+    check_plain(method, who)
+    if "loop" in names:
+        given = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        if given[names.index("loop") :][:1] and given[names.index("loop")] in _NOT_THE_LOOP:
+            raise TypeError(
+                f"{who} needs the arguments ({', '.join(names)}), got {inspect.signature(method)}. An event is given "
+                "the loop: loop.epoch, loop.step, loop.state, loop.latest."
+            )
+
+
+_NOT_THE_LOOP = {"batch", "epoch", "logs", "metrics", "model", "params", "state", "step", "trainer"}
+"""Names of an event's first argument which show that its author expects something else, as in other engines."""
 
 
 _OTHER_WORDS = {"batch": "step", "train": "run", "fit": "run", "start": "begin", "finish": "end", "stop": "end"}
@@ -324,11 +345,13 @@ def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
         TypeError: an item is not a callback.
         ValueError: a name or a callback occurs twice.
     """
-    callbacks = list(callbacks)
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        advice = f" Write Engine(step, [{type(callbacks).__name__}(...)])." if isinstance(callbacks, Callback) else ""
+        raise TypeError(f"An engine needs a list of callbacks, got {callbacks!r:.80}.{advice}")
+    callbacks = list(callbacks.values() if isinstance(callbacks, Mapping) else callbacks)
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            call = f" Did you mean {callback.__name__}(...)?" if isinstance(callback, type) else ""
-            raise TypeError(f"An engine needs callbacks, got {callback!r:.80}.{call}")
+            raise TypeError(f"An engine needs callbacks, got {callback!r:.80}.{_how_to_make_a_callback(callback)}")
     given = [callback.name for callback in callbacks if callback.name is not None]
     names: dict[str, Callback] = {}
     for callback in callbacks:
@@ -336,11 +359,46 @@ def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
             raise TypeError(f"The name of {type(callback).__name__} needs to be text, got {callback.name!r}.")
         kind = callback.plain_name if isinstance(callback, FunctionCallback) else type(callback).__name__
         if any(callback is known for known in names.values()) or given.count(callback.name or "") > 1:
-            who = callback.name or type(callback).__name__
-            raise ValueError(f"Two callbacks are named {who!r}, or one is listed twice. Give each its own name.")
+            who, listed = callback.name or type(callback).__name__, f"{type(callback).__name__}(..., name="
+            if sum(callback is other for other in callbacks) > 1:
+                raise ValueError(f"The callback {who} is listed twice. List it once, or make another one.")
+            raise ValueError(f"Two callbacks are named {who!r}. Give each its own name: {listed}'another').")
         numbered = (kind if n == 1 else f"{kind}_{n}" for n in itertools.count(1))
         names[callback.name or next(n for n in numbered if n not in names and n not in given)] = callback
-    return names
+    return _Callbacks(names)
+
+
+def _how_to_make_a_callback(given: Any) -> str:
+    """Return what to do with something in the list of callbacks that is none."""
+    if isinstance(given, type):
+        if issubclass(given, Callback):
+            return f" Did you mean {given.__name__}(...)?"
+        return f" Derive it from onstep.Callback: class {given.__name__}(Callback)."
+    if given is None:
+        return " Leave it out of the list."
+    if isinstance(given, (list, tuple)):
+        return " Put its callbacks into the list one by one: [*callbacks, another]."
+    if callable(given) and hasattr(given, "__name__"):
+        return (
+            f' To call a function at an event: engine.on("step_end")({given.__name__.replace("<lambda>", "function")}).'
+        )
+    if any(hasattr(given, name) for name in (*EVENTS, "update")):
+        return f" Derive its class from onstep.Callback: class {type(given).__name__}(Callback)."
+    return ""
+
+
+def _refuse_change(*_: Any, **__: Any) -> Any:
+    raise TypeError("The callbacks of an engine cannot be changed. Make another Engine with those that you want.")
+
+
+class _Callbacks(dict[str, Callback]):
+    """The callbacks of an engine by name, in order. It cannot be changed: an engine is configuration."""
+
+    _refuse: Any = staticmethod(_refuse_change)
+    __setitem__ = __delitem__ = __ior__ = pop = popitem = clear = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
 
 def reset(callbacks: dict[str, Callback]) -> None:
@@ -357,7 +415,8 @@ def find_carry(carries: dict[str, Carry], callbacks: dict[str, Callback], callba
     """
     name = next((name for name, known in callbacks.items() if known is callback), None)
     if name is None:
-        raise ValueError(f"This {type(callback).__name__} is not among the run's callbacks {list(callbacks)}.")
+        advice = "" if isinstance(callback, Callback) else " Pass the callback itself."
+        raise ValueError(f"This {type(callback).__name__} is not among the run's callbacks {list(callbacks)}.{advice}")
     if name not in carries:
         raise ValueError(f"{name} has no carry: it does not override update.")
     return carries[name]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, overload
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from .cadence import Cadence, as_cadence
 from .callback import Callback, FunctionCallback, check_when, name_callbacks, reset
-from .checks import check_int
+from .checks import CheckedCall, check_call, check_int, check_order
 from .compiled.step import CompiledStep, Step
 from .data.source import NO_DATA, Data
 from .loop import Loop, Options
@@ -23,9 +24,24 @@ from .representation import call_text
 from .result import Result
 from .steps import Steps
 from .trees import State
+from .views import engine_html
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class Engine:
+def _explained(method: Callable[P, T]) -> Callable[P, T]:
+    """Explain a call of a method with an unknown argument, or with one by position that needs its name."""
+
+    @functools.wraps(method)
+    def explained(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_call(method, f"engine.{getattr(method, '__name__', '')}", args[1:], kwargs, {"Engine": Engine.__init__})
+        return method(*args, **kwargs)
+
+    return explained
+
+
+class Engine(CheckedCall):
     """A loop around a pure step, with callbacks between and inside the steps.
 
     An engine is configuration: call `run` as often as you like, and the step is compiled once.
@@ -76,6 +92,11 @@ class Engine:
         jit: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
+        if not callable(step) and callable(callbacks):
+            raise TypeError(
+                f"Engine takes the step first, then the callbacks, got {type(step).__name__} and "
+                f"{type(callbacks).__name__}. Swap them: Engine(step, callbacks)."
+            )
         for name, value, least in (("log_every", log_every, 1), ("in_flight", in_flight, 1), ("prefetch", prefetch, 0)):
             check_int("Engine", name, value, least)
         if isinstance(steps_per_call, str) and steps_per_call != "auto":
@@ -102,8 +123,8 @@ class Engine:
 
     @property
     def callbacks(self) -> dict[str, Callback]:
-        """The callbacks by name, in order."""
-        return dict(self._callbacks)
+        """The callbacks by name, in order. It cannot be changed."""
+        return self._callbacks
 
     def on(self, event: str, *, when: Cadence | int = 1) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Make the decorated function a callback.
@@ -135,6 +156,7 @@ class Engine:
 
         return add
 
+    @_explained
     def run(
         self,
         state: State | Result,
@@ -174,6 +196,7 @@ class Engine:
             pass
         return loop.result()
 
+    @_explained
     def steps(
         self,
         state: State | Result,
@@ -201,6 +224,7 @@ class Engine:
         cadence = as_cadence(when, "engine.steps(when=...)")
         return Steps(self._make_loop(state, data, epochs, steps, epoch_steps, rng, donate), cadence)
 
+    @_explained
     def plan(
         self,
         state: State | Result | None = None,
@@ -322,12 +346,19 @@ class Engine:
         (moment,) = moments
         return moment
 
+    @classmethod
+    def _check_call(cls, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        check_call(cls.__init__, cls.__name__, given, named, {"engine.run": Engine.run})
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle an engine as the call that made it. Its compiled step is not part of a copy."""
         return _from_call, ({**self._given, "callbacks": list(self._callbacks.values())},)
 
     def __repr__(self) -> str:
         return call_text(Engine, {**self._given, "callbacks": list(self._callbacks.values())})
+
+    def _repr_html_(self) -> str:
+        return engine_html(call_text(Engine, self._given), {name: repr(each) for name, each in self._callbacks.items()})
 
     @property
     def _jit_now(self) -> bool:
@@ -351,6 +382,7 @@ class Engine:
         if intercept := INTERCEPT.get():
             targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
             intercept(self, {"state": state, "data": data, "rng": rng, **targets})
+        check_order(state, data)
         if data is None and epochs is not None and epoch_steps is None:
             raise ValueError(
                 "A run without data needs the length of an epoch to reach epochs=. Pass epoch_steps=, use steps= "

@@ -97,7 +97,7 @@ def evaluate(
         # A step that is not compiled, because of jax.disable_jit, could change the caller's containers.
         given = copy_containers((state, batch)) if jit_is_disabled() else (state, batch)
         with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
-            results.append(as_metrics(compiled(*given, *key), "The evaluation step"))
+            results.append(_metrics(compiled(*given, *key)))
         shapes.append({name: getattr(leaf, "shape", ()) for name, leaf in named_leaves(batch).items()})
         jax.block_until_ready(results[-IN_FLIGHT - 1 : -IN_FLIGHT])
         if watch is not None:
@@ -162,12 +162,22 @@ def check_evaluation(
     key = [rng] if takes_rng(step, "The evaluation step") else []
     with placement.context(), note_origin(f"the evaluation step {function_name(step)}", step):
         metrics = jax.eval_shape(
-            lambda *given: as_metrics(compiled(*given), "The evaluation step"),
+            lambda *given: _metrics(compiled(*given)),
             state,
             placement.place_batch(batch, ragged=True),
             *key,
         )
     return list(metrics)
+
+
+def _metrics(results: Any) -> Metrics:
+    """Return the metrics that an evaluation step returned."""
+    if isinstance(results, tuple) and len(results) in (2, 3):
+        raise TypeError(
+            f"The evaluation step needs to return only metrics, got {len(results)} results, as of a training step. "
+            'Write a function of its own: return {"accuracy": accuracy}.'
+        )
+    return as_metrics(results, "The evaluation step")
 
 
 def _no_batches(data: Data) -> ValueError:

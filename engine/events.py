@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cadence import ALWAYS, Trigger, as_cadence
 from .callback import BY_CADENCE, EVENTS, Callback, overridden
+from .compiled.origin import KEPT_TRACER, TRACER_ERRORS
 from .processes import ProcessGroup
 from .spans import Span, Spans
 
@@ -44,11 +45,7 @@ class Handler:
             self.method(loop, *args)
         except BaseException as error:
             error.add_note(f"onstep: raised by {self.name}.{self.event} at step {loop.step}")
-            if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
-                error.add_note(
-                    "onstep: an array kept from an earlier step has since been donated to the compiled call. "
-                    "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
-                )
+            note_kept(error)
             raise
         finally:
             self.running.pop()
@@ -102,7 +99,8 @@ class Events:
             step: the step.
             epoch: the epoch that it completes, 0 if it completes none.
         """
-        return [handler for handler in self.handlers[event] if handler.trigger.fires(step, epoch)]
+        handlers = self.handlers[event]
+        return [handler for handler in handlers if handler.trigger.fires(step, epoch)] if handlers else []
 
     def next(self, step: int, end: float) -> float:
         """Return the next step after `step` at which a handler may be due, in an epoch that ends at `end`."""
@@ -183,6 +181,17 @@ class Events:
                 _add_note(first, error)
         if before is None and first is not None:
             raise first
+
+
+def note_kept(error: BaseException) -> None:
+    """Add what to do to an error about an array that was kept from an earlier step, or from inside a step."""
+    if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
+        error.add_note(
+            "onstep: an array kept from an earlier step has since been donated to the compiled call. "
+            "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
+        )
+    elif isinstance(error, TRACER_ERRORS):
+        error.add_note(f"onstep: {KEPT_TRACER}")
 
 
 def _add_note(error: BaseException, another: BaseException) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from .messages import log_user, warn_user
 from .metrics import Metrics, Windows
 from .placement import Placement, replicated_checksums
 from .processes import ProcessGroup, check_same
-from .records import History, Record
+from .records import History, Latest, Record
 from .representation import plain_arguments
 from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
@@ -111,7 +111,7 @@ class Loop:
         handled: dict[str, Callback] | None = None,
     ):
         check_targets(epochs, steps, epoch_steps)
-        check_rng(rng, needed=compiled.takes_rng)
+        check_rng(rng, compiled.function.step if compiled.takes_rng else None)
         earlier = state if isinstance(state, Result) else None
         given = earlier.state if earlier else state
         state = placement.place(given, "The state", copy=not (donate or earlier))
@@ -122,7 +122,7 @@ class Loop:
         self.epoch_step: int = 0
         self.start_step: int = 0
         self.metrics: Metrics = {}
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, float] = Latest()
         self.history: History = History()
         self.stopped: str | None = None
         self.error: BaseException | None = None
@@ -200,6 +200,9 @@ class Loop:
 
     def _load(self) -> None:
         """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
+        for callback in self.callbacks.values():
+            if observer := callback.observer(self):
+                self.observe(observer)
         self._group.begin(self._step_in_progress)
         self._placement.begin("training")
         self._check_processes()
@@ -252,8 +255,7 @@ class Loop:
         if self._data_ended():
             self._epoch_done = True
             return True
-        self._before_step()
-        if self.over:
+        if not self._before_step():
             return False
         self._epoch_done = self._run_steps(trigger)
         return True
@@ -261,13 +263,17 @@ class Loop:
     def _data_ended(self) -> bool:
         """Return whether data without a length has ended with the last step. Finding out draws a batch, so it may wait.
 
-        It is asked only when everything else that is due at a step is done, and no stop is requested.
+        It is asked when all handlers of the last step but those of `on_save` have run, and no stop is requested.
         """
-        return self.epoch_length is None and self._stream.ended()
+        return self._stream.ended()
 
-    def _before_step(self) -> None:
-        """Call the handlers that are due before the next step, with its batch. Compile before the first step."""
-        completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self.epoch_length else 0
+    def _before_step(self) -> bool:
+        """Call the handlers that are due before the next step, with its batch. Compile before the first step.
+
+        Returns:
+            Whether the step will run, because nothing has stopped the run.
+        """
+        completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self._stream.length else 0
         if due := self._events.take_due("on_step_begin", self.step + 1, completed_epoch):
             self._in_step_begin = True
             try:
@@ -290,6 +296,7 @@ class Loop:
             with self._spans.span(COMPILE):
                 self._compiled.prepare(self._bundle, first, self._call_rng)
             self._prepared = True
+        return not self.over
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
         """Return when anything is next due.
@@ -558,6 +565,9 @@ class Loop:
         Args:
             values: scalars by name, such as `{"val/loss": 0.3}`. Blocks until scalars on the device are ready.
         """
+        if not isinstance(values, Mapping):
+            got = type(values).__name__
+            raise TypeError(f'loop.log needs a dict of numbers by name, got {got}: loop.log({{"val/loss": loss}}).')
         record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
         if record.values:
             if self._events.running:
@@ -577,7 +587,10 @@ class Loop:
         self.announced.update(names)
 
     def observe(self, observer: Observer) -> None:
-        """Report the run to an observer until it ends: compiled calls, waits, handlers and progress."""
+        """Report the run to an observer until it ends: compiled calls, waits, handlers and progress.
+
+        An observer of the whole run, `on_load` of every callback included, is returned by `Callback.observer`.
+        """
         timed = self._spans.timed
         self._spans.add(observer)
         if self._spans.timed and not timed:  # the first observer that overrides begin or end
@@ -648,7 +661,7 @@ class Loop:
         state, carries = self._load_tree(snapshot, host, strict)
         self._bundle = self._compiled.bundle(state, carries, host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
-        self.latest, self._restored, self._must_match = host["latest"], True, host["program"]
+        self.latest, self._restored, self._must_match = Latest(host["latest"]), True, host["program"]
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped, self._final = host["stopped"], True
@@ -748,7 +761,7 @@ class Loop:
             found = f"the run ended with a final stop at step {self.step} ({self.stopped})"
             remedy = "resume from an earlier checkpoint with Checkpoint(..., resume=step)"
         if not self._restored_from:
-            return f"{found}: nothing to do"
+            return f"{found}: nothing to do" + ("; raise the target to train further" if self.stopped is None else "")
         again = "start from scratch with Checkpoint(..., overwrite=True)"
         return f"{found}: nothing to do in {self._restored_from}; {remedy}, or {again}"
 

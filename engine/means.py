@@ -27,6 +27,8 @@ def to_float(value: Any, name: str) -> float:
     array = np.asarray(value) if jax.default_backend() == "cpu" else read(value)
     if array.ndim:
         raise ValueError(f"A record needs scalars, got shape {array.shape} for {name!r}.")
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(f"A record needs numbers, got {type(value).__name__} for {name!r}.")
     return float(array)
 
 

@@ -283,7 +283,7 @@ def _block_size(
         return None, [
             f"the data ({type(stream.data).__name__}) can be read only once, so plan took no batch from it to decide"
         ]
-    check_rng(rng, needed=compiled.takes_rng)
+    check_rng(rng, compiled.function.step if compiled.takes_rng else None)
     stream.begin_epoch(0)
     batch, rng = stream.peek(), rng if compiled.needs_step else None
     bundle = shapes, carries, jax.ShapeDtypeStruct((), jnp.int32) if compiled.needs_step else None

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from .checks import check_list, local_file
 from .records import History
 from .result import Result
+from .views import COLOURS as COLOURS  # for `from onstep.plots import COLOURS`
+from .views import spans_decades as spans_decades
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#e87ba4", "#4a3aa7", "#eda100", "#008300", "#e34948")
-"""The colours of lines, in hexadecimal RGB."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 """The dash patterns of lines: lengths of dashes and gaps in points, empty for a solid line."""
 
@@ -118,13 +118,3 @@ def line_styles(names: Iterable[str]) -> dict[str, tuple[int, int]]:
             numbers.setdefault(firsts[name], len(numbers))
     places = {name: numbers.get(first, 0) for name, first in firsts.items()}
     return {name: (n % len(COLOURS), n // len(COLOURS) % len(DASHES)) for name, n in places.items()}
-
-
-def spans_decades(values: Iterable[float]) -> bool:
-    """Return whether values need a logarithmic scale: all finite ones are positive and span two decades or more.
-
-    >>> spans_decades([0.5, 20.0, 300.0]), spans_decades([0.5, 20.0]), spans_decades([0.0, 300.0])
-    (True, False, False)
-    """
-    finite = [value for value in values if math.isfinite(value)]
-    return bool(finite) and min(finite) > 0 and max(finite) / 100 >= min(finite)

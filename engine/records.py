@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from .checks import did_you_mean
+
 
 @dataclass(frozen=True)
 class Record:
@@ -63,7 +65,8 @@ class History(Mapping[str, list[float]]):
 
     def __getitem__(self, name: str) -> list[float]:
         if name not in self._values:
-            raise KeyError(f"{name!r} was not recorded; the history holds {sorted(self._values)}")
+            similar = did_you_mean(name, self._values)
+            raise KeyError(f"{name!r} was not recorded; the history holds {sorted(self._values)}.{similar}")
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -74,6 +77,20 @@ class History(Mapping[str, list[float]]):
 
     def __repr__(self) -> str:
         return f"History({', '.join(f'{name}: {len(values)}' for name, values in self._values.items())})"
+
+
+class Latest(dict[str, float]):
+    """The newest recorded value of every name.
+
+    >>> Latest({"train/loss": 0.5})["loss"]
+    Traceback (most recent call last):
+    ...
+    KeyError: "'loss' is not recorded yet; loop.latest holds ['train/loss']. Did you mean train/loss?"
+    """
+
+    def __missing__(self, name: str) -> float:
+        similar = did_you_mean(name, self)
+        raise KeyError(f"{name!r} is not recorded yet; loop.latest holds {sorted(self)}.{similar}")
 
 
 def improves(value: float, best: float | None, *, mode: str = "min", min_delta: float = 0.0) -> bool:

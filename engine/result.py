@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from .callback import Callback, Carry, find_carry
 from .data.stream import BatchStream
 from .records import History
 from .snapshot import Snapshot
 from .trees import State
+from .views import result_html
 
 _SHOWN = 6
 """How many values a repr shows."""
@@ -56,6 +57,12 @@ class Result:
         """
         return find_carry(self.snapshot.tree["carries"], self._callbacks, callback)
 
+    def __getitem__(self, name: Any) -> NoReturn:
+        raise TypeError(
+            f"A Result has attributes, not items, got [{name!r}]. Read result.state, or the values of a "
+            'metric: result.latest["train/loss"] is the newest, result.history["train/loss"] are all.'
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
             "A Result cannot be copied or pickled: it holds the run's callbacks and its position in the data. Keep "
@@ -66,3 +73,6 @@ class Result:
         values = [f"{name!r}: {value:.5g}" for name, value in self.latest.items()]
         latest = ", ".join(values[:_SHOWN] + ["..."] * (len(values) > _SHOWN))
         return f"Result(step={self.step}, epoch={self.epoch}, stopped={self.stopped!r}, latest={{{latest}}})"
+
+    def _repr_html_(self) -> str:
+        return result_html(self.step, self.epoch, self.stopped, self.latest, self.history)

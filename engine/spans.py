@@ -72,6 +72,9 @@ class Observer:
     def progress(self, name: str, done: int, total: int | None) -> None:
         """A callback reports progress: `done` of `total` units (None if unknown). `done=0` marks the beginning."""
 
+    def close(self) -> None:
+        """The run is over, and every `on_run_end` has returned or raised."""
+
 
 COMPILE, DATA, CALL, WAIT = Span("compile"), Span("data"), Span("call"), Span("wait")
 
@@ -98,12 +101,13 @@ class Spans:
     def add(self, observer: Observer) -> None:
         """Add an observer."""
         self._observers += (observer,)
+        self._undo.callback(observer.close)
         if any(_overrides(observer, name) for name in ("begin", "end")):
             self._timers += (observer,)
             self.timed = True
 
     def close(self) -> None:
-        """Forget the observers, and restore the methods that `instrument` replaced."""
+        """Restore the methods that `instrument` replaced, and close the observers, the newest first."""
         self._observers = self._timers = ()
         self.timed = False
         self._undo.close()

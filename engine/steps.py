@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .cadence import Cadence
+from .events import note_kept
 from .loop import Loop
 from .result import Result
 
@@ -39,13 +40,14 @@ class Steps:
 
     def __iter__(self) -> Iterator[Loop]:
         if not self._open:
-            raise RuntimeError("engine.steps needs a with: `with engine.steps(...) as steps: for loop in steps: ...`.")
+            raise RuntimeError("engine.steps needs a with: with engine.steps(...) as steps: for loop in steps: ...")
         return self._iterator
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._open = False
         if error is not None:
             try:
+                note_kept(error)
                 self._iterator.throw(error)  # type: ignore[attr-defined]
             except BaseException as raised:
                 if raised is not error:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .activity import Activity, thread_activity
 from .callback import Callback, Carry
 from .checks import (
     check_int,
@@ -26,6 +27,7 @@ from .checks import (
     takes_rng,
 )
 from .compiled.cost import count_flops
+from .data.source import check_data
 from .evaluate import check_evaluation
 from .event_files import close_event_writer, event_writer
 from .fields import get_field, get_fields, set_field, set_fields
@@ -40,10 +42,12 @@ from .spans import Observer, Span
 from .trees import difference, named_leaves, signature
 
 __all__ = [
+    "Activity",
     "Observer",
     "RecordFile",
     "Span",
     "cast_like",
+    "check_data",
     "check_evaluation",
     "check_int",
     "check_list",
@@ -75,6 +79,7 @@ __all__ = [
     "set_fields",
     "signature",
     "takes_rng",
+    "thread_activity",
     "to_host",
     "warn_missing_metric",
     "warn_user",

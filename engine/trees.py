@@ -58,11 +58,11 @@ def compare_signatures(old: dict[str, str], new: dict[str, str], *, most: int = 
     return "; ".join(rows[:most] + ([f"and {len(rows) - most} more"] if len(rows) > most else []))
 
 
-def ignore_sizes(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
+def ignore_sizes(new: dict[str, str], old: dict[str, str], *, rows_only: bool = False) -> dict[str, str]:
     """Return the signature of a batch, with the entries of `old` for leaves that differ from it only in size.
 
-    Such leaves have the same dtype and rank, and no more rows. The batch may be the last one of an epoch, or hold
-    sequences of another length.
+    Such leaves have the same dtype and rank, and no more rows. The batch may be the last one of an epoch, or, unless
+    `rows_only` is set, hold sequences of another length.
     """
     pattern = r"(.*)\[(\d+)(.*)"  # dtype, rows, other axes
 
@@ -70,7 +70,8 @@ def ignore_sizes(new: dict[str, str], old: dict[str, str]) -> dict[str, str]:
         now, was = re.fullmatch(pattern, new[name]), re.fullmatch(pattern, old.get(name, ""))
         if now is None or was is None:
             return False
-        return (now[1], now[3].count(",")) == (was[1], was[3].count(",")) and int(now[2]) <= int(was[2])
+        axes = [now[3], was[3]] if rows_only else [now[3].count(","), was[3].count(",")]
+        return now[1] == was[1] and axes[0] == axes[1] and int(now[2]) <= int(was[2])
 
     return {name: old[name] if same(name) else kind for name, kind in new.items()}
 

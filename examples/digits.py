@@ -1,7 +1,7 @@
 """Train a small CNN on handwritten digits, with all the callbacks of a typical run.
 
-    python examples/digits.py            trains to about 99 % accuracy, in seconds on two CPU cores
-    tensorboard --logdir runs/digits     shows the curves
+    python examples/digits.py                           trains to about 99 % accuracy, in seconds on two CPU cores
+    python -m tensorboard.main --logdir runs/digits     shows the curves
 
 The step is a pure function. Everything around it is a callback, from averaged weights to the
 progress bar. Interrupt the script (Ctrl-C) and run it again: it resumes where it stopped, with the
@@ -16,6 +16,7 @@ at the last evaluation, not at the best one.
 import argparse
 import gzip
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -179,7 +180,7 @@ def report(result, directory, epoch_steps, seconds):
     if result.stopped:
         print(f"stopped    after epoch {result.epoch}: {result.stopped}")
     print(f"saved      checkpoints, TensorBoard files and digits.png, in {directory}")
-    print(f"curves     tensorboard --logdir {directory}")
+    print(f"curves     {os.path.relpath(sys.executable)} -m tensorboard.main --logdir {directory}")
 
 
 def main():

@@ -57,7 +57,7 @@ def members(kind):
     listed = re.search(r"Attributes:\n(.*?)(\n\n|\Z)", inspect.getdoc(kind) or "", flags=re.DOTALL)
     for name in re.findall(r"^ {4}(\w+):", listed[1], flags=re.MULTILINE) if listed else ():
         yield name, None
-    inherited = () if kind is onstep.Callback else (*EVENTS, "init", "update", "get_state", "set_state")
+    inherited = () if kind is onstep.Callback else (*EVENTS, "observer", "init", "update", "get_state", "set_state")
     for name, found in vars(kind).items():
         if name.startswith("_") or name in inherited:
             continue

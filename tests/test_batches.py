@@ -179,8 +179,8 @@ def test_resumed_run_gathers_no_used_examples(capsys):
 @pytest.mark.parametrize(
     ("other", "change"),
     [
-        (lambda: Batches(np.arange(10), 2), "epochs have 4 batches, this run's 5"),
-        (lambda: Batches(np.arange(8), 4), "epochs have 4 batches, this run's 2"),
+        (lambda: Batches(np.arange(10), 2), "examples 8 became 10"),
+        (lambda: Batches(np.arange(8), 4), "batch_size 2 became 4"),
         (lambda: Batches(np.arange(9), 2), "Batches has changed since the run was saved: examples 8 became 9"),
         (lambda: Batches(np.arange(8), 2, seed=1), "Batches has changed since the run was saved: seed 0 became 1"),
         (

@@ -121,7 +121,7 @@ def test_two_callbacks_with_the_same_name_are_refused():
 @pytest.mark.parametrize("name", [None, "mine"])
 def test_callback_listed_twice_is_refused(name):
     callback = Idle(name)
-    with pytest.raises(ValueError, match="or one is listed twice"):
+    with pytest.raises(ValueError, match=f"The callback {name or 'Idle'} is listed twice. List it once"):
         Engine(add, [callback, Counter(), callback])
 
 

@@ -297,6 +297,17 @@ def test_changed_step_is_said_at_the_first_record(change, steps_per_call, tmp_pa
     assert [step for step, *messages in seen if CHANGED_STEP in messages] == [5]
 
 
+def test_terminal_in_colour_does_not_make_a_step_another_step(tmp_path, capsys, monkeypatch):
+    def go(steps):
+        return Engine(lambda s, b: (s + b, {"loss": s}), [Checkpoint(tmp_path)]).run(0, [1, 2, 3, 4], steps=steps)
+
+    go(2)
+    monkeypatch.setattr("jax._src.pretty_printer.CAN_USE_COLOR", True)  # as if the process had begun on a terminal
+    assert "\x1b" in str(jax.make_jaxpr(jnp.sin)(1.0))
+    assert go(4).step == 4
+    assert "changed since" not in capsys.readouterr().err
+
+
 def test_changed_step_is_said_at_the_latest_when_it_is_saved(tmp_path, capsys):
     for step in (counting_step, double):
         Engine(step, [Checkpoint(tmp_path)]).run(jnp.int32(0), range(12), epochs=1 if step is counting_step else 2)
@@ -372,7 +383,7 @@ def test_different_batch_size_is_refused(tmp_path):
         return Engine(lambda s, b: (s + b.sum(), {}), [Checkpoint(tmp_path)]).run(jnp.int32(0), data, steps=steps)
 
     go(2, 3)
-    with pytest.raises(ValueError, match="saved run's epochs have 6 batches, this run's 4"):
+    with pytest.raises(ValueError, match="Batches has changed since the run was saved: batch_size 2 became 3"):
         go(3, 4)
 
 

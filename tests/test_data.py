@@ -408,7 +408,7 @@ def test_generator_read_beyond_the_result_is_refused():
         (
             [1, 2, 3, 4, 5],
             {"epoch_steps": 3},
-            "epochs have 5 batches, this run's 3. Pass the same data and epoch_steps",
+            "epochs have 5 batches, this run's 3. Pass the same data, batch size and epoch_steps",
         ),
     ],
     ids=["shorter", "unknown", "epoch_steps"],
@@ -685,8 +685,8 @@ def test_stop_iteration_that_is_not_the_end_of_the_data_is_an_error(place, prefe
 
 @pytest.mark.parametrize(
     ("data", "kind"),
-    [({"x": [1, 2]}, "dict"), ("abc", "str"), (5, "int"), (lambda epoch: None, "NoneType")],
-    ids=["dict", "string", "number", "callable to None"],
+    [({"x": [1, 2]}, "dict"), ("abc", "str"), (5, "int"), (lambda epoch: 5, "int")],
+    ids=["dict", "string", "number", "callable to a number"],
 )
 def test_object_that_is_not_a_data_source_is_refused(data, kind):
     with pytest.raises(TypeError, match=f"data needs to be an iterable of batches or a callable .*, got {kind}"):

@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs in order and prints the output shown below it."""
 
+import json
 import re
 import signal
 import subprocess
@@ -12,8 +13,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 EVERY_PAGE = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-PAGES = [page for page in EVERY_PAGE if "```python" in page.read_text()]
 MARK = "=== end of block"
+BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", flags=re.MULTILINE | re.DOTALL)
+"""A Python block at the left margin (the tabs of a comparison are not run), and a text block directly below it."""
+PUBLIC = (ROOT / "tests" / "api.txt").read_text().splitlines()
+PAGES = [page for page in EVERY_PAGE if BLOCK.search(page.read_text())]
 
 
 def names(page):
@@ -22,8 +26,16 @@ def names(page):
 
 def blocks(page):
     """Return the Python blocks of a page, each with the text block directly below it, or None."""
-    below = r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?"
-    return [(code, shown or None) for code, shown in re.findall(below, page.read_text(), flags=re.DOTALL)]
+    return [(match[1], match[2]) for match in BLOCK.finditer(page.read_text())]
+
+
+def program(page):
+    """Return the Python blocks of a page as one program with the line numbers of the page."""
+    text, written = page.read_text(), ""
+    for match in BLOCK.finditer(text):
+        written += "\n" * (text.count("\n", 0, match.start(1)) - written.count("\n"))
+        written += f"{match[1]}print({MARK!r}, flush=True)"
+    return f"{written}\n[test() for name, test in list(globals().items()) if name.startswith('test_')]\n"
 
 
 def masked(text):
@@ -32,20 +44,27 @@ def masked(text):
     return [re.sub(r"\s+|-+", " ", re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "#", line)) for line in lines]
 
 
+@pytest.fixture(scope="session")
+def server():
+    """A process that runs pages; see run_pages.py."""
+    command = [sys.executable, "-u", "-W", "error", ROOT / "tests" / "run_pages.py"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=names)
-def test_code_blocks_of_a_page_run_and_print_the_shown_output(page, tmp_path):
-    found = blocks(page)
-    program = "".join(f"{code}\nprint({MARK!r}, flush=True)\n" for code, _ in found)
-    program += "[test() for name, test in list(globals().items()) if name.startswith('test_')]\n"
-    command = [sys.executable, "-u", "-W", "error", "-c", program]
-    done = subprocess.run(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout
-    printed = done.stdout.split(f"{MARK}\n")
-    for (code, shown), text in zip(found, printed, strict=False):
-        assert shown is None or masked(text) == masked(shown), code
+def test_code_blocks_of_a_page_run_and_print_the_shown_output(page, tmp_path, server):
+    folder, output = tmp_path / "folder", tmp_path / "output"
+    folder.mkdir()
+    task = {"program": program(page), "folder": str(folder), "output": str(output), "seconds": 300}
+    print(json.dumps(task), file=server.stdin, flush=True)
+    status = server.stdout.readline()
+    printed = output.read_text()
+    assert status == "0\n", f"train.py is {names(page)}\n{printed}"
+    for (code, shown), text in zip(blocks(page), printed.split(f"{MARK}\n"), strict=False):
+        assert shown is None or masked(text) == masked(shown), f"{code}\nprints:\n{text}"
 
 
 @pytest.mark.slow
@@ -64,19 +83,29 @@ def test_first_run_is_interrupted_and_resumes_as_the_page_shows(tmp_path):
     assert printed[-1] == "onstep: saved at step 440; run the same command to resume\n"
     second = subprocess.run(command, cwd=tmp_path, timeout=300, check=True, **pipes).stdout
     assert "onstep: resuming from step" in second
-    both = [line for line in "".join([*printed, second]).splitlines() if line.startswith(("step", "done"))]
-    assert masked("\n".join(both)) == masked(shown)
+    both, shown = (
+        "\n".join(line for line in text.splitlines() if line.startswith(("step", "done")))
+        for text in ("".join([*printed, second]), shown)
+    )
+    assert masked(both) == masked(shown)
 
 
 @pytest.mark.slow
-def test_site_builds_without_a_warning_and_loads_nothing_external(tmp_path):
+def test_site_builds_without_a_warning_and_loads_nothing_external_and_shows_what_is_public(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for page in DOCS.rglob("*.md"):
-        html = (tmp_path / page.relative_to(DOCS).with_suffix(".html")).read_text()
+    pages = {page: (tmp_path / page.relative_to(DOCS).with_suffix(".html")).read_text() for page in DOCS.rglob("*.md")}
+    for page, html in pages.items():
         assert not re.findall(r"<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=.?https?:", html), page
+        assert "iframe-worker.js" in html  # for search from disk, as browsers start no worker from a file
+    assert "Checkpoint" in (tmp_path / "search" / "search_index.js").read_text()
+    reference = "".join(html for page, html in pages.items() if page.parent.name == "reference")
+    shown = set(re.findall(r'id="(onstep[\w.]*)"', reference))
+    shown.add("onstep.state.TrainState.replace")  # made by Flax's decorator
+    assert {documented(name) for name in PUBLIC if "(" in name} <= shown
+    assert not [name for name in shown if "._" in name]
 
 
 def test_links_between_documents_exist():
@@ -85,27 +114,58 @@ def test_links_between_documents_exist():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def documented(name):
+    """Return the name under which the reference shows a public name."""
+    name = name.partition("(")[0]
+    if name == "onstep.evaluate":
+        return "onstep.evaluate.evaluate"  # because the module has the same name
+    return re.sub(r"onstep\.callbacks\.checkpoint\.(load|save)", r"onstep.storage.\1", name)
+
+
 def test_reference_lists_every_public_name():
-    shown = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), flags=re.MULTILINE))
-    shown.add("onstep.evaluate")  # shown as onstep.evaluate.evaluate, because the module has the same name
-    public = re.findall(r"^[\w.]+", (ROOT / "tests/api.txt").read_text(), flags=re.MULTILINE)
-    assert len(public) > 100
-    for name in public:  # a class and the config module show their members
-        assert name in shown or any(name.startswith(f"{holder}.") for holder in shown), name
+    shown = set()
+    for page in (DOCS / "reference").glob("*.md"):
+        for name, options in re.findall(r"^::: (\S+)((?:\n .*)*)", page.read_text(), flags=re.MULTILINE):
+            members = re.search(r"members: \[(.*)\]", options)
+            shown |= {f"{name}.{member}" for member in members[1].split(", ")} if members else {name}
+    assert len(PUBLIC) > 250
+    for name in map(documented, PUBLIC):
+        assert any(name == holder or name.startswith(f"{holder}.") for holder in shown), name
 
 
-def test_catalogue_has_a_row_and_an_example_for_every_callback():
-    page = (DOCS / "callbacks/catalogue.md").read_text()
-    rows = re.findall(r"^\| \[(\w+)\]\(#(\w+)\)", page, flags=re.MULTILINE)
-    sections = re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", page, flags=re.MULTILINE | re.DOTALL)
-    assert {name for name, _ in sections} == set(onstep.callbacks.__all__)
-    assert {(name, anchor) for name, anchor in rows} == {(name, name.lower()) for name, _ in sections}
-    for name, text in sections:
-        assert "```python" in text, name
+def test_each_public_module_has_a_page_in_the_reference():
+    index = (DOCS / "reference" / "index.md").read_text()
+    pages = {page.stem: page.read_text() for page in (DOCS / "reference").glob("*.md") if page.stem != "index"}
+    for name, text in pages.items():
+        module = "onstep" if name == "onstep" else f"onstep.{name}"
+        assert text.startswith(f"# {module}\n")
+        assert f"[`{module}`]({name}.md)" in index
+        assert not [line for line in text.splitlines() if line.startswith("::: ") and module not in line]
+
+
+def test_every_callback_has_a_page_with_an_example():
+    index = (DOCS / "callbacks" / "index.md").read_text()
+    for name in onstep.callbacks.__all__:
+        module = getattr(onstep.callbacks, name).__module__.rpartition(".")[2]
+        page = DOCS / "callbacks" / f"{module}.md"
+        text = page.read_text()
+        assert text.startswith(f"# {name}\n")
+        assert blocks(page), name
         assert "```text" in text or "![" in text, name
+        assert f"]({module}.md" in index, name
 
 
-def test_readme_is_short_and_starts_with_code():
+def test_commands_have_no_prompt_so_that_they_can_be_copied():
+    for page in EVERY_PAGE:
+        text = page.read_text()
+        assert "```console" not in text, page.name
+        for commands in re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.DOTALL):
+            assert not re.search(r"^\s*[$%>] ", commands, flags=re.MULTILINE), f"{page.name}: {commands}"
+
+
+def test_readme_is_short_and_starts_with_how_to_install_and_code():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
-    assert lines.index("```python") < 15
+    script = lines.index("```python")
+    assert script < 20
+    assert any("pip install" in line for line in lines[:script])

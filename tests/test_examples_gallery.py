@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GALLERY, FEATURES = ((ROOT / "docs" / name).read_text() for name in ("gallery.md", "features.md"))
+GALLERY, FEATURES = ((ROOT / "docs" / name).read_text() for name in ("gallery.md", "contributing/features.md"))
 
 
 def test_gallery_shows_every_example_with_its_command():
@@ -12,7 +12,7 @@ def test_gallery_shows_every_example_with_its_command():
     scripts = [script for script in scripts if "shared_callbacks" not in script]
     assert len(scripts) >= 12
     for script in scripts:
-        assert re.search(rf"^\$ python {re.escape(script)}\b", GALLERY, re.MULTILINE), script
+        assert re.search(rf"^python {re.escape(script)}\b", GALLERY, re.MULTILINE), script
         assert f"](../{script})" in GALLERY, script
 
 

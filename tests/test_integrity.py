@@ -391,7 +391,7 @@ def test_best_is_loaded_by_the_metric_of_the_newest_checkpoint(tmp_path):
 
 def test_loading_the_best_is_an_error_if_there_is_none(tmp_path):
     run(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"load: no step best in .*; it holds \[4, 8, 12\]"):
+    with pytest.raises(FileNotFoundError, match=r"load: no checkpoint in .* counts as best: it holds \[4, 8, 12\]"):
         load(tmp_path, jnp.int32(0), "best")
 
 
@@ -399,7 +399,7 @@ def test_manifest_of_an_early_version_is_read(saved):
     for step in (4, 8, 12):
         reseal(saved / str(step), lambda manifest: manifest.pop("best"))
     assert int(load(saved, jnp.int32(0), 8)) == sum_at(8)
-    with pytest.raises(FileNotFoundError, match="no step best"):
+    with pytest.raises(FileNotFoundError, match="counts as best"):
         load(saved, jnp.int32(0), "best")
     assert run(saved, 16, best="train/loss", mode="max", resume="best").step == 16
 

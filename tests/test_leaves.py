@@ -124,8 +124,8 @@ def test_donated_state_and_key_are_named_when_they_are_used_again():
     state, key = {"w": jnp.ones(2)}, jax.random.key(0)
     engine = Engine(lambda state, batch: (jax.tree.map(lambda w: w + batch, state), {}))
     engine.run(state, [1.0], epochs=1, donate=True)
-    with pytest.raises(ValueError, match="The state holds a deleted array at 'w'. An earlier call, such as a run with"):
+    with pytest.raises(ValueError, match="The state holds a deleted array at 'w'. It was donated to a compiled call"):
         engine.run(state, [1.0], epochs=1)
     key.delete()
-    with pytest.raises(ValueError, match="rng is a deleted array. An earlier call"):
+    with pytest.raises(ValueError, match="rng is a deleted array. It was donated to a compiled call"):
         Engine(counting_step).run(0, [1], epochs=1, rng=key)

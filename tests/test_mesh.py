@@ -208,13 +208,14 @@ def test_checkpoint_resumes_in_another_layout(before, after, tmp_path, alone):
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "plain"])
-def test_run_on_one_device_resumes_on_many_and_back(kind, tmp_path, alone):
+def test_run_on_one_device_resumes_on_many_and_back(kind, tmp_path, alone, capsys):
     run(make(jax.random.key(0)), None, GradNorm(), Checkpoint(tmp_path, when=10), steps=20)
     mesh, state = states(kind)
     run(state, mesh, GradNorm(), Checkpoint(tmp_path, when=10), steps=30)
     result = run(make(jax.random.key(0)), None, GradNorm(), Checkpoint(tmp_path, when=10), steps=50)
     np.testing.assert_allclose(result.history["train/loss"], alone.history["train/loss"][30:], rtol=1e-5)
     assert len(jax.tree.leaves(result.state)[0].sharding.device_set) == 1
+    assert "changed since" not in capsys.readouterr().err  # a mesh adds operations to the same step
 
 
 @pytest.mark.parametrize("options", [{}, {"steps_per_call": 8}], ids=["plain", "blocks"])

@@ -1,4 +1,7 @@
-"""Error messages: each mistake is named with what was found and what to do, before anything is written."""
+"""Error messages: each mistake is named with what was found and what to do, before anything is written.
+
+The mistakes of a first hour, with the moment at which each is answered, are in `test_first_hour.py`.
+"""
 
 import functools
 from typing import NamedTuple
@@ -13,11 +16,9 @@ from onstep.callbacks import (
     Checkpoint,
     EarlyStopping,
     Evaluate,
-    GradNorm,
     Images,
     LearningRate,
     Progress,
-    Target,
     TensorBoard,
     Writer,
 )
@@ -70,18 +71,13 @@ def test_structure_that_differs_without_a_leaf_is_named():
 @pytest.mark.parametrize(
     ("results", "error", "match"),
     [
-        (lambda s: s, TypeError, r"needs to return \(state, metrics\).*got an array float32\[\]"),
-        (lambda s: None, TypeError, "got None"),
         (lambda s: (s,), TypeError, "got 1 results"),
         (lambda s: (s, {}, {}, {}), TypeError, "got 4 results"),
         (lambda s: [s, {}], TypeError, "got list"),
-        (lambda s: (s, s), TypeError, r'metrics as .*, got an array float32\[\].*: return state, {"loss": loss}'),
         (lambda s: (s, {1: s}), TypeError, "metrics as a dict of scalars by name"),
-        (lambda s: (s, {"loss": jnp.zeros(3)}), ValueError, r"scalar metrics, got shape \(3,\) for 'loss'"),
+        (lambda s: (s, {"loss": jnp.zeros(1)}), ValueError, r"scalar metrics, got shape \(1,\) for 'loss'"),
         (lambda s: (s, {"loss": {"a": s}}), TypeError, "scalar metrics, got dict for 'loss'"),
         (lambda s: (s, {"loss": jax.random.key(0)}), TypeError, r"needs numbers as metrics, got key<fry> for 'loss'"),
-        (lambda s: (s, {"loss": "low"}), TypeError, "scalar metrics, got str for 'loss'"),
-        (lambda s: (s, {}, s), TypeError, "a dict as its third result, aux"),
     ],
 )
 def test_wrong_return_value_of_the_step_is_named(results, error, match, tmp_path):
@@ -92,7 +88,6 @@ def test_wrong_return_value_of_the_step_is_named(results, error, match, tmp_path
     ("wrong", "match"),
     [
         (lambda: None, r"\(state, batch\) or \(state, batch, rng\), got \(\)"),
-        (lambda state: None, r"got \(state\)"),
         (lambda a, b, c, d: None, r"got \(a, b, c, d\)"),
         (lambda state, batch, *, rng: None, r"got \(state, batch, rng\)"),
         ("step", "needs to be a function .*got str"),
@@ -130,7 +125,7 @@ def test_step_that_takes_a_key_is_recognized_however_it_is_wrapped(wrapped):
     fails(wrapped, "takes a random key as its third argument. Pass one: rng=")
 
 
-@pytest.mark.parametrize("wrong", [0, "key", np.zeros(2)], ids=["int", "str", "floats"])
+@pytest.mark.parametrize("wrong", ["key", np.zeros(2)], ids=["str", "floats"])
 def test_rng_that_is_not_a_random_key_is_refused(wrong):
     fails(takes_key, "rng needs a random key such as jax.random.key", TypeError, rng=wrong)
 
@@ -214,7 +209,6 @@ def test_numbers_and_arrays_are_leaves_of_a_batch(leaf):
 @pytest.mark.parametrize(
     ("targets", "match"),
     [
-        ({}, "needs a target: epochs=, steps= or both"),
         ({"epochs": -1}, "A run needs epochs to be a whole number >= 0, got -1"),
         ({"steps": 1.5}, "A run needs steps to be a whole number >= 0, got 1.5"),
         ({"steps": True}, "A run needs steps to be a whole number >= 0, got True"),
@@ -238,8 +232,6 @@ def test_target_below_the_current_step_is_refused():
     result = engine.run(jnp.float32(0), [1.0] * 4, epochs=2)
     with pytest.raises(ValueError, match="at step 8, beyond the target of 5 steps"):
         engine.run(result, [1.0] * 4, steps=5)
-    with pytest.raises(ValueError, match=r"at epoch 2, beyond the target of 1 epoch\."):
-        engine.run(result, [1.0] * 4, epochs=1)
 
 
 def test_resuming_with_another_random_key_names_both_keys():
@@ -270,18 +262,14 @@ def test_handler_assigned_to_an_object_is_checked_when_the_engine_is_made():
 @pytest.mark.parametrize(
     ("methods", "match"),
     [
-        ({"on_step_ends": lambda self, loop: None}, r"Bad.on_step_ends is not an event. Did you mean on_step_end\?"),
         ({"on_train_start": lambda self, loop: None}, "Bad.on_train_start is not an event"),
         ({"on_step_end": lambda self: None}, r"Bad.on_step_end needs the arguments \(self, loop\), got \(self\)"),
         ({"on_step_end": lambda self, loop, metrics: None}, r"\(self, loop\), got \(self, loop, metrics\)"),
-        ({"on_log": lambda self, loop: None}, r"\(self, loop, record\), got \(self, loop\)"),
         ({"on_exception": lambda self, loop: None}, r"\(self, loop, error\), got \(self, loop\)"),
-        ({"update": lambda self, ctx: None}, r"Bad.update needs the arguments \(self, carry, ctx\), got \(self, ctx\)"),
         ({"on_log": None}, "Bad.on_log needs to be a plain method, got NoneType"),
         ({"on_step_end": coroutine}, "Bad.on_step_end needs to be a plain function, got a coroutine function"),
         ({"on_step_end": generator}, "Bad.on_step_end needs to be a plain function, got a generator function"),
         ({"on_log": staticmethod(lambda loop, record: None)}, "plain method, got staticmethod"),
-        ({"init": lambda self, state: 0}, "Bad has init without update; define both"),
         ({"get_state": lambda self: {}}, "Bad has get_state without set_state; define both"),
         ({"set_state": lambda self, state: None}, "Bad has set_state without get_state; define both"),
     ],
@@ -309,10 +297,9 @@ def test_callback_class_with_a_mistake_is_refused_when_it_is_defined(methods, ma
         (lambda carry, ctx: (carry, ctx.log(x=ctx.rng[0])), ValueError, "Half needs a random key"),
     ],
 )
-@pytest.mark.parametrize("when", [1, 2], ids=["always", "branched"])
-def test_compiled_half_with_a_mistake_is_named(wrong, error, match, when):
+def test_compiled_half_with_a_mistake_is_named(wrong, error, match):
     class Half(Callback):
-        update_when = when
+        update_when = 2  # behind a branch; tests/test_first_hour.py has those that are always due
 
         def init(self, state):
             return 0.0
@@ -327,15 +314,11 @@ def test_compiled_half_with_a_mistake_is_named(wrong, error, match, when):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: EMA(1.5), "EMA needs 0 <= decay < 1, got 1.5"),
         (lambda: EMA(start=-1), "EMA needs start to be a whole number >= 0"),
-        (lambda: EarlyStopping("x", patience=0), "EarlyStopping needs patience to be a whole number >= 1"),
-        (lambda: EarlyStopping("x", patience=1, mode="best"), "mode 'min' or 'max', got 'best'"),
         (lambda: EarlyStopping("x", patience=1, min_delta=-1), "min_delta >= 0, got -1"),
         (lambda: Checkpoint("x", keep=0), "Checkpoint needs keep to be a whole number >= 1"),
         (lambda: Progress(interval=-1), "Progress needs interval > 0 in seconds, got -1"),
         (lambda: Progress(interval="1"), "Progress needs interval > 0 in seconds, got '1'"),
-        (lambda: Target("params", "params"), "Target needs two different fields, got 'params' for both"),
     ],
 )
 def test_arguments_out_of_range_are_refused_when_the_callback_is_made(make, match):
@@ -382,11 +365,6 @@ def test_missing_field_of_the_state_is_named_with_the_existing_fields(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_grad_norm_without_gradients_says_what_to_return():
-    with pytest.raises(ValueError, match=r"GradNorm needs aux\['grads'\], got aux with \[\]. Return it from the step"):
-        Engine(step, [GradNorm()]).run(jnp.float32(0), [1.0], epochs=1)
-
-
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
@@ -419,16 +397,7 @@ def test_restore_outside_on_load_is_refused():
         engine.run(jnp.float32(0), [1.0], epochs=1)
 
 
-def test_logging_a_value_that_is_not_a_scalar_names_it():
-    engine = Engine(step)
-    engine.on("epoch_end")(lambda loop: loop.log({"val/loss": np.zeros(2)}))
-    with pytest.raises(ValueError, match=r"A record needs scalars, got shape \(2,\) for 'val/loss'"):
-        engine.run(jnp.float32(0), [1.0], epochs=1)
-
-
-def test_missing_name_in_the_history_is_answered_with_the_recorded_names():
+def test_steps_of_a_missing_name_in_the_history_are_answered_like_its_values():
     history = Engine(step).run(jnp.float32(0), [1.0], epochs=1).history
-    with pytest.raises(KeyError, match=r"'loss' was not recorded; the history holds \['epoch/loss', 'train/loss'\]"):
-        history["loss"]
     with pytest.raises(KeyError, match="'loss' was not recorded"):
         history.steps("loss")

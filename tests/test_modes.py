@@ -91,7 +91,7 @@ def outcome(mode, leaves, directory, **options):
         state["opt"] = {"count": jax.device_put(np.int32(0))}
         data = [jax.device_put(np.float32([n, 1])) for n in range(3)]
         result = Engine(halve, made, log_every=2, **options).run(state, data, epochs=1, rng=KEY)
-        got = {"state": result.state, "carries": result.snapshot.tree["carries"], "latest": result.latest}
+        got = {"state": result.state, "carries": result.snapshot.tree["carries"], "latest": dict(result.latest)}
         got["averages"] = [callback.apply(result) for callback in made if hasattr(callback, "apply")]
     return {jax.tree_util.keystr(path): described(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(got)}
 

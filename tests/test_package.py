@@ -54,6 +54,7 @@ LAYERS = """
     storage.checkpoints
     storage.manifest storage.orbax_trees storage.lock
     storage.files
+    views
     records snapshot representation spans
     placement sharding
     processes

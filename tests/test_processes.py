@@ -180,7 +180,10 @@ def test_processes_that_wait_for_a_device_end_a_second_after_one_of_them_failed(
     ("scenario", "where"),
     [
         ("stalls", "process 1: at step 5, reading the data (pair.py"),
-        ("evaluates_less", "process 0: at step 2, in val.on_step_end; process 1: at step 2, waiting for the other"),
+        (
+            "evaluates_less",
+            "process 0: at step 2, evaluating in val.on_step_end; process 1: at step 2, waiting for",
+        ),
     ],
 )
 def test_a_process_that_others_wait_for_is_named_with_its_step_and_activity(scenario, where, tmp_path):

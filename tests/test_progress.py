@@ -20,7 +20,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 from onstep import Callback, Engine, evaluate, processes
-from onstep.callbacks import Evaluate, Progress, Table, Timing, progress
+from onstep.callbacks import Checkpoint, Evaluate, Progress, Table, Timing, progress
+from onstep.callbacks._support import layout, terminal, watch
+from onstep.storage import Checkpoints
 from onstep.testing import FakeClock, counting_step
 from onstep.tools import log_user
 
@@ -37,6 +39,12 @@ class StepTime(Callback):
 
     def on_step_begin(self, loop):
         self.clock.advance(self.seconds)
+
+
+@pytest.fixture(autouse=True)
+def silent_watch(monkeypatch):
+    """A slow machine must not add lines about what a run is doing; tests of these lines look by themselves."""
+    monkeypatch.setattr(watch, "TICK", 3600)
 
 
 @pytest.fixture
@@ -409,7 +417,7 @@ def test_a_long_evaluation_has_its_own_line_while_it_lasts(clock, screen):
         "epoch 2/2 |████████| step 8/8  1.00 steps/s  0:00 left  val/loss 1.000",
         "val       |███▏    | 4/10  0:06 left",
     ]
-    assert user.rows() == ["epoch 2/2 |████████| step 8/8  1.00 steps/s  in 0:28  val/loss 1.000", ""]
+    assert user.rows() == ["epoch 2/2 |████████| step 8/8  in 0:28  val/loss 1.000, train/loss 1.000", ""]
 
 
 def test_short_evaluations_have_no_line(clock, screen):
@@ -435,18 +443,40 @@ def test_a_failed_evaluation_leaves_no_line_behind(clock, screen):
     assert (line[:30], below) == ("epoch 1/2 |████████| step 4/8 ", "")
 
 
-def test_a_narrow_terminal_shows_whole_values_evaluations_first_and_a_shorter_bar(clock, screen):
-    narrow = screen(73)
-    engine = timed_engine(clock, 1, Progress(interval=1, file=narrow.file))
-    engine.on("step_end")(lambda loop: loop.log({"train/first": 1, "val/accuracy": 0.5, "test/very_long_name": 2}))
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (120, "epoch 2/2 |████████████| step 10/10  in 0:10  val/accuracy 0.5000, val/loss 0.2500, train/first 1.000"),
+        (100, "epoch 2/2 |██████████| step 10/10  in 0:10  val/accuracy 0.5000, val/loss 0.2500, train/loss 1.000"),
+        (80, "epoch 2/2 |████████| step 10/10  in 0:10  val/loss 0.2500, train/loss 1.000"),
+        (60, "epoch 2/2  step 10/10  val/loss 0.2500, train/loss 1.000"),
+        (40, "epoch 2/2  step 10/10  train/loss 1.000"),
+        (30, "epoch 2/2  train/loss 1.000"),
+        (20, "epoch 2/2 |█████|"),
+    ],
+)
+def test_a_narrow_terminal_leaves_out_rates_and_times_before_losses(clock, screen, columns, row):
+    user = screen(columns)
+    engine = timed_engine(clock, 1, Progress(interval=1, file=user.file))
+    engine.on("step_end")(lambda loop: loop.log({"train/first": 1, "val/accuracy": 0.5, "val/loss": 0.25}))
     engine.run(jnp.int32(0), [1] * 5, epochs=2)
-    assert narrow.rows()[0] == "epoch 2/2 |█████| step 10/10  1.00 steps/s  in 0:10  val/accuracy 0.5000"
+    assert user.rows()[0].startswith(row)
 
 
-def test_a_line_is_never_wider_than_the_terminal(clock, screen):
-    narrow = screen(30)
-    timed_engine(clock, 1, Progress(interval=1, file=narrow.file)).run(jnp.int32(0), [1] * 5, epochs=2)
-    assert narrow.rows() == ["epoch 2/2 |█████| step 10/10", ""]
+def test_a_narrow_terminal_shows_chosen_metrics_before_rates_and_times(clock, screen):
+    user = screen(80)
+    shown = Progress(interval=1, file=user.file, metrics=["val/accuracy", "train/loss", "test/very_long_name"])
+    engine = timed_engine(clock, 1, shown)
+    engine.on("step_end")(lambda loop: loop.log({"val/accuracy": 0.5, "test/very_long_name": 2}))
+    engine.run(jnp.int32(0), [1] * 5, epochs=2)
+    assert user.rows()[0] == "epoch 2/2 |████████| step 10/10  in 0:10  val/accuracy 0.5000, train/loss 1.000"
+
+
+def test_wide_characters_take_two_columns(clock, screen):
+    assert [terminal.width(text) for text in ("loss", "损失", "e\u0301")] == [4, 4, 1]
+    part = layout.Part("epoch 1/1", None, ["step 1/1"], ["train/损失 1.000"], [0])
+    assert layout.bars([part], 28, smooth=True) == ["epoch 1/1  train/损失 1.000"]
+    assert layout.bars([part], 27, smooth=True) == ["epoch 1/1  step 1/1"]
 
 
 def test_the_bar_shows_the_run_if_the_length_of_an_epoch_is_unknown(clock, screen):
@@ -665,6 +695,321 @@ def test_it_leaves_no_thread_behind():
     assert set(threading.enumerate()) == before
 
 
+# A line for each epoch.
+
+
+def learning(state, batch):
+    return state + batch, {"loss": 1 / (state + 1), "accuracy": 1 - 1 / (state + 1)}
+
+
+def score(state, batch):
+    return {"loss": 2 / (state + 1)}
+
+
+def lines_of_epochs(clock, file, **options):
+    callbacks = [StepTime(clock, 1), Progress(file=file, interval=1, epoch_lines=True, **options)]
+    return Engine(learning, [*callbacks, Evaluate(score, [jnp.ones(2)])], clock=clock)
+
+
+def test_a_log_file_has_one_line_for_each_epoch_with_training_beside_validation(clock):
+    file = io.StringIO()
+    lines_of_epochs(clock, file).run(jnp.float32(0), [jnp.float32(1)] * 2, epochs=10)
+    first, *_, last = file.getvalue().splitlines()
+    assert first == "epoch  1/10  accuracy 0.2500  loss 0.7500  val/loss 0.6667  2.0 s"
+    assert last == "epoch 10/10  accuracy 0.9487  loss 0.05132  val/loss 0.09524  2.0 s"
+    assert len(file.getvalue().splitlines()) == 10
+
+
+def test_the_metrics_of_the_lines_of_epochs_can_be_chosen(clock):
+    file = io.StringIO()
+    lines_of_epochs(clock, file, metrics=["val/loss", "epoch/loss"]).run(jnp.float32(0), [jnp.float32(1)] * 2, epochs=2)
+    assert file.getvalue().splitlines()[0] == "epoch 1/2  val/loss 0.6667  loss 0.7500  2.0 s"
+
+
+def test_a_run_that_ends_within_an_epoch_shows_its_last_step(clock):
+    file = io.StringIO()
+    lines_of_epochs(clock, file).run(jnp.float32(0), [jnp.float32(1)] * 40, steps=70)
+    assert file.getvalue().splitlines() == [
+        "epoch 1  accuracy 0.8930  loss 0.1070  val/loss 0.04878  40.0 s",
+        "epoch 2  step 70/70  1.00 steps/s  in 1:10  val/loss 0.04878, train/accuracy 0.9833, train/loss 0.01668",
+    ]
+
+
+def test_a_terminal_keeps_the_lines_of_epochs_above_the_bar(clock, screen):
+    seen, user = [], screen()
+    engine = lines_of_epochs(clock, user.file)
+    engine.on("step_end")(lambda loop: seen.append(user.rows()))
+    engine.run(jnp.float32(0), [jnp.float32(1)] * 2, epochs=2)
+    first = "epoch 1/2  accuracy 0.2500  loss 0.7500  val/loss 0.6667  2.0 s"
+    assert seen[2][0] == first
+    assert seen[2][1].startswith("epoch 2/2 |████    | step 3/4  ")
+    assert user.rows() == [first, "epoch 2/2  accuracy 0.7083  loss 0.2917  val/loss 0.4000  2.0 s", ""]
+
+
+def test_a_terminal_shows_the_time_of_an_epoch_only_if_there_is_room(clock, screen):
+    user = screen(60)
+    lines_of_epochs(clock, user.file).run(jnp.float32(0), [jnp.float32(1)] * 2, epochs=1)
+    assert user.rows() == ["epoch 1/1  accuracy 0.2500  loss 0.7500  val/loss 0.6667", ""]
+
+
+# What the run is doing when the bar does not move.
+
+
+class Look:
+    """Lets a run look at itself as the other thread does, as if it had been silent for some seconds."""
+
+    def __init__(self, monkeypatch):
+        self.clock = FakeClock()
+        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=self.clock))
+        made = watch.ActivityWatch.__init__
+
+        def remember(made_watch, *args, **options):
+            self.watch = made_watch
+            made(made_watch, *args, **options)
+
+        monkeypatch.setattr(watch.ActivityWatch, "__init__", remember)
+
+    def __call__(self, seconds=3):
+        self.clock.advance(0.1)
+        self.watch.look()
+        self.clock.advance(seconds - 0.1)
+        self.watch.look()
+
+
+@pytest.fixture
+def look(monkeypatch):
+    monkeypatch.setattr(watch, "TICK", 0.5)
+    monkeypatch.setattr(watch.ActivityWatch, "_watch", lambda watch: None)  # the other thread ends at once
+    return Look(monkeypatch)
+
+
+def test_the_line_below_the_bar_says_that_the_step_is_compiled(clock, screen, look):
+    seen, user = [], screen()
+
+    def step(state, batch):
+        look()
+        seen.append(user.rows())
+        return state, {"loss": batch}
+
+    Engine(step, [Progress(file=user.file)], clock=clock, steps_per_call=1).run(0, [1.0] * 4, epochs=2)
+    assert seen[0] == ["epoch 1/2 |        | step 0/8", "compiling the step  0:03"]
+    assert user.rows()[0].startswith("epoch 2/2 |████████| step 8/8")
+    assert len(user.rows()) == 2
+
+
+def test_the_line_below_the_bar_says_which_line_of_the_data_it_waits_for(clock, screen, look):
+    seen, user = [], screen()
+
+    def batches(epoch):
+        for number in range(4):
+            if number == 2:
+                look(65)
+                seen.append(user.rows())
+            yield number
+
+    Engine(counting_step, [Progress(file=user.file)], clock=clock, steps_per_call=1).run(0, batches, epochs=1)
+    assert seen[0][0].startswith("epoch 1/1  step")
+    assert re.fullmatch(r"reading the data \(test_progress.py:\d+ in __call__\)  1:05", seen[0][1])
+
+
+class SlowEvents(Callback):
+    """Looks at the screen in some events, as if each took seconds."""
+
+    def __init__(self, look, rows):
+        self._look, self._rows, self.seen = look, rows, []
+
+    def on_load(self, loop):
+        self._look()
+        self.seen.append(self._rows())
+
+    on_run_end = on_load
+
+
+def test_callbacks_before_it_are_shown_while_they_load_and_end(clock, screen, look):
+    user = screen()
+    slow = SlowEvents(look, user.rows)
+    engine = timed_engine(clock, 1, slow, Progress(file=user.file))
+    engine.run(jnp.int32(0), [1] * 8, epochs=1)
+    loading, ending = slow.seen
+    assert loading == ["running SlowEvents.on_load  0:03"]
+    assert ending == [BAR, "running SlowEvents.on_run_end  0:03"]
+    assert user.rows() == [BAR, ""]
+
+
+def test_a_checkpoint_that_is_saved_and_restored_is_named(tmp_path, monkeypatch, clock, screen, look):
+    user, seen = screen(), []
+
+    class Slow(Checkpoints):
+        def load(self, *args, **options):
+            look()
+            seen.append(user.rows())
+            return super().load(*args, **options)
+
+    monkeypatch.setattr("onstep.storage.writer.Checkpoints", Slow)
+    for epochs in (1, 2):
+        engine = timed_engine(clock, 1, Checkpoint(tmp_path), Progress(file=user.file))
+        engine.run(jnp.int32(0), [1] * 8, epochs=epochs)
+    assert seen[0][-1] == "restoring the run (Checkpoint)  0:03"
+
+
+def test_an_evaluation_that_is_compiled_is_shown_until_it_reports(clock, screen, look):
+    user, seen = screen(), []
+    data = SlowData(clock, 3, lambda: seen.append((look(), user.rows()[-1])[1]))
+    engine = timed_engine(clock, 1, Evaluate(loss, data), Progress(file=user.file))
+    engine.run(jnp.int32(0), [1] * 8, epochs=1)
+    assert seen[:2] == ["tracing the evaluation step (val)  0:03", "evaluating (val)  0:03"]
+    assert seen[2].startswith("val       |██▋     | 1/3  ")
+
+
+def test_a_task_that_is_reported_while_a_callback_loads_is_shown(clock):
+    class Download(Callback):
+        def on_load(self, loop):
+            for done in range(5):
+                loop.progress("download", done, 4)
+                clock.advance(4)
+
+    file = io.StringIO()
+    timed_engine(clock, 1, Download(), Progress(interval=10, file=file)).run(jnp.int32(0), [1] * 3, epochs=1)
+    assert file.getvalue().splitlines() == [
+        "epoch 1/1  step 0/3  download 3/4, 0:04 left",
+        "epoch 1/1  step 3/3  1.00 steps/s  in 0:03  train/loss 1.000",
+    ]
+
+
+def test_a_line_that_is_out_of_date_is_removed(clock, screen, look):
+    user, seen = screen(), []
+    engine = timed_engine(clock, 1, Progress(file=user.file, interval=100))
+
+    @engine.on("step_begin")
+    def wait(loop):
+        if loop.step == 1:
+            look(200)
+        if loop.step == 2:
+            look.watch.touch()
+            look.watch.look()
+            seen.append(user.rows())
+
+    engine.run(jnp.int32(0), [1] * 8, epochs=1)
+    assert seen == [["epoch 1/1 |        | step 0/8"]]
+
+
+def test_a_log_file_says_it_after_the_interval_and_then_twice_as_rarely_each_time(clock, look):
+    file = io.StringIO()
+    engine = timed_engine(clock, 0, Progress(file=file))
+
+    @engine.on("run_begin")
+    def wait(loop):
+        for _ in range(100):
+            look(1)
+
+    engine.run(jnp.int32(0), [1] * 8, epochs=1)
+    assert [line.rpartition("  ")[2] for line in file.getvalue().splitlines()[:-1]] == [
+        f"running wait.on_run_begin 0:{seconds:02}" if seconds < 60 else "running wait.on_run_begin 1:31"
+        for seconds in (12, 23, 46, 91)
+    ]
+
+
+def test_a_log_file_with_lines_for_epochs_has_nothing_else(clock, look):
+    file = io.StringIO()
+    Engine(counting_step, [Progress(file=file, epoch_lines=True)]).run(jnp.int32(0), [1], epochs=1)
+    assert not hasattr(look, "watch")
+
+
+def test_the_other_thread_shows_what_the_run_does_and_ends_with_it(monkeypatch, screen):
+    monkeypatch.setattr(watch, "TICK", 0.01)
+    monkeypatch.setattr(progress, "PATIENCE", 0.01)
+    user, before = screen(), threading.active_count()
+
+    def batches(epoch):
+        yield 1
+        while not user.rows()[-1].startswith("reading the data"):
+            assert threading.active_count() == before + 1
+        yield 1
+
+    result = Engine(counting_step, [Progress(file=user.file, interval=0.01)]).run(jnp.int32(0), batches, epochs=1)
+    assert (result.step, threading.active_count()) == (2, before)
+
+
+@pytest.mark.parametrize("event", ["on_load", "on_run_begin", "on_step_end", "on_run_end"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_neither_thread_nor_line_nor_replaced_stream(monkeypatch, screen, event, error):
+    monkeypatch.setattr(watch, "TICK", 0.01)
+    user, before = screen(), threading.active_count()
+    monkeypatch.setattr("sys.stdout", user.file)
+
+    def fail(self, loop):
+        raise error
+
+    failing = type("Failing", (Callback,), {event: fail})()
+    for order in ([failing, Progress(file=user.file)], [Progress(file=user.file), failing]):
+        with pytest.raises(error):
+            Engine(counting_step, order).run(jnp.int32(0), [1] * 3, epochs=1)
+        assert threading.active_count() == before
+        assert "write" not in vars(user.file)
+        assert user.rows()[-1] == ""
+
+
+def test_lines_that_several_threads_print_are_whole_and_above_the_bar(screen, monkeypatch):
+    user = screen()
+    monkeypatch.setattr("sys.stdout", user.file)
+
+    def work(name):
+        for number in range(20):
+            sys.stdout.write(f"{name} {number}\n")
+
+    engine = Engine(counting_step, [Progress(interval=1e-6)], steps_per_call=1)
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("one", "two")]
+    monkeypatch.setattr("sys.stderr", user.file)
+
+    @engine.on("run_begin")
+    def begin(loop):
+        for thread in threads:
+            thread.start()
+
+    @engine.on("step_begin")
+    def wait(loop):
+        for thread in threads if loop.step == 49 else ():
+            thread.join()
+
+    engine.run(jnp.int32(0), [1] * 50, epochs=1)
+    *printed, bar, end = user.rows()
+    assert sorted(printed) == sorted(f"{name} {number}" for name in ("one", "two") for number in range(20))
+    assert (bar[:9], end) == ("epoch 1/1", "")
+
+
+def test_a_forked_child_can_print(screen, monkeypatch):
+    user = screen()
+    monkeypatch.setattr("sys.stdout", user.file)
+    lines = terminal.MovingLines(user.file)
+    lines.draw(["a bar"])
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with terminal._watch.lock:
+            held.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    terminal._watch.renew_lock()  # what a child does first
+    print("hello")
+    release.set()
+    thread.join()
+    lines.close()
+    assert user.rows() == ["hello", ""]
+
+
+def test_a_bar_in_a_terminal_that_became_narrower_is_replaced_whole(screen):
+    user = screen(100)
+    lines = terminal.MovingLines(user.file)
+    lines.draw(["x" * 90])
+    user.rows()
+    fcntl.ioctl(user.file.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    assert lines._up() == "\r\x1b[2A\x1b[J"
+    lines.close()
+
+
 # A notebook.
 
 
@@ -695,6 +1040,80 @@ result = engine.run(jnp.int32(0), [1] * 8, epochs=3)
     line = r"epoch 3/3 .* step 24/24  .* steps/s  in 0:0\d  val/loss 1.000"
     assert re.fullmatch(rf"{line}, train/<loss> 1.000", shown.data["text/plain"])
     assert re.search(r'<progress value="1.0000" max="1"></progress> step 24/24 .*&lt;loss&gt;', shown.data["text/html"])
+
+
+CELLS = [
+    """
+import os, signal, tempfile, time
+import jax.numpy as jnp
+from onstep import Engine
+from onstep.callbacks import Checkpoint, GracefulExit, Progress
+from onstep.plots import plot
+
+class Interrupt(Progress):  # what the stop button of a notebook does
+    def on_step_end(self, loop):
+        super().on_step_end(loop)
+        if loop.step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+def add(state, batch):
+    return state + batch, {"loss": 1 / (state + 1)}
+
+def data(epoch):
+    for number in range(8):
+        if number == 3 and slow:
+            time.sleep(2.5)
+        yield 1.0
+
+def engine(directory, progress, *callbacks):
+    return Engine(add, [*callbacks, Checkpoint(directory, when=2), progress], log_every=1)
+
+slow = False
+one, two = tempfile.mkdtemp(), tempfile.mkdtemp()
+engine(one, Progress())
+""",
+    "engine(one, Interrupt(interval=1e-9)).run(jnp.float32(0), data, epochs=2)",
+    "engine(one, Progress()).run(jnp.float32(0), data, epochs=2)",
+    "engine(two, Interrupt(interval=1e-9), GracefulExit()).run(jnp.float32(0), data, epochs=2)",
+    "result = engine(two, Progress(epoch_lines=True), GracefulExit()).run(jnp.float32(0), data, epochs=2); result",
+    "plot(result)",
+    "slow = True; Engine(add, [Progress()]).run(jnp.float32(0), data, epochs=1)",
+]
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_engines_results_and_plots_and_resumes_after_an_interrupt():
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    seen = []
+    client = nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", allow_errors=True)
+    process = client.process_message
+
+    def remember(message, *args):
+        seen.append((message["msg_type"], message["content"].get("data", {}).get("text/plain", "")))
+        return process(message, *args)
+
+    client.process_message = remember
+    client.execute()
+    shown, interrupted, resumed, stopped, resumed_after_stop, drawn, _ = [
+        {output.output_type: output for output in cell.outputs} for cell in notebook.cells
+    ]
+    assert "Progress()" in shown["execute_result"].data["text/html"]
+    for cell in (interrupted, stopped):
+        assert cell["error"].ename == "KeyboardInterrupt"
+    texts = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
+    assert "onstep: resuming from step 4 (epoch 0 of 2)" in texts[2]
+    assert "onstep: resuming from step 5 (epoch 0 of 2)" in texts[4]
+    assert re.search(r"epoch 1/2  loss \S+  \S+ s\nepoch 2/2  loss \S+  \S+ s\n", texts[4])
+    for cell in (resumed, resumed_after_stop):
+        html = cell["execute_result"].data["text/html"]
+        assert "<b>reached its target</b>, at step 16, epoch 2" in html
+        assert html.count("<svg") == 2
+    assert "image/png" in drawn["execute_result"].data
+    assert any(re.search(r"\nreading the data \(.* in data\)  0:0[12]$", text) for _, text in seen)
+    assert not [output for cell in notebook.cells for output in cell.outputs if "reading the data" in str(output)]
 
 
 def test_it_shows_itself_as_the_call_that_made_it():

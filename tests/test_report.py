@@ -81,7 +81,7 @@ def test_page_says_how_the_run_ended_and_why(tmp_path, end):
     except (OSError, KeyboardInterrupt):
         assert end in ("failed", "interrupted")
     page = (tmp_path / "page.html").read_text()
-    assert f"<title>{title}</title>" in page
+    assert f"<title>page: {title}</title>" in page
     assert f"{title}\n{why}" in "\n".join(lines(page))
 
 
@@ -313,8 +313,40 @@ def test_time_is_divided_as_timing_recorded_it(tmp_path, clock):
     ]
 
 
+def test_compiling_has_its_own_part_of_the_time_if_it_is_recorded(tmp_path, clock):
+    values = {"time/steps_per_second": 0.2, "time/data": 0.2, "time/callbacks": 0.4}
+    callbacks = [Report(tmp_path / "page.html"), LogValues({2: values | {"time/compiling": 6.0}, 4: values})]
+    engine = Engine(add, callbacks)
+    engine.on("step_end")(lambda loop: clock.advance(10))
+    engine.run(jnp.float32(0), [1.0] * 4, epochs=1)
+    shown = lines((tmp_path / "page.html").read_text())
+    assert shown[shown.index("part seconds %") + 1 :][:5] == [
+        "steps 8 20",
+        "waiting for data 4 10",
+        "callbacks 8 20",
+        "compiling 6 15",
+        "not measured: start, end 14 35",
+    ]
+
+
 def test_timing_records_the_values_that_a_report_needs(tmp_path):
-    assert "waiting for data" in run(tmp_path / "page.html", Timing(table=False))
+    page = run(tmp_path / "page.html", Timing(table=False))
+    assert all(part in page for part in ("waiting for data", "<td>compiling</td>", "not measured: start, end"))
+
+
+def test_shares_have_their_unit_in_charts_and_values(tmp_path):
+    page = run(tmp_path / "page.html", log(lambda step: {"time/data": 0.5, "time/steps_per_second": 2.0}))
+    assert "time/data (share of the time) 0.5 0.5 1 0.5 1" in lines(page)
+    assert "<h3>time/data <small>share of the time</small></h3>" in page
+    assert "<h3>time/steps_per_second</h3>" in page
+
+
+@pytest.mark.parametrize("file", ["digits/report.html", "digits/index.html", "digits.html"])
+def test_page_is_named_after_its_file_or_folder(tmp_path, file):
+    run(tmp_path / file)
+    page = (tmp_path / file).read_text()
+    assert "<title>digits: Finished at step 4</title>" in page
+    assert "run digits" in lines(page)
 
 
 def listed(page):

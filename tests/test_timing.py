@@ -294,7 +294,10 @@ def test_the_table_goes_to_stderr(capsys):
 def test_a_run_without_steps_prints_nothing(capsys):
     first = run(Engine(lambda state, batch: (state, {})), [1])
     Engine(lambda state, batch: (state, {}), [Timing()]).run(first, [1], epochs=1)
-    assert capsys.readouterr().err == "onstep: already at step 1 (epoch 1 of 1): nothing to do\n"
+    assert (
+        capsys.readouterr().err
+        == "onstep: already at step 1 (epoch 1 of 1): nothing to do; raise the target to train further\n"
+    )
 
 
 def test_the_table_can_be_left_out(clock, capsys):
@@ -328,7 +331,9 @@ def test_compiling_does_not_lower_a_recorded_rate(clock):
         clock.advance(8)
         clock.listeners[0](COMPILED, 8.0)
 
-    assert run(engine, [1, 1]).history["time/steps_per_second"] == [0.5, 0.5]
+    result = run(engine, [1, 1])
+    assert result.history["time/steps_per_second"] == [0.5, 0.5]
+    assert result.history["time/compiling"] == [8, 8]
 
 
 def test_a_resumed_run_counts_from_its_first_step(clock):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -93,7 +93,7 @@ def heading(title: str, text: str, kind: str, facts: dict[str, str]) -> str:
         kind: `"good"`, `"bad"` or `""`, which decides the colour.
         facts: by name; empty ones are left out.
     """
-    shown = "".join(f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in facts.items() if fact)
+    shown = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items() if fact)
     return f'<header class="{kind}"><h1>{escape(title)}</h1><p>{escape(text)}</p></header><dl>{shown}</dl>'
 
 
@@ -115,8 +115,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     return f"<h2>{escape(title)}</h2>{body}"
 
 
-def charts(curves: dict[str, Points]) -> str:
-    """Return a section with charts of curves by name. If there are many, the last ones are folded."""
+def charts(curves: dict[str, Points], units: Mapping[str, str] | None = None) -> str:
+    """Return a section with charts of curves by name. If there are many, the last ones are folded.
+
+    Args:
+        curves: by name.
+        units: by the title of a chart, its unit.
+    """
     kinds = {name: f"c{colour} d{dash}" for name, (colour, dash) in line_styles(curves).items()}
     ends = [steps[i] for steps, _ in curves.values() for i in (0, -1)]
     x = _Axis(ends, _LEFT, _WIDTH - _RIGHT, steps=True)
@@ -130,7 +135,8 @@ def charts(curves: dict[str, Points]) -> str:
                 for name, (kind, _, values) in some.items()
             )
             chart = _chart(title, list(some.values()), x)
-            figures.append(f"<figure><h3>{escape(title)}</h3><ul>{keys}</ul>{chart}</figure>")
+            unit = f" <small>{escape(units[title])}</small>" if units and title in units else ""
+            figures.append(f"<figure><h3>{escape(title)}{unit}</h3><ul>{keys}</ul>{chart}</figure>")
     section = f'<h2>Curves</h2><div class="charts">{"".join(figures[:SHOWN]) or "Nothing was recorded."}</div>'
     if more := figures[SHOWN:]:
         section += f'<details><summary>{len(more)} more</summary><div class="charts">{"".join(more)}</div></details>'

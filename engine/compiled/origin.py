@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import linecache
 import re
@@ -12,8 +13,20 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import jax
+
 BUNDLE = "_bundle"
 """The first argument of the compiled call, as JAX names it in errors; its first part is the user's state."""
+KEPT_TRACER = (
+    "an array of a compiled function has no value outside of it. Return it from the step: as a metric, or in the state."
+)
+"""What to do about a tracer that is used after the trace."""
+TRACER_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.UnexpectedTracerError,
+)
+"""What JAX raises if a value is read that is unknown while a function is traced, or after that."""
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 """Folders of Python and of installed packages."""
 
@@ -51,12 +64,28 @@ def note_origin(who: str, function: Callable[..., Any]) -> Iterator[None]:
     except Exception as error:
         _use_own_names(error, function)
         error.add_note(f"onstep: raised by {who}{_place(error, function)}")
-        if type(error).__name__ == "TraceContextError":  # Flax's, which need not be installed
-            error.add_note(
-                "onstep: what the step changes must be in the state that it receives, such as an NNX optimizer: "
-                'engine.run({"model": model, "optimizer": optimizer}, ...).'
-            )
+        if advice := _advice(error):
+            error.add_note(f"onstep: {advice}")
         raise
+
+
+def _advice(error: Exception) -> str:
+    """Return what to do about an error that does not say it itself; `""` if it is unknown."""
+    if type(error).__name__ == "TraceContextError":  # Flax's, which need not be installed
+        return (
+            "what the step changes must be in the state that it receives, such as an NNX optimizer: "
+            'engine.run({"model": model, "optimizer": optimizer}, ...).'
+        )
+    if isinstance(error, jax.errors.UnexpectedTracerError):
+        return KEPT_TRACER
+    if isinstance(error, TRACER_ERRORS):
+        return (
+            "the step is compiled, so its arrays have no values yet. Return a number as a metric, print with "
+            "jax.debug.print, and branch with jnp.where or jax.lax.cond. Engine(..., jit=False) runs it uncompiled."
+        )
+    if isinstance(error, dataclasses.FrozenInstanceError):
+        return "make a changed copy instead: state = state.replace(params=params), ctx = ctx.replace(state=state)."
+    return ""
 
 
 def _use_own_names(error: Exception, step: Callable[..., Any]) -> None:

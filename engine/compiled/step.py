@@ -351,6 +351,8 @@ class StepFunction:
         new, metrics, aux = (*results, {})[:3]
         if not isinstance(aux, dict):
             raise TypeError(f"The step needs a dict as its third result, aux, got {type(aux).__name__}.")
+        if isinstance(new, dict) and difference(state, new) and not difference(state, metrics):
+            raise TypeError("The step needs to return (state, metrics), got (metrics, state). Swap them.")
         return _check_unchanged(state, new, "The step"), as_metrics(metrics, "The step"), aux
 
     def _update(self, name: str, half: Callback, carry: Carry, ctx: Context, is_due: Any) -> tuple[Carry, Context]:
@@ -384,10 +386,17 @@ class StepFunction:
         return carry, ctx.replace(state=state, metrics=metrics)
 
     def _warn_if_reshaped(self, batch: Batch) -> None:
-        if self.expected is not None and (changed := compare_signatures(self.expected, signature(batch))):
-            warn_user(
-                f"A batch's shape differs from the first one's, so the step is compiled again: {changed}. "
+        here = signature(batch)
+        if self.expected is not None and (changed := compare_signatures(self.expected, here)):
+            short = not compare_signatures(self.expected, ignore_sizes(here, self.expected, rows_only=True))
+            advice = (
                 "To avoid this, give all batches the same shape: drop the short last one, or pad it."
+                if short
+                else "If you mean this, as with buckets of lengths, silence it: "
+                'warnings.filterwarnings("ignore", message="A batch\'s shape differs").'
+            )
+            warn_user(
+                f"A batch's shape differs from the first one's, so the step is compiled again: {changed}. {advice}"
             )
 
 
@@ -434,16 +443,17 @@ def _check_attributes(who: str, half: Callback) -> Iterator[None]:
     before = dict(vars(half))
     yield
     for name, value in vars(half).items():
-        if value is before.get(name):
+        old = before.get(name, getattr(type(half), name, None))
+        if value is old:
             continue
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
             raise TypeError(
                 f"{who} sets self.{name} to a traced array, which has no value outside the compiled step. Keep it "
                 f"in the carry, and read it with loop.carry(self); or log it: ctx.log({name}=...)."
             )
-        if isinstance(value, (int, float)) and isinstance(before.get(name), (int, float)) and value != before[name]:
+        if isinstance(value, (int, float)) and isinstance(old, (int, float)) and value != old:
             warn_user(
-                f"{who} changes self.{name} from {before[name]} to {value}. It runs only while the step is compiled, "
+                f"{who} changes self.{name} from {old} to {value}. It runs only while the step is compiled, "
                 "not at every step. Count in the carry instead."
             )
 

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..checks import check_int
+from ..checks import CheckedCall, check_batch, check_int
 from ..placement import Placement, SingleDevice
 from ..representation import call_text
 from ..trees import Batch, named_leaves
 from .stacking import aligned_empty
 
 
-class Batches:
+class Batches(CheckedCall):
     """Arrays in memory, served in batches whose order depends only on `(seed, epoch)`.
 
     Calling it with an epoch returns the batches of that epoch; iterating over it returns those of epoch 0.
@@ -38,11 +38,21 @@ class Batches:
     [[0, 1], [2, 3], [4, 5]]
     """
 
+    @classmethod
+    def _check_call(cls, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if len(given) > 1 and getattr(given[1], "shape", ()):
+            raise TypeError('Batches takes one tree of arrays: Batches({"x": x, "y": y}, batch_size).')
+        super()._check_call(given, named)
+
     def __init__(self, arrays: Any, batch_size: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = True):
         self._arrays = jax.tree.map(np.asarray, arrays)
+        check_batch(self._arrays, "Batches")
         named = named_leaves(self._arrays)
         if scalars := [name for name, array in named.items() if not array.ndim]:
-            raise ValueError(f"Batches needs arrays of shape (examples, ...), got a single number at {scalars[0]!r}.")
+            advice = " Convert lists to arrays: np.array(...)." if scalars[0].rpartition("/")[2].isdigit() else ""
+            raise ValueError(
+                f"Batches needs arrays of shape (examples, ...), got a single number at {scalars[0]!r}.{advice}"
+            )
         sizes = {name: len(array) for name, array in named.items()}
         if len(set(sizes.values())) > 1:
             counts = ", ".join(f"{name} has {count}" for name, count in sizes.items())

@@ -63,6 +63,8 @@ def choose_pass(data: Data, number: int) -> Any:
     if not callable(data):
         return data
     source = data(number)
+    if source is None:
+        raise TypeError(f"The data, a callable, needs to return an iterable of batches for epoch {number}, got None.")
     check_source(source)
     return source
 
@@ -76,7 +78,19 @@ def read_pass(source: Any, placement: Placement, *, ragged: bool = False) -> Ite
 
 
 def check_data(data: Data) -> None:
-    """Raise a TypeError unless `data` can be the data of a run."""
+    """Check that `data` can be a source of batches, as for `engine.run`. No batch is drawn.
+
+    Args:
+        data: an iterable of batches, or a callable `epoch -> iterable`.
+
+    Raises:
+        TypeError: it is something else, such as an array.
+
+    >>> check_data({"x": np.zeros(8)})
+    Traceback (most recent call last):
+    ...
+    TypeError: data needs to be an iterable of batches or a callable epoch -> iterable, got dict. ...
+    """
     if not callable(data):
         check_source(data)
         return
@@ -96,6 +110,11 @@ def check_source(source: Any) -> None:
         raise TypeError(
             "data needs to be an iterable of batches or a callable epoch -> iterable, "
             f"got {type(source).__name__}. For arrays in memory: Batches(arrays, batch_size)."
+        )
+    if hasattr(source, "iloc"):  # a frame of pandas, whose iterator yields the names of columns
+        raise TypeError(
+            f"data needs to be an iterable of batches, got {type(source).__name__}. For its rows as batches: "
+            'Batches({"x": frame[columns].to_numpy()}, batch_size).'
         )
     if _is_array(source):
         raise TypeError(

@@ -17,7 +17,7 @@ from ..messages import log_user
 from ..placement import Placement
 from ..spans import DATA, Spans
 from ..trees import Batch, copy_numpy
-from .batches import EpochIterator
+from .batches import Batches, EpochIterator
 from .prefetch import Prefetch, not_the_end
 from .source import Data, check_data, choose_pass, length, read_pass
 from .stacking import BatchStacker
@@ -74,6 +74,7 @@ class BatchStream:
         self.used: int = 0
         self._placement, self._prefetch, self._put = placement, prefetch, put
         self._iterator: Any = None
+        self._stable = False  # whether the source never reuses a batch's memory; batches of all others are copied
         self._loader: Any = None  # the iterator of the pass, if it has get_state and set_state
         self._ahead: list[Batch] = []  # at most one batch, drawn but not returned yet
         self._replaced = False  # whether a callback replaced that batch
@@ -157,8 +158,7 @@ class BatchStream:
 
     def _take(self, count: int) -> Iterator[tuple[Batch, int]]:
         while count > 0 and self._has_next():
-            # These sources never reuse a batch's memory; batches of all others are copied.
-            stable = isinstance(self._iterator, (EpochIterator, Prefetch)) or isinstance(self.data, (list, tuple))
+            stable = self._stable
             batch = self.peek() if stable else copy_numpy(self.peek())
             # A batch is counted immediately before its `yield`, with no call between, where a signal could be handled.
             self._ahead, self.used, count = [], self.used + 1, count - 1
@@ -304,8 +304,11 @@ class BatchStream:
         """
         saved, here = (n or "an unknown number of" for n in (position["length"], self.length))
         if saved != here:
+            if isinstance(self.data, Batches) and position["loader"] is not None:
+                self.data(position["pass"]).set_state(position["loader"])  # an error that says why
             raise ValueError(
-                f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data and epoch_steps."
+                f"The saved run's epochs have {saved} batches, this run's {here}. Pass the same data, batch size and "
+                "epoch_steps."
             )
         self.pass_index, self.used, self._pass_length = position["pass"], position["used"], position.get("pass_length")
         self._before = position["loader"], position.get("before", self.used)
@@ -369,16 +372,21 @@ class BatchStream:
             self._loader.set_state(state)
         if count := self.used - before:
             log_user(f"skipping {f'the first {count}' if not before else count} batches of the data, already used")
-            skipped = sum(1 for _ in islice(iterator, count))
-            if skipped < count:
-                raise ValueError(
-                    f"The run had used {self.used} batches of this pass, but the data now has only {before + skipped}."
-                )
+            self._skip(iterator, count, before)
         if self._prefetch:
             iterator = Prefetch(iterator, self._prefetch, self._put)
             iterator.limit(self._end - self.used)
             self._loader = iterator if self._loader is not None else None
+        self._stable = isinstance(iterator, (EpochIterator, Prefetch)) or isinstance(self.data, (list, tuple))
         return iterator
+
+    def _skip(self, iterator: Iterator[Batch], count: int, before: int) -> None:
+        """Draw batches that were already used, and drop them."""
+        skipped = sum(1 for _ in islice(iterator, count))
+        if skipped < count:
+            raise ValueError(
+                f"The run had used {self.used} batches of this pass, but the data now has only {before + skipped}."
+            )
 
     def _check_pass_length(self, here: int | None) -> None:
         """Raise a ValueError if a resumed run finds its pass with another number of batches."""

@@ -107,6 +107,13 @@ def load(directory: str | os.PathLike[str], like: Any = None, step: int | Litera
         if found is None or found not in steps:
             if checkpoints.steps() != steps:
                 return None
+            if not steps:
+                raise FileNotFoundError(f"load: {checkpoints.directory} holds no checkpoint.")
+            if found is None:
+                raise FileNotFoundError(
+                    f"load: no checkpoint in {checkpoints.directory} counts as best: it holds {steps}, saved without a "
+                    "value of the metric. Pass step=, or save with Checkpoint(..., best=metric)."
+                )
             raise FileNotFoundError(f"load: no step {step} in {checkpoints.directory}; it holds {steps}.")
         damage = checkpoints.damage(found)
         if damage and os.path.isdir(checkpoints.path(found)):
