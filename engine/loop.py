@@ -381,10 +381,14 @@ class Loop:
 
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. A final stop is refused here, because the save would not include it."""
+        if self.step == self.start_step:  # a resumed run has only found its epoch complete
+            return
         self._saving = True
-        for handler in handlers if self.step > self.start_step else ():  # else a resumed run found its epoch complete
-            handler.call(self)
-        self._saving = False
+        try:
+            for handler in handlers:
+                handler.call(self)
+        finally:
+            self._saving = False
 
     def _finish(self) -> None:
         """Save with every handler that has not saved this step, and record the last partial window.

@@ -90,7 +90,7 @@ WAITS = {
     "callbacks/histograms.py": "a record of histograms",
     "callbacks/images.py": "images to be written",
     "callbacks/nan_guard.py": "the report of a NaN",
-    "callbacks/report.py": "nothing: its curves are numbers on the host",
+    "callbacks/report.py": "no device: its curves are lists of numbers on the host",
     "callbacks/profiler.py": "the last step of a trace",
     "callbacks/summary.py": "means and deviations of the parameters, before the first step",
     "callbacks/swa.py": "whether anything has been averaged yet, in an evaluation or at the end",
@@ -105,6 +105,7 @@ WAITS = {
     "engine/snapshot.py": "the random key, at the start and in a snapshot",
     "engine/storage/orbax_trees.py": "the dtype of numbers that are no arrays",
     "engine/storage/trees.py": "numbers that are no arrays",
+    "engine/storage/writer.py": "the copy of the state and the carries by Orbax, in a save",
     "engine/testing.py": "batches that a test compares",
 }
 """The files that may read an array from the device, or wait for it, and what for. docs/loop.md says when they do."""
@@ -203,7 +204,11 @@ def waits(path):
     calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     named = any(isinstance(call, ast.Name) and call.id in reads for call in calls)
     methods = {ast.unparse(call) for call in calls if isinstance(call, ast.Attribute)}
-    return named or "np.asarray" in methods or any(m.endswith(("block_until_ready", "device_get")) for m in methods)
+    return (
+        named
+        or "np.asarray" in methods
+        or any(m.endswith(("block_until_ready", "device_get", "checkpointer.save")) for m in methods)
+    )
 
 
 def test_only_the_listed_files_wait_for_the_device():

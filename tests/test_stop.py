@@ -196,6 +196,24 @@ def test_resuming_a_finally_stopped_result_runs_no_step_and_says_so(capsys):
     assert "ended with a final stop at step 2 (enough)" in capsys.readouterr().err
 
 
+def test_run_can_be_stopped_after_a_save_has_failed():
+    engine, stopped = Engine(add), []
+
+    @engine.on("save")
+    def fail(loop):
+        raise OSError("disk full")
+
+    @engine.on("exception")
+    def stop(loop, error):
+        loop.stop("no disk")
+        stopped.append(loop.stopped)
+
+    with pytest.raises(OSError, match="disk full") as raised:
+        engine.run(0, [1, 2], epochs=1)
+    assert stopped == ["no disk"]
+    assert len(raised.value.__notes__) == 1
+
+
 def test_final_stop_in_on_save_is_refused():
     engine = Engine(add)
     engine.on("save")(lambda loop: loop.stop("enough"))

@@ -75,7 +75,7 @@ class MovingLines:
                 self._drawn = []
 
     def leave(self) -> None:
-        """Leave the lines on the screen for good, with the cursor below them."""
+        """Leave the lines on the screen, with the cursor below them."""
         with _watch.writing():
             if self._drawn:
                 print_text("", self.file)
