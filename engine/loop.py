@@ -286,8 +286,10 @@ class Loop:
             self._agree_on_stop()
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
-        if not self.over:
-            self._prepare(self._stream.peek)
+        if self.over:
+            return False
+        self._prepare(self._stream.peek)
+        return True
 
     def _prepare(self, batch: Callable[[], Batch]) -> None:
         """Compile for the first batch, unless that is done."""
@@ -296,7 +298,6 @@ class Loop:
             with self._spans.span(COMPILE):
                 self._compiled.prepare(self._bundle, first, self._call_rng)
             self._prepared = True
-        return not self.over
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
         """Return when anything is next due.
