@@ -611,7 +611,8 @@ class Loop:
             snapshot: the saved run.
             strict: False allows callbacks with a compiled half to be added or removed: a new one starts from scratch,
                 and the carry of a removed one is dropped.
-            skip: False reads the data from the beginning, for a source without a position.
+            skip: False reads the data from the beginning, for a source without a position, or for other data. The epoch
+                begins again, unless `epoch_steps` says where it ends.
 
         Raises:
             RuntimeError: the run has begun.
@@ -629,7 +630,8 @@ class Loop:
         state, carries = self._load_tree(snapshot, host, strict)
         self._bundle = self._compiled.bundle(state, carries, host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
-        self.latest, self._restored, self._must_match = Latest(host["latest"]), True, host["program"]
+        self.latest, self._restored = Latest(host["latest"]), True
+        self._must_match = host["program"] if skip else host["program"] | {"batch": None}
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped, self._final = host["stopped"], True
@@ -637,6 +639,9 @@ class Loop:
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])
             self._stream.seek(host["data"])
+        elif self._stream.epoch_steps is None or self.epoch_step >= self._stream.epoch_steps:
+            self.epoch_step = 0  # the epoch begins again
+            self._windows.take_means("epoch")
         keepers = {name: callback for name, callback in self.callbacks.items() if overridden(callback, "set_state")}
         for name, kept in host["callbacks"].items():
             if name in keepers:
