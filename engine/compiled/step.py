@@ -482,4 +482,7 @@ def _check_batches(saved: dict[str, str] | None, here: dict[str, str]) -> None:
     batches are compiled for, with a warning.
     """
     if saved is not None and (changed := compare_signatures(saved, ignore_sizes(here, saved))):
-        raise ValueError(f"The batches differ from those of the saved run (saved, then here): {changed}.")
+        raise ValueError(
+            f"The batches differ from those of the saved run (saved, then here): {changed}. Pass the same data and "
+            "batch size. To go on with other data, read it from the beginning: Checkpoint(..., skip=False)."
+        )
