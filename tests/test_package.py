@@ -38,7 +38,7 @@ LAYERS = """
     events
     evaluate
     compiled.step
-    compiled.blocks compiled.throttle
+    compiled.blocks compiled.function compiled.throttle
     compiled.cost compiled.origin compiled.__init__
     data.stream
     data.source data.prefetch
