@@ -21,7 +21,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "containers of its own for each compiled half",
-            "half.update(copy_containers(carry), _with_own_containers(ctx))",
+            "half.update(copy_containers(carry), given)",
             "half.update(carry, ctx)",
             "test_nnx.py::test_compiled_halves_may_change_what_they_get_in_place",
         ),
@@ -38,9 +38,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_mistakes.py::test_step_that_changes_the_state_structure_names_the_leaf_and_both_sides",
         ),
         (
+            "the aux that a compiled half replaces, for the later ones",
+            "aux=ctx.aux if aux is None else aux)",
+            "aux=ctx.aux)",
+            "test_callbacks.py::test_aux_that_a_compiled_half_replaces_reaches_the_later_ones",
+        ),
+        (
             "the tree of a carry, when a compiled half returns",
-            'return _check_unchanged(carry, new, f"{name}.update", "carry"), state',
-            "return new, state",
+            'carried = _check_unchanged(carry, new, f"{name}.update", "carry")',
+            "carried = new",
             "test_mistakes.py::test_compiled_half_with_a_mistake_is_named",
         ),
         (

@@ -264,6 +264,14 @@ def test_the_loop_fits_on_one_screen():
     assert methods["_run_steps"] <= 55
 
 
+def test_public_modules_are_reached_by_importing_onstep_alone():
+    pages = {path.stem for path in (ROOT / "docs" / "reference").glob("*.md")} - {"index", "onstep"}
+    code = f"import onstep\nfor name in {sorted(pages)}: getattr(onstep, name)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="onstep has no 'shardings'"):
+        onstep.shardings  # noqa: B018
+
+
 def test_nothing_unsafe_is_called():
     unsafe = re.compile(r"\bpickle\b(?!\.?\")|cloudpickle|\beval\(|\bexec\(|allow_pickle=True|yaml\.load\(")
     for path in [*ENGINE.values(), *CALLBACKS.values(), *SUPPORT.values()]:

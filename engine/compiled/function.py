@@ -24,6 +24,7 @@ from ..trees import (
     difference,
     dtype_advice,
     ignore_sizes,
+    same_leaves,
     signature,
     strip_weak_types,
 )
@@ -111,10 +112,11 @@ class StepFunction:
     def _update(self, name: str, half: Callback, carry: Carry, ctx: Context, is_due: Any) -> tuple[Carry, Context]:
         """Run one compiled half, behind a branch if it is not always due."""
 
-        def update() -> tuple[Carry, State, Metrics]:
+        def update() -> tuple[Carry, State, Metrics, Any]:
+            given = _with_own_containers(ctx)
             with note_origin(f"{name}.update", half.update):
                 with _check_attributes(f"{name}.update", half):
-                    out = half.update(copy_containers(carry), _with_own_containers(ctx))
+                    out = half.update(copy_containers(carry), given)
                 if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Context)):
                     raise TypeError(f"{name}.update needs to return (carry, ctx), got {describe_result(out)}.")
                 new, after = out
@@ -124,19 +126,23 @@ class StepFunction:
                         "returned. Write ctx = ctx.log(...), or return carry, ctx.log(...)."
                     )
                 state = _check_unchanged(ctx.state, after.state, f"{name}.update")
-                return _check_unchanged(carry, new, f"{name}.update", "carry"), state, as_metrics(after.metrics, name)
+                carried = _check_unchanged(carry, new, f"{name}.update", "carry")
+                aux = None if same_leaves(given.aux, after.aux) else after.aux
+                if aux is not None and is_due is not None:
+                    _check_unchanged(ctx.aux, aux, f"{name}.update, which is not due at every step,", "dict as aux")
+                return carried, state, as_metrics(after.metrics, name), aux
 
-        def skip() -> tuple[Carry, State, Metrics]:
+        def skip() -> tuple[Carry, State, Metrics, Any]:
             zero = {n: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m) for n, m in shapes.items()}
-            return carry, ctx.state, zero | ctx.metrics
+            return carry, ctx.state, zero | ctx.metrics, None if new_aux is None else ctx.aux
 
         if is_due is None:
-            carry, state, metrics = update()
+            carry, state, metrics, aux = update()
         else:
-            shapes = jax.eval_shape(update)[2]
+            _, _, shapes, new_aux = jax.eval_shape(update)
             self.logged[name] = [n for n in shapes if n not in ctx.metrics]
-            carry, state, metrics = jax.lax.cond(is_due, update, skip)
-        return carry, ctx.replace(state=state, metrics=metrics)
+            carry, state, metrics, aux = jax.lax.cond(is_due, update, skip)
+        return carry, ctx.replace(state=state, metrics=metrics, aux=ctx.aux if aux is None else aux)
 
     def _warn_if_reshaped(self, batch: Batch) -> None:
         here = signature(batch)
