@@ -87,6 +87,7 @@ PRIVATE = {
 """Reads of another object's private attributes by (module, text), each with its reason. At most ten."""
 
 WAITS = {
+    "callbacks/checkpoint.py": "a callback's arguments, for the configuration that is saved",
     "callbacks/histograms.py": "a record of histograms",
     "callbacks/images.py": "images to be written",
     "callbacks/nan_guard.py": "the report of a NaN",
@@ -95,6 +96,7 @@ WAITS = {
     "callbacks/summary.py": "means and deviations of the parameters, before the first step",
     "callbacks/swa.py": "whether anything has been averaged yet, in an evaluation or at the end",
     "engine/compiled/throttle.py": "more than in_flight calls",
+    "engine/data/batches.py": "arrays of which Batches is made",
     "engine/data/prefetch.py": "a transfer, in a thread of its own",
     "engine/data/stacking.py": "batches on a device, when a block is stacked",
     "engine/evaluate.py": "an evaluation",
@@ -199,15 +201,15 @@ def test_no_class_reads_private_attributes_of_another_object():
 
 
 def waits(path):
-    """Whether a file has a call that reads an array, or waits for it."""
-    reads = {"block_until_ready", "device_get", "fetch", "read", "to_float", "to_host"}
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    named = any(isinstance(call, ast.Name) and call.id in reads for call in calls)
-    methods = {ast.unparse(call) for call in calls if isinstance(call, ast.Attribute)}
-    return (
-        named
-        or "np.asarray" in methods
-        or any(m.endswith(("block_until_ready", "device_get", "checkpointer.save")) for m in methods)
+    """Whether a file refers to something that reads an array, or waits for it."""
+    tree = ast.parse(path.read_text())
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    ends = "block_until_ready", "device_get", "transfer_guard_device_to_host", "checkpointer.save"
+    return bool(
+        called & {"block_until_ready", "device_get", "fetch", "read", "to_float", "to_host"}
+        or "np.asarray" in attributes
+        or any(text.endswith(ends) for text in called | attributes)
     )
 
 
