@@ -256,7 +256,7 @@ before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), list
 import jax
 import {module}
 heavy = {{"orbax", "tensorboardX", "flax", "clu", "optax", "tqdm", "tensorflow", "pydantic", "yaml", "matplotlib",
-         "wandb", "mlflow"}}
+         "wandb", "mlflow", "onstep.cli"}}
 heavy &= set(sys.modules)
 after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), list(logging.root.handlers)
 assert not heavy, heavy
