@@ -208,14 +208,13 @@ def test_replay_says_where_a_nan_comes_from(call):
     assert (second["metrics"], second["bad"], second["first_bad"]["operation"]) == ({"loss": "NaN"}, ["loss"], "log")
 
 
-def test_replay_takes_the_wanted_run_of_a_script_or_of_a_module(call, made):
+def test_replay_takes_the_wanted_run_of_a_script_or_of_a_module(call, made, capsys):
     finite = "step 3, from the initial state: all results are finite\nloss 2.8622\n"
     script = ["train.py", "a,b", "--last", "2"]
     assert call("replay", "--step", "3", *script) == f"training a\n{finite}"
     assert call("replay", "--step", "3", "-m", "train", *script[1:]) == f"training a\n{finite}"
-    shutil.copytree(made / "a", made / "copy")
-    assert main(["replay", "--step", "3", "--run", "copy/../b", *script]) == 0  # the run of a resumes, and is over
-    shutil.rmtree(made / "copy")
+    assert main(["replay", "--step", "3", "--run", "./a/../b", *script]) == 0  # the run of a resumes, and is over
+    assert capsys.readouterr().out == f"training a\ntraining b\n{finite}"
     found = call("replay", "--json", "--checksums", "--step", "2:3", *script)["steps"]
     assert [(step["step"], sorted(step["checksums"])) for step in found] == [
         (2, ["batch", "state/w"]),
