@@ -640,6 +640,7 @@ class Loop:
             "latest": self.latest,
             "stopped": self.stopped,
             "final": self._final,
+            "finished": self.finished,
             "callbacks": self._callback_states(),
             "influences": {how: sorted(names) for how, names in self._influences.items()},
         }
