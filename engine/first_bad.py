@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .blame import Cause, Value, argument, is_float, is_nan
-from .operations import Place, run_program
+from .blame import Cause, argument, is_float, is_nan
+from .operations import Found, Place, Use, run_program
 from .source import Line, lines_of, own_lines
 from .trees import named_leaves
 
@@ -78,17 +78,20 @@ def first_bad(function: Callable[..., Any], *args: Any) -> BadOperation | None:
     names = named_leaves(args[0] if len(args) == 1 else args)
     leaves = jax.tree.leaves(args)
     values = [argument(leaf, "input", name) for leaf, name in zip(leaves, names, strict=True)]
-    results = run_program(program, values, Place(), [False] * len(program.out_avals))
+    try:
+        results = run_program(program, values, Place(), [Use(final=True)] * len(program.out_avals))
+    except Found as found:
+        return _describe(*_innermost(found.cause))
     causes = [(cause, is_nan(value.array)[mask].any()) for value in results for cause, mask in value.blame.items()]
     nan = any(made_nan for _, made_nan in causes)
-    cause = _first({cause for cause, made_nan in causes if made_nan or not nan})
+    cause = _first(cause for cause, made_nan in causes if made_nan or not nan)
     return None if cause is None else _describe(*_innermost(cause))
 
 
-def _first(causes: set[Cause]) -> Cause | None:
+def _first(causes: Iterable[Cause]) -> Cause | None:
     """Return the first cause, one that was computed if there is one."""
-    known = [cause for cause in causes if cause.operation is not None]
-    return min(known, key=lambda cause: (cause.given, cause.number), default=None)
+    known = [cause for cause in causes if cause.execution is not None]
+    return min(known, key=lambda cause: (cause.given, cause.order), default=None)
 
 
 def _innermost(cause: Cause) -> tuple[Cause, Cause | None]:
@@ -104,38 +107,24 @@ def _innermost(cause: Cause) -> tuple[Cause, Cause | None]:
 
 def _inside(cause: Cause) -> Cause | None:
     """Return the cause inside an operation that has parts."""
-    blame = _take_apart(cause)
-    meeting = {inner for inner, entries in blame.items() if (entries & cause.entries).any()}
-    return _first(meeting) or _first(set(blame))
+    blame = cause.inside()
+    return _first(inner for inner, mask in blame.items() if (mask & cause.entries).any()) or _first(blame)
 
 
 def _innermost_nan(cause: Cause) -> Cause | None:
     """Return the innermost operation in which an infinity became NaN."""
-    found = cause.became_nan
-    while found is not None:
-        inside = {inner.became_nan for inner in _take_apart(found) if inner.number == cause.number}
-        inner = _first(inside - {None})
-        if inner is None:
-            break
-        found = inner
+    found, became = None, cause.became_nan
+    while became is not None:
+        found = became
+        became = _first(c.became_nan for c in found.inside() if c.execution is cause.execution and c.became_nan)
     return found
 
 
-def _take_apart(cause: Cause) -> dict[Cause, Any]:
-    """Return the causes inside an operation, {} if it has no parts."""
-    if cause.operation.take_apart is None:
-        return {}
-    try:
-        return cause.operation.take_apart(cause.operands)[cause.position].blame
-    except ZeroDivisionError:  # a version of JAX that represents it in another way: it is reported as a whole
-        return {}
-
-
 def _describe(cause: Cause, became: Cause | None) -> BadOperation:
-    inputs = tuple(_text(value.array) for value in cause.operands)
-    outputs = tuple(map(_text, cause.results))
+    operation, place = cause.execution.operation, cause.execution.operation.place
+    inputs = tuple(_text(value.array) for value in cause.execution.operands)
+    outputs = tuple(map(_text, cause.execution.results))
     nan = None if became is None else _describe(became, None)
-    operation, place = cause.operation, cause.operation.place
     if not isinstance(place, Place):
         return BadOperation(operation.name, place, "", (), inputs, outputs)
     lines = next(filter(None, map(lines_of, reversed(place.equations))), [])

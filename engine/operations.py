@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .blame import Operation, Run, Value, apply, literal
+from .blame import Blame, Cause, Operation, Run, Value, apply, is_nan, literal
 from .source import is_backward
 
 
@@ -67,46 +67,89 @@ class Place:
         return int(number)
 
 
-def run_program(program: Any, operands: list[Value], place: Place, gradient: Sequence[bool]) -> list[Value]:
+class Found(Exception):
+    """Ends a program early: `cause` made a result NaN, and nothing earlier can have."""
+
+    def __init__(self, cause: Cause):
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Use:
+    """What becomes of a result of a program.
+
+    Attributes:
+        gradient: the backward pass alone uses it.
+        final: it is a result of the whole function. If it is NaN, the rest need not run.
+    """
+
+    gradient: bool = False
+    final: bool = False
+
+
+def run_program(
+    program: Any, operands: list[Value], place: Place, uses: Sequence[Use], others: Sequence[Value] = ()
+) -> list[Value]:
     """Run the equations of a program one after the other.
 
     Args:
         program: a jaxpr, with or without its constants.
         operands: its arguments.
         place: where it is.
-        gradient: for each result, whether the backward pass alone uses it.
+        uses: what becomes of its results.
+        others: values that the program around it still needs.
+
+    Raises:
+        Found: a final result is NaN.
     """
     jaxpr, consts = _open(program)
     values = dict(zip(jaxpr.invars, operands, strict=True))
     values |= {var: place.literal(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
     last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
     kept = set(_variables(jaxpr.outvars))
-    backward = _backward(jaxpr, gradient)
+    final = {var for var, use in zip(jaxpr.outvars, uses, strict=True) if use.final and var in kept}
+    backward = _backward(jaxpr, uses)
 
     def read(var: Any) -> Value:
         return place.literal(var.val) if isinstance(var, jex.Literal) else values[var]
 
     for i, eqn in enumerate(jaxpr.eqns):
-        used_backward = [var in backward for var in eqn.outvars]
-        results = _run_equation(eqn, [read(var) for var in eqn.invars], place, used_backward)
-        values |= zip(eqn.outvars, results, strict=True)
-        for var in set(_variables([*eqn.invars, *eqn.outvars])) - kept:
-            if last_use.get(var, i) == i:  # an array that nothing needs any more
-                values.pop(var, None)
+        arguments = [read(var) for var in eqn.invars]
+        for var in set(_variables(eqn.invars)) - kept:
+            if last_use[var] == i:
+                del values[var]
+        needed = [*values.values(), *others]
+        results = _run_equation(
+            eqn, arguments, place, [Use(var in backward, var in final) for var in eqn.outvars], needed
+        )
+        values |= {
+            var: result for var, result in zip(eqn.outvars, results, strict=True) if var in last_use or var in kept
+        }
+        for var in final & set(eqn.outvars):
+            _stop_if_found(values[var], [*values.values(), *others])
     return [read(var) for var in jaxpr.outvars]
 
 
-def _run_equation(eqn: Any, operands: list[Value], outer: Place, gradient: list[bool]) -> list[Value]:
+def _stop_if_found(result: Value, others: Sequence[Value]) -> None:
+    causes = [cause for cause, mask in result.blame.items() if is_nan(result.array)[mask].any()]
+    alive = {cause.order for value in others for cause in value.blame if not cause.given}
+    for cause in causes:
+        if cause.order == min(alive):
+            raise Found(cause)
+
+
+def _run_equation(eqn: Any, operands: list[Value], outer: Place, uses: list[Use], others: list[Value]) -> list[Value]:
     name = eqn.primitive.name
     if name in _IDENTITIES:
         return operands
-    place = outer.at(eqn, all(gradient))
-    if name in _CALLS and (parts := _CALLS[name](eqn, operands, place)) is not None:
-        program, arguments = parts
-        return run_program(program, arguments, place, gradient)
+    place = outer.at(eqn, all(use.gradient for use in uses))
+    if name in _CALLS and (call := _CALLS[name](eqn, operands, place)) is not None:
+        program, arguments = call
+        return run_program(program, arguments, place, uses, others)
     take_apart = None
     if name in _LOOPS:
-        take_apart = functools.partial(_LOOPS[name], eqn, place, gradient)
+        inside = [Use(use.gradient) for use in uses]
+        take_apart = functools.partial(_LOOPS[name], eqn, place, inside)
     return apply(Operation(name, place, place.of_every_device(_as_a_whole(eqn)), take_apart), operands)
 
 
@@ -129,12 +172,12 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
 
 
-def _backward(jaxpr: Any, gradient: Sequence[bool]) -> set[Any]:
+def _backward(jaxpr: Any, uses: Sequence[Use]) -> set[Any]:
     """Return the variables that the backward pass alone computes or uses."""
     users: dict[Any, list[bool]] = {}
-    for var, backward in zip(jaxpr.outvars, gradient, strict=True):
+    for var, use in zip(jaxpr.outvars, uses, strict=True):
         if not isinstance(var, jex.Literal):
-            users.setdefault(var, []).append(backward)
+            users.setdefault(var, []).append(use.gradient)
     found = set[Any]()
     for eqn in reversed(jaxpr.eqns):
         computed = is_backward(eqn)
@@ -192,12 +235,12 @@ _IDENTITIES = {"optimization_barrier", "pvary", "pcast"}
 # Loops: they run as a whole first, and are taken apart only to find a cause.
 
 
-def _take_scan_apart(eqn: Any, place: Place, gradient: list[bool], operands: list[Value]) -> list[Value]:
+def _take_scan_apart(eqn: Any, place: Place, uses: list[Use], operands: list[Value]) -> list[Blame]:
     length, reverse, program = (eqn.params[name] for name in ("length", "reverse", "jaxpr"))
     n_consts, n_carry = _scan_lengths(eqn.params)
     consts, carry, columns = operands[:n_consts], operands[n_consts:][:n_carry], operands[n_consts + n_carry :]
     axis = 0 if place.mesh is None else 1
-    body = _body(eqn, program, place, gradient)
+    body = _body(eqn, program, place, uses)
     rows_out: list[list[Value]] = []
     indices = range(length)
     for n, i in enumerate(reversed(indices) if reverse else indices, 1):
@@ -209,7 +252,7 @@ def _take_scan_apart(eqn: Any, place: Place, gradient: list[bool], operands: lis
         rows_out.append(results[n_carry:])
     if reverse:
         rows_out.reverse()
-    return [*carry, *(_stack(column, axis) for column in zip(*rows_out, strict=True))]
+    return [*_blame(carry), *(_stack(column, axis) for column in zip(*rows_out, strict=True))]
 
 
 def _scan_lengths(params: dict[str, Any]) -> tuple[int, int]:
@@ -232,32 +275,37 @@ def _take(arrays: list[Any], i: int, axis: int) -> list[Any]:
     return [jax.lax.dynamic_index_in_dim(array, i, axis, keepdims=False) for array in arrays]
 
 
-def _stack(rows: Sequence[Value], axis: int) -> Value:
+def _stack(rows: Sequence[Value], axis: int) -> Blame:
     causes = {cause for row in rows for cause in row.blame}
     clean = np.zeros(np.shape(rows[0].array), bool)
-    blame = {cause: np.stack([row.blame.get(cause, clean) for row in rows], axis) for cause in causes}
-    return Value(jnp.stack([row.array for row in rows], axis), blame)
+    return {cause: np.stack([row.blame.get(cause, clean) for row in rows], axis) for cause in causes}
 
 
-def _take_while_apart(eqn: Any, place: Place, gradient: list[bool], operands: list[Value]) -> list[Value]:
+def _blame(values: list[Value]) -> list[Blame]:
+    return [value.blame for value in values]
+
+
+def _take_while_apart(eqn: Any, place: Place, uses: list[Use], operands: list[Value]) -> list[Blame]:
     p, n_cond, n_body = eqn.params, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_cond, of_body, carry = operands[:n_cond], operands[n_cond:][:n_body], operands[n_cond + n_body :]
     condition = _compiled(p["cond_jaxpr"], place)
-    body = _body(eqn, p["body_jaxpr"], place, gradient)
+    body = _body(eqn, p["body_jaxpr"], place, uses)
     for n in itertools.count(1):
         if not place.number(Value(condition([value.array for value in (*of_cond, *carry)])[0])):
-            return carry
+            return _blame(carry)
         carry = apply(body(f"while loop, iteration {n}"), [*of_body, *carry])
     raise AssertionError
 
 
-def _body(eqn: Any, program: Any, place: Place, gradient: list[bool]) -> Callable[[str], Operation]:
+def _body(eqn: Any, program: Any, place: Place, uses: list[Use]) -> Callable[[str], Operation]:
     """Return a function that makes an iteration of a loop an operation."""
     run = _compiled(program, place)
 
     def iteration(text: str) -> Operation:
         inner = place.within(text)
-        return Operation(eqn.primitive.name, inner, run, lambda values: run_program(program, values, inner, gradient))
+        return Operation(
+            eqn.primitive.name, inner, run, lambda values: _blame(run_program(program, values, inner, uses))
+        )
 
     return iteration
 
@@ -267,7 +315,7 @@ def _compiled(program: Any, place: Place) -> Run:
     return place.of_every_device(lambda arrays: run(*arrays))
 
 
-def _take_shard_map_apart(eqn: Any, place: Place, gradient: list[bool], operands: list[Value]) -> list[Value]:
+def _take_shard_map_apart(eqn: Any, place: Place, uses: list[Use], operands: list[Value]) -> list[Blame]:
     mesh, p = eqn.params["mesh"], eqn.params
 
     def spread(arrays: Any, specs: Any) -> Any:
@@ -285,7 +333,7 @@ def _take_shard_map_apart(eqn: Any, place: Place, gradient: list[bool], operands
         masks = spread(list(value.blame.values()), (spec,) * len(value.blame)) if value.blame else []
         values.append(Value(array, dict(zip(value.blame, masks, strict=True))))
     inner = dataclasses.replace(place, mesh=mesh, check_vma=p["check_vma"])
-    return run_program(p["jaxpr"], values, inner, gradient)
+    return _blame(run_program(p["jaxpr"], values, inner, uses))
 
 
 _LOOPS = {"scan": _take_scan_apart, "while": _take_while_apart, "shard_map": _take_shard_map_apart}
