@@ -65,7 +65,7 @@ def test_iterations_of_a_reversed_scan_are_counted_as_they_run():
     def backwards(x):
         return jax.lax.scan(lambda c, row: (jnp.sqrt(row) + c, row), 0.0, x, reverse=True)[0]
 
-    assert first_bad(backwards, jnp.float32([1, -1, 1, 1])).inside == ("scan, iteration 3 of 4",)
+    assert first_bad(backwards, jnp.float32([1, -1, 1, 1])).inside == ("reverse scan, iteration 3 of 4 (row 2)",)
 
 
 def test_iteration_of_a_while_loop_is_named():
@@ -164,7 +164,7 @@ def test_text_shows_operands_results_and_the_consequence():
     text = str(first_bad(functools.partial(scanned, at=0), X))
     assert text.startswith("log at ")
     assert text.splitlines()[0].endswith("(<lambda>), in scan, iteration 1 of 5")
-    assert text.splitlines()[1:] == ["  in   float32[], -1", "  out  float32[], 1 of 1 is NaN"]
+    assert text.splitlines()[1:] == ["  code jnp.log(row)", "  in   float32[], -1", "  out  float32[], 1 of 1 is NaN"]
 
 
 def test_keys_and_integers_pass_through():
