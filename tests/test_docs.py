@@ -17,7 +17,8 @@ MARK = "=== end of block"
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", flags=re.MULTILINE | re.DOTALL)
 """A Python block at the left margin (the tabs of a comparison are not run), and a text block directly below it."""
 PUBLIC = (ROOT / "tests" / "api.txt").read_text().splitlines()
-PAGES = [page for page in EVERY_PAGE if BLOCK.search(page.read_text())]
+PAGES = [page for page in EVERY_PAGE if BLOCK.search(page.read_text()) and page.name != "command_line.md"]
+"""Pages whose blocks are one program. Those of the other one are run by its commands."""
 
 
 def names(page):
@@ -65,6 +66,38 @@ def test_code_blocks_of_a_page_run_and_print_the_shown_output(page, tmp_path, se
     assert status == "0\n", f"train.py is {names(page)}\n{printed}"
     for (code, shown), text in zip(blocks(page), printed.split(f"{MARK}\n"), strict=False):
         assert shown is None or masked(text) == masked(shown), f"{code}\nprints:\n{text}"
+
+
+COMMANDS = re.compile(r"^```sh\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", flags=re.MULTILINE | re.DOTALL)
+RUN_COMMANDS = """
+import runpy, shlex, sys
+from onstep.cli import main
+
+for block in {blocks!r}:
+    for line in block.splitlines():
+        words = shlex.split(line)[1:]
+        if words[:2] == ["-m", "onstep"]:
+            main(words[2:])
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    print({mark!r}, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_commands_of_the_guide_print_the_shown_output(tmp_path):
+    page = DOCS / "guides" / "command_line.md"
+    (tmp_path / "train.py").write_text(blocks(page)[0][0])
+    commands = COMMANDS.findall(page.read_text())
+    program = RUN_COMMANDS.format(blocks=[block for block, _ in commands], mark=MARK)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.split(f"{MARK}\n")
+    assert len(printed) == len(commands) + 1
+    for (block, shown), text in zip(commands, printed, strict=False):
+        assert not shown or masked(text) == masked(shown), f"{block}\nprints:\n{text}"
 
 
 @pytest.mark.slow
