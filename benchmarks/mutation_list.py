@@ -1544,4 +1544,60 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_progress.py::test_streams_are_as_they_were_after_a_run",
         ),
     ],
+    "callbacks/fingerprint.py": [
+        (
+            "changes of several numbers from cancelling, such as two changed signs",
+            "total += _mix(words ^ _positions(number, words.shape)).sum(dtype=jnp.uint32)",
+            "total += (words * (2 * _positions(number, words.shape) + 1)).sum(dtype=jnp.uint32)",
+            "test_fingerprint.py::test_changes_that_could_cancel_change_the_hash",
+        ),
+    ],
+    "callbacks/repeat_step.py": [
+        (
+            "a NaN from being a false alarm",
+            "    if jnp.issubdtype(array.dtype, jnp.inexact):",
+            "    if False:",
+            "test_repeat_step.py::test_repeated_steps_change_nothing_and_raise_no_alarm",
+        ),
+        (
+            "every device's own part from being left out",
+            "for shard in (jax.random.key_data(leaf) if typed else leaf).addressable_shards:",
+            "for shard in (jax.random.key_data(leaf) if typed else leaf).addressable_shards[:1]:",
+            "test_repeat_step.py::test_bit_that_one_of_many_devices_computes_wrongly_is_found",
+        ),
+    ],
+    "engine/compare.py": [
+        (
+            "equal NaN from being a difference",
+            "elif repr(a) != repr(b):",
+            "elif a != b:",
+            "test_compare.py::test_records_are_compared_without_times_and_nan_is_equal_to_itself",
+        ),
+        (
+            "damaged checkpoints from being compared",
+            "steps.append([step for step, damage in states.items() if not damage])",
+            "steps.append([*states])",
+            "test_compare.py::test_other_trees_lengths_and_steps",
+        ),
+    ],
+    "engine/cli.py": [
+        (
+            "a JSON document from holding a NaN",
+            "return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value",
+            "return value",
+            "test_cli.py::test_show_says_how_a_run_ended_and_lists_its_checkpoints",
+        ),
+        (
+            "a page of the run from being overwritten",
+            "if options.file is None and os.path.lexists(file):",
+            "if False:",
+            "test_cli.py::test_report_is_written_from_what_was_saved",
+        ),
+        (
+            "output that is cut off from ending with a traceback",
+            "except BrokenPipeError:",
+            "except ZeroDivisionError:",
+            "test_cli.py::test_output_that_nobody_reads_to_its_end_is_no_error",
+        ),
+    ],
 }

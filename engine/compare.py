@@ -67,7 +67,7 @@ class Parting:
             return f"replay: step {self.step} is the first that received other values: {', '.join(self.received)}"
         return (
             f"replay: step {self.step} received the same values and returned others: {', '.join(self.returned)}\n"
-            "  The code of the step, or of a callback that changes the state, differs; or the step is not deterministic."
+            "  The step, or a callback that changes the state, has other code, or is not deterministic."
         )
 
 
@@ -265,7 +265,7 @@ def _describe_difference(x: np.ndarray, y: np.ndarray) -> str:
 
 def _differing_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
     """Return how values differ, by name. NaN is equal to NaN."""
-    found = {name: "only in one of the runs" for name in sorted(one.keys() ^ other.keys())}
+    found = dict.fromkeys(sorted(one.keys() ^ other.keys()), "only in one of the runs")
     for name in sorted(one.keys() & other.keys()):
         a, b = one[name], other[name]
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and (a.dtype, a.shape) == (b.dtype, b.shape):

@@ -44,15 +44,15 @@ def start(task):
 
 
 def run_command(line):
-    """Run a command of a page, `python SCRIPT ...` or `onstep ...`, in this process. An error prints its last lines."""
-    _, *arguments = words = shlex.split(line)
-    argv = sys.argv
+    """Run a command of a page, of `onstep` or `python SCRIPT`, in this process. An error prints its last lines."""
+    words, argv = shlex.split(line.removeprefix("python -m ")), sys.argv
     try:
         if words[0] == "onstep":
-            importlib.import_module("onstep.cli").main(arguments)
+            importlib.import_module("onstep.cli").main(words[1:])
         else:
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
+            sys.argv = words[1:]
+            linecache.cache.pop(words[1], None)  # the page itself may have the name of the script
+            runpy.run_path(words[1], run_name="__main__")
     except Exception as error:
         print(*traceback.format_exception_only(error), sep="", end="")
     finally:
