@@ -6,13 +6,81 @@ By file: what the code protects, and from what; the code; what replaces it; and 
 from __future__ import annotations
 
 MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
-    "engine/compiled/step.py": [
+    "engine/compiled/function.py": [
         (
             "a barrier between the step's results and what observes them",
             "new, metrics, aux = isolate(results)",
             "new, metrics, aux = results",
             "test_exactness.py::test_compiled_halves_do_not_change_a_byte_of_small_models",
         ),
+        (
+            "containers of its own for the step",
+            "self.step(*copy_containers((state, batch)),",
+            "self.step(*(state, batch),",
+            "test_nnx.py::test_a_step_that_changes_dicts_in_place_is_measured_and_undone",
+        ),
+        (
+            "containers of its own for each compiled half",
+            "half.update(copy_containers(carry), given)",
+            "half.update(carry, ctx)",
+            "test_nnx.py::test_compiled_halves_may_change_what_they_get_in_place",
+        ),
+        (
+            "containers of its own for `init` of each compiled half",
+            "carries[name] = half.init(copy_containers(state))",
+            "carries[name] = half.init(state)",
+            "test_nnx.py::test_compiled_halves_may_change_what_they_get_in_place",
+        ),
+        (
+            "the tree of the state, when the step returns",
+            'return _check_unchanged(state, new, "The step"), as_metrics',
+            "return new, as_metrics",
+            "test_mistakes.py::test_step_that_changes_the_state_structure_names_the_leaf_and_both_sides",
+        ),
+        (
+            "the aux that a compiled half replaces, for the later ones",
+            "aux=ctx.aux if aux is None else aux)",
+            "aux=ctx.aux)",
+            "test_callbacks.py::test_aux_that_a_compiled_half_replaces_reaches_the_later_ones",
+        ),
+        (
+            "the tree of a carry, when a compiled half returns",
+            'carried = _check_unchanged(carry, new, f"{name}.update", "carry")',
+            "carried = new",
+            "test_mistakes.py::test_compiled_half_with_a_mistake_is_named",
+        ),
+        (
+            "the tree of the state, when a compiled half returns",
+            'state = _check_unchanged(ctx.state, after.state, f"{name}.update")',
+            "state = after.state",
+            "test_mistakes.py::test_compiled_half_with_a_mistake_is_named",
+        ),
+        (
+            "one compilation for a state that begins as a Python number",
+            "new = strip_weak_types(new)\n    if changed",
+            "if changed",
+            "test_device.py::test_python_number_in_the_state_does_not_compile_twice",
+        ),
+        (
+            "something to wait for in a step without metrics",
+            "metrics = ctx.metrics or NoMetrics(jnp.int32(0))",
+            "metrics = ctx.metrics",
+            "test_device.py::test_calls_without_metrics_are_awaited_as_well",
+        ),
+        (
+            "what a compiled half logs, if its context is dropped",
+            "if after.dropped:",
+            "if False:",
+            "test_origin.py::test_a_dropped_result_of_log_is_an_error",
+        ),
+        (
+            "callbacks from arrays of a trace",
+            "if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):",
+            "if False:",
+            "test_origin.py::test_an_array_of_the_step_kept_in_the_callback_is_an_error",
+        ),
+    ],
+    "engine/compiled/step.py": [
         (
             "the barrier's effect in small loops on CPUs",
             "donate_argnums=0, compiler_options=blocks.COMPILER_OPTIONS)",
@@ -32,48 +100,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_device.py::test_state_and_carries_are_donated_to_the_next_call",
         ),
         (
-            "containers of its own for the step",
-            "self.step(*copy_containers((state, batch)),",
-            "self.step(*(state, batch),",
-            "test_nnx.py::test_a_step_that_changes_dicts_in_place_is_measured_and_undone",
-        ),
-        (
-            "containers of its own for each compiled half",
-            "half.update(copy_containers(carry), _with_own_containers(ctx))",
-            "half.update(carry, ctx)",
-            "test_nnx.py::test_compiled_halves_may_change_what_they_get_in_place",
-        ),
-        (
-            "containers of its own for `init` of each compiled half",
-            "carries[name] = half.init(copy_containers(state))",
-            "carries[name] = half.init(state)",
-            "test_nnx.py::test_compiled_halves_may_change_what_they_get_in_place",
-        ),
-        (
-            "the tree of the state, when the step returns",
-            'return _check_unchanged(state, new, "The step"), as_metrics',
-            "return new, as_metrics",
-            "test_mistakes.py::test_step_that_changes_the_state_structure_names_the_leaf_and_both_sides",
-        ),
-        (
-            "the tree of a carry, when a compiled half returns",
-            'return _check_unchanged(carry, new, f"{name}.update", "carry"), state',
-            "return new, state",
-            "test_mistakes.py::test_compiled_half_with_a_mistake_is_named",
-        ),
-        (
-            "the tree of the state, when a compiled half returns",
-            'state = _check_unchanged(ctx.state, after.state, f"{name}.update")',
-            "state = after.state",
-            "test_mistakes.py::test_compiled_half_with_a_mistake_is_named",
-        ),
-        (
-            "one compilation for a state that begins as a Python number",
-            "new = strip_weak_types(new)\n    if changed",
-            "if changed",
-            "test_device.py::test_python_number_in_the_state_does_not_compile_twice",
-        ),
-        (
             "the execution mode of a saved run",
             '_check_mode(saved["mode"], self.describe()["mode"])',
             "pass",
@@ -84,12 +110,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             '_check_batches(saved["batch"], here)',
             "pass",
             "test_integrity.py::test_different_data_is_refused_before_anything_is_written",
-        ),
-        (
-            "something to wait for in a step without metrics",
-            "metrics = ctx.metrics or NoMetrics(jnp.int32(0))",
-            "metrics = ctx.metrics",
-            "test_device.py::test_calls_without_metrics_are_awaited_as_well",
         ),
         (
             "something to wait for if no half that logs is due",
@@ -114,18 +134,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             '(max(size, 2) if mode == "block" else size)',
             "size",
             "test_blocks.py::test_run_saved_in_blocks_resumes_in_blocks_of_two_where_auto_would_not_choose_blocks",
-        ),
-        (
-            "what a compiled half logs, if its context is dropped",
-            "if after.dropped:",
-            "if False:",
-            "test_origin.py::test_a_dropped_result_of_log_is_an_error",
-        ),
-        (
-            "callbacks from arrays of a trace",
-            "if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):",
-            "if False:",
-            "test_origin.py::test_an_array_of_the_step_kept_in_the_callback_is_an_error",
         ),
         (
             "the same compiled step in every process",

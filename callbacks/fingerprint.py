@@ -22,12 +22,12 @@ class Fingerprint(Callback):
         name: the callback's name.
 
     >>> from onstep import Engine
-    >>> print_two = Fingerprint(when=2)
+    >>> every_second = Fingerprint(when=2)
     >>> for data in ([1, 2, 3, 4], [1, 2, 3, 5]):
-    ...     _ = Engine(lambda state, batch: (state + batch, {}), [print_two]).run(jnp.int32(0), data, epochs=1)
-    ...     print([int(value) for value in print_two.get_state()["batch"]])
-    [4261281274, 4227595258]
-    [4261281274, 4219173754]
+    ...     _ = Engine(lambda state, batch: (state + batch, {}), [every_second]).run(jnp.int32(0), data, epochs=1)
+    ...     print([int(value) for value in every_second.get_state()["batch"]])
+    [3609039597, 3518448300]
+    [3609039597, 3356814234]
     """
 
     def __init__(self, when: Cadence | int = every(50), *, name: str | None = None):  # noqa: B008 (frozen)
@@ -60,19 +60,31 @@ class Fingerprint(Callback):
 def _hash(tree: Any) -> jax.Array:
     """Return a hash of all leaves of a tree: a uint32 scalar.
 
-    Each word of 32 bits is multiplied by an odd number that depends on its position, and the products are added
-    modulo 2^32. An odd factor is invertible, so a change of one word always changes the sum.
+    Each word of 32 bits is combined with its position and mixed, and the results are added modulo 2^32. Mixing maps
+    different words to different ones, so a change of one word always changes the sum. Changes of several words cancel
+    with a probability of 2^-32. Without the mixing, two changed signs would always cancel.
     """
     total = jnp.uint32(0)
-    for number, leaf in enumerate(jax.tree.leaves(tree)):
+    for number, leaf in enumerate(jax.tree.leaves(tree), 1):
         words = _words(leaf)
-        factors = 2 * _mix(jax.lax.iota(jnp.uint32, words.size) + jnp.uint32(0x9E3779B9 * (number + 1) % 2**32)) + 1
-        total += (words * factors).sum(dtype=jnp.uint32)
+        total += _mix(words ^ _positions(number, words.shape)).sum(dtype=jnp.uint32)
     return total
 
 
+def _positions(number: int, shape: tuple[int, ...]) -> jax.Array:
+    """Return a word for each position in a leaf, from the number of the leaf.
+
+    It is computed along each axis, as the index in a flat array would gather a leaf that is divided over devices.
+    """
+    positions, stride = jnp.full(shape, np.uint32(number * 0x85EBCA6B % 2**32)), 0x9E3779B9
+    for axis in reversed(range(len(shape))):
+        positions += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        stride = stride * shape[axis] % 2**32
+    return positions
+
+
 def _words(leaf: Any) -> jax.Array:
-    """Return the bits of an array as words of 32 bits; those of smaller types are widened."""
+    """Return the bits of an array as words of 32 bits; smaller types are widened, and larger ones get another axis."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -80,13 +92,13 @@ def _words(leaf: Any) -> jax.Array:
         leaf = jnp.stack([leaf.real, leaf.imag])
     if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize < 4:
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        return leaf.astype(jnp.uint32).ravel()
-    return jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
+        return leaf.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """Return a well-mixed word for each word, as in MurmurHash3 (Appleby, 2011)."""
+    """Return a well-mixed word for each word, a different one for each, as in MurmurHash3 (Appleby, 2011)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

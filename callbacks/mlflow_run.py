@@ -22,7 +22,7 @@ TAG = "onstep.run"
 
 @dataclass(eq=False, repr=False)
 class MLflow(Callback):
-    """Logs every record to an MLflow run. Needs `pip install 'onstep[mlflow]'`.
+    """Logs every record to an MLflow run. Needs `pip install mlflow`.
 
     The MLflow run begins with the first record, and ends as FINISHED, FAILED or KILLED (by a signal or a
     resumable stop). Checkpoints hold its id, so a resumed run continues the same MLflow run. Points that MLflow

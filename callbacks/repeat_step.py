@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from onstep import Cadence, Callback, Loop, every
+from onstep import Cadence, Callback, Loop, every, processes
 from onstep.tools import named_leaves, to_host
 
 
@@ -18,13 +19,15 @@ class RepeatStep(Callback):
     If they do not, the device is faulty, or the step is not deterministic on it, and then a resumed run does not end in
     the same bytes either.
 
+    Each device compares what it holds. If a difference is found on one of them, all processes raise the error.
+
     Args:
-        when: at which steps to compare; a plain int means steps. Each comparison costs two steps and three copies of
-            the state.
+        when: at which steps to compare; a plain int means steps. A comparison takes the time of two steps, and memory
+            for two more copies of the state and the carries.
         name: the callback's name.
 
     Raises:
-        RuntimeError: the results differ; the message names the step and the leaves.
+        RuntimeError: the results differ; the message names the step, the leaves and the devices.
 
     >>> from onstep import Engine
     >>> engine = Engine(lambda state, batch: (state + batch, {"loss": state}), [RepeatStep(when=2)])
@@ -37,26 +40,42 @@ class RepeatStep(Callback):
         self.name: str | None = name
 
     def on_step_begin(self, loop: Loop) -> None:
-        first, second = (dict(zip(("state", "carries", "metrics"), loop.try_step(), strict=True)) for _ in range(2))
-        pairs = {name: (leaf, named_leaves(second)[name]) for name, leaf in named_leaves(first).items()}
-        counts = {name: _differing(*pair) for name, pair in pairs.items()}
-        bad = {name: int(to_host(count)) for name, count in counts.items() if int(to_host(count))}
-        if bad:
-            where = ", ".join(f"{name} ({count} of {pairs[name][0].size})" for name, count in bad.items())
+        results = (dict(zip(("state", "carries", "metrics"), loop.try_step(), strict=True)) for _ in range(2))
+        first, second = map(_by_device, results)
+        counts = {device: _count_differing(parts, second[device]) for device, parts in first.items()}
+        found = [
+            f"{name} ({count} of {first[device][name].size}) on {device.platform}:{device.id}"
+            for device, each in counts.items()
+            for name, count in zip(sorted(first[device]), to_host(each).tolist(), strict=True)
+            if count
+        ]
+        if where := ", ".join(itertools.chain(*processes.agree(found))):
             raise RuntimeError(
                 f"RepeatStep: two calls of step {loop.step + 1} with the same arguments differ in {where}. The device "
                 "computes wrongly, or the step is not deterministic on it. Run it on another device."
             )
 
 
+def _by_device(tree: Any) -> dict[jax.Device, dict[str, jax.Array]]:
+    """Return what each device of this process holds of a tree, by the name of the leaf."""
+    found: dict[jax.Device, dict[str, jax.Array]] = {}
+    for name, leaf in named_leaves(tree).items():
+        typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        for shard in (jax.random.key_data(leaf) if typed else leaf).addressable_shards:
+            found.setdefault(shard.device, {})[name] = shard.data
+    return found
+
+
 @jax.jit
-def _differing(one: Any, other: Any) -> jax.Array:
-    """Return how many numbers of two arrays differ in a bit: an int32 scalar."""
-    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-        one, other = jax.random.key_data(one), jax.random.key_data(other)
-    if jnp.iscomplexobj(one):
-        one, other = (jnp.stack([x.real, x.imag]) for x in (one, other))
-    if jnp.issubdtype(one.dtype, jnp.inexact):
-        kind = f"uint{8 * one.dtype.itemsize}"
-        one, other = (jax.lax.bitcast_convert_type(x, kind) for x in (one, other))
-    return (one != other).sum(dtype=jnp.int32)
+def _count_differing(one: dict[str, jax.Array], other: dict[str, jax.Array]) -> jax.Array:
+    """Return how many numbers of two arrays differ in a bit, for each name in ascending order: int32, (names,)."""
+    return jnp.stack([(_bits(one[name]) != _bits(other[name])).sum(dtype=jnp.int32) for name in sorted(one)])
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """Return numbers as integers with the same bits, so that a NaN is equal to itself."""
+    if jnp.iscomplexobj(array):
+        array = jnp.stack([array.real, array.imag])
+    if jnp.issubdtype(array.dtype, jnp.inexact):
+        array = jax.lax.bitcast_convert_type(array, f"uint{jnp.finfo(array.dtype).bits}")
+    return array

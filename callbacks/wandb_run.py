@@ -20,7 +20,7 @@ _begun: set[str] = set()
 
 
 class WandB(Callback):
-    """Logs every record to a Weights & Biases run. Needs `pip install 'onstep[wandb]'`.
+    """Logs every record to a Weights & Biases run. Needs `pip install wandb`.
 
     The W&B run begins with the first record, and ends as finished, failed or killed (by a signal or a
     resumable stop). Checkpoints hold its id, so a resumed run continues the same W&B run. Steps that W&B already has

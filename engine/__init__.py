@@ -1,5 +1,8 @@
 """onstep: a callback-and-hooks engine for JAX training."""
 
+import importlib
+import sys
+
 from .cadence import Cadence, at, every
 from .callback import Callback, Context
 from .data.batches import Batches
@@ -11,6 +14,28 @@ from .result import Result
 from .snapshot import Snapshot
 from .steps import Steps
 from .version import __version__ as __version__
+
+_SUBMODULES = [
+    "callbacks",
+    "config",
+    "plan",
+    "plots",
+    "processes",
+    "redact",
+    "sharding",
+    "state",
+    "storage",
+    "testing",
+    "tools",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a submodule when it is first used, so that `import onstep` is all that a script needs."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"onstep has no {name!r}", name=name, obj=sys.modules[__name__])
+
 
 __all__ = [
     "Batches",

@@ -21,8 +21,8 @@ from .trees import named_leaves
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash, because pathlib leaves only one
 DONATED = (
-    "It was donated to a compiled call: by a run with donate=True, by a run that continued a Result, or, if it is of "
-    "loop.state, by the next step. Create it again, or keep a copy: jax.tree.map(jnp.copy, loop.state)."
+    "It was donated to a compiled call: by a run with donate=True, or, if it is of loop.state, by the next step. "
+    "Create it again, or keep a copy: jax.tree.map(jnp.copy, loop.state)."
 )
 """What to do about a deleted array."""
 

@@ -1,4 +1,4 @@
-"""Validated configurations of runs that read and write YAML and JSON; needs `pip install 'onstep[config]'`."""
+"""Validated configurations of runs that read and write YAML and JSON; needs pydantic and PyYAML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ try:
     import yaml
     from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 except ImportError as _error:
-    raise ImportError(f"onstep.config needs pydantic and PyYAML: pip install 'onstep[config]' ({_error}).") from _error
+    raise ImportError(f"onstep.config needs pydantic and PyYAML: pip install pydantic PyYAML ({_error})") from _error
 
 Whole = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0)]

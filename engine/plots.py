@@ -52,7 +52,7 @@ def plot(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"plot needs matplotlib: pip install 'onstep[config]' ({error}).") from error
+        raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
 
     class Shown(Figure):
         """A figure that a notebook displays without pyplot, which would display it twice."""

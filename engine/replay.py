@@ -87,8 +87,8 @@ class Moment:
         return first_bad(step, given)
 
     def checksums(self) -> dict[str, int]:
-        """Return a checksum of every leaf of the state, the carries and the batch, by name: CRC-32."""
-        trees = {"batch": self.batch, "carries": self.carries, "state": self.state}
+        """Return a checksum of every leaf of the state, the carries, the batch and the key, by name: CRC-32."""
+        trees = {"batch": self.batch, "carries": self.carries, "rng": self.rng, "state": self.state}
         return {name: _checksum(leaf) for name, leaf in named_leaves(trees).items()}
 
     def debug(self) -> None:

@@ -96,10 +96,10 @@ def check_package(who: str, package: str) -> None:
     >>> check_package("WandB", "a_package_that_nobody_has")
     Traceback (most recent call last):
     ...
-    ImportError: WandB needs a_package_that_nobody_has: pip install 'onstep[a_package_that_nobody_has]'.
+    ImportError: WandB needs the package a_package_that_nobody_has, which is not installed: pip install ...
     """
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{who} needs {package}: pip install 'onstep[{package}]'.")
+        raise ImportError(f"{who} needs the package {package}, which is not installed: pip install {package}")
 
 
 def has_training_metrics(record: Record) -> bool:

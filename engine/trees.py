@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from typing import Any
@@ -149,13 +150,14 @@ def copy_containers(tree: Any) -> Any:
 
 
 def same_leaves(one: Any, other: Any) -> bool:
-    """Return whether two trees hold the same objects as leaves.
+    """Return whether two trees hold the same objects as leaves, at the same places.
 
     >>> leaf = np.zeros(2)
-    >>> same_leaves([leaf], (leaf,)), same_leaves([leaf], [np.zeros(2)])
-    (True, False)
+    >>> same_leaves({"a": leaf}, {"a": leaf}), same_leaves([leaf], (leaf,)), same_leaves([leaf], [np.zeros(2)])
+    (True, False, False)
     """
-    return [id(leaf) for leaf in jax.tree.leaves(one)] == [id(leaf) for leaf in jax.tree.leaves(other)]
+    a, b = (jax.tree.flatten(tree) for tree in (one, other))
+    return a[1] == b[1] and all(map(operator.is_, a[0], b[0]))
 
 
 def check_not_shared(tree: Any, what: str) -> None:

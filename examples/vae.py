@@ -23,11 +23,11 @@ from jax.scipy.special import gammaln
 from matplotlib.figure import Figure
 from onstep import Batches, Engine, evaluate, every
 from onstep.callbacks import Checkpoint, EarlyStopping, Evaluate, GracefulExit, GradNorm, Progress, TensorBoard
-from onstep.callbacks.checkpoint import load
 from onstep.callbacks.images import Images
 from onstep.callbacks.learning_rate import LearningRate
 from onstep.config import Name, TrainingConfig, Whole, plot
 from onstep.state import TrainState
+from onstep.storage import load
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 

@@ -518,6 +518,44 @@ def test_state_replaced_by_a_compiled_half_is_used_by_the_next_step():
     assert states == [3, 5, 4]
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+@pytest.mark.parametrize("when", [1, 2])
+def test_aux_that_a_compiled_half_replaces_reaches_the_later_ones(when, steps_per_call):
+    class Doubles(Callback):
+        update_when = when
+
+        def update(self, carry, ctx):
+            return carry, ctx.replace(aux={"grads": 2 * ctx.aux["grads"]})
+
+    class Sees(Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def update(self, carry, ctx):
+            return carry, ctx.log({self.name: ctx.aux["grads"]})
+
+    def step(state, batch):
+        return state, {}, {"grads": batch}
+
+    engine = Engine(step, [Sees("before"), Doubles(), Sees("after")], log_every=1, steps_per_call=steps_per_call)
+    history = engine.run(jnp.float32(0), [1.0, 2.0, 3.0, 4.0], epochs=1).history
+    assert history["train/before"] == [1, 2, 3, 4]
+    assert history["train/after"] == [n * (2 if n % when == 0 else 1) for n in (1, 2, 3, 4)]
+
+
+def test_compiled_half_with_a_cadence_cannot_change_the_tree_of_aux():
+    class Adds(Callback):
+        update_when = 2
+
+        def update(self, carry, ctx):
+            return carry, ctx.replace(aux={"more": ctx.state})
+
+    with pytest.raises(
+        ValueError, match="Adds.update, which is not due at every step, needs to return a dict as aux like"
+    ):
+        Engine(lambda s, b: (s, {}), [Adds()]).run(jnp.float32(0), [1.0, 2.0], epochs=1)
+
+
 def test_compiled_half_runs_at_its_cadence():
     class Reset(Callback):
         update_when = every(steps=3)

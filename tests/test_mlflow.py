@@ -144,5 +144,7 @@ def test_nothing_is_created_before_the_first_record(store, tmp_path):
 
 def test_missing_package_is_an_error_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ImportError, match=r"MLflow needs mlflow: pip install 'onstep\[mlflow\]'"):
+    with pytest.raises(
+        ImportError, match=r"MLflow needs the package mlflow, which is not installed: pip install mlflow"
+    ):
         MLflow()

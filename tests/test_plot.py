@@ -82,5 +82,5 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_names():
 
 def test_a_missing_matplotlib_is_an_error_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"plot needs matplotlib: pip install 'onstep\[config\]'"):
+    with pytest.raises(ImportError, match=r"plot needs matplotlib: pip install matplotlib"):
         plot(history(x=[1.0]))

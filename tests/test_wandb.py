@@ -195,5 +195,5 @@ def test_nothing_is_created_before_the_first_record(tmp_path):
 
 def test_missing_package_is_an_error_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"WandB needs wandb: pip install 'onstep\[wandb\]'"):
+    with pytest.raises(ImportError, match=r"WandB needs the package wandb, which is not installed: pip install wandb"):
         WandB("project")

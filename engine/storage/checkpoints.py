@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..checks import check_mode, local_path
 from ..placement import device_of
 from ..records import improves
 from .files import names_in
 from .manifest import MANIFEST, NewerFormatError, find_damage, read_manifest
-from .orbax_trees import ORBAX, from_orbax, to_orbax
+from .orbax_trees import ORBAX, from_orbax, read_arrays, to_orbax
 
 HOST = "host.npz"
 
@@ -149,6 +152,28 @@ class Checkpoints:
             name: found[name]["tree"] if like is None else from_orbax(found[name] if name in items else {}, like)
             for name, like in likes.items()
         }
+
+    def arrays(self, step: int, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield arrays of a checkpoint one by one, so that it need not fit into memory. Random keys come as their data.
+
+        Args:
+            step: the step of the checkpoint.
+            names: the paths of the arrays, such as `"state/params/w"`, in the order in which they are yielded.
+
+        Raises:
+            KeyError: the checkpoint has no array of that name. Arrays of size 0 are not stored.
+
+        >>> import tempfile
+        >>> from onstep.storage import save
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(directory, {"w": np.arange(3), "b": np.float32(0.5)}, step=7)
+        ...     for name, array in Checkpoints(directory).arrays(7, ["state/w", "state/b"]):
+        ...         print(name, array.tolist())
+        state/w [0, 1, 2]
+        state/b 0.5
+        """
+        for tree, inside in itertools.groupby(names, lambda name: name.partition("/")[0]):
+            yield from read_arrays(self.path(step), tree, list(inside))
 
     def host(self, step: int) -> bytes:
         """Return the bytes saved with the trees: this process's own if the number of processes is the same."""
