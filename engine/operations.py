@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from .blame import Blame, Cause, Operation, Run, Value, apply, is_nan, literal
-from .source import is_backward
+from .source_lines import is_backward
 
 
 @dataclass(frozen=True)
