@@ -372,7 +372,8 @@ def test_unusual_arrays_pass_through():
         key = jax.random.split(x["key"])[0]
         empty = jnp.zeros((0, 3)).sum() + x["complex"].real + (x["int"] // (x["int"] - 3)).sum()
         eighth = x["float8"].astype(jnp.float8_e4m3fn).astype(jnp.float32)
-        return eighth.astype(jnp.bfloat16) / (empty * 0).astype(jnp.bfloat16), x["bool"], key
+        written, passed = jax.jit(lambda v: (2.0, v))(key)
+        return eighth.astype(jnp.bfloat16) / (empty * 0).astype(jnp.bfloat16), x["bool"], passed, written
 
     values = {"complex": jnp.complex64(1 + 2j), "float8": jnp.ones(2, jnp.float8_e5m2), "bool": True}
     found = first_bad(f, values | {"int": jnp.int32([3, 4]), "key": jax.random.key(0)})
