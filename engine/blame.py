@@ -84,7 +84,7 @@ class Execution:
             return []
         try:
             return self.operation.take_apart(self.operands)
-        except ZeroDivisionError:  # another version of JAX may represent it in another way
+        except Exception:  # another version of JAX may represent it in another way
             return []
 
 
@@ -164,7 +164,8 @@ class _Trial:
         # The results of one execution are tried together. One of them, with a NaN if there is one, stands for all.
         ordered = sorted({cause for value in bad for cause in value.blame}, key=lambda cause: cause not in nan)
         first = {id(cause.execution or cause): cause for cause in reversed(ordered)}
-        self.causes = sorted(first.values(), key=lambda cause: cause.order)
+        self.causes = sorted(first.values(), key=lambda cause: (cause.given, cause.order))
+        self.computed = [cause for cause in self.causes if not cause.given]
         self.infinities = set(self.causes) - nan
         number = next(_numbers)
         earliest = [cause.order[0] for cause in self.causes if cause.execution] if self.has_parts else []
@@ -172,23 +173,21 @@ class _Trial:
 
     @functools.cached_property
     def repaired(self) -> Sequence[Any]:
-        """The results with ordinary numbers instead of all bad entries."""
-        return self._run(None) if self.causes else self.execution.results
+        """The results with ordinary numbers instead of all bad entries; a loop keeps the infinities of its masks."""
+        return self._run(self.causes[len(self.computed) :] if self.has_parts and self.computed else [])
 
     @functools.cached_property
     def alone(self) -> list[Sequence[Any]]:
         """The results with the bad entries of each cause alone."""
         if len(self.causes) < 2 or self.has_parts:
             return [self.execution.results]
-        return [self._run(cause) for cause in self.causes[:MOST_CAUSES]]
+        return [self._run([cause]) for cause in self.causes[:MOST_CAUSES]]
 
-    def _run(self, kept: Cause | None) -> Sequence[Any]:
-        def is_kept(cause: Cause) -> bool:
-            return kept is not None and (cause is kept or (cause.execution or cause) is kept.execution)
-
+    def _run(self, kept: list[Cause]) -> Sequence[Any]:
+        executions = {id(cause.execution or cause) for cause in kept}
         arrays = []
         for value in self.execution.operands:
-            masks = [mask for cause, mask in value.blame.items() if not is_kept(cause)]
+            masks = [mask for cause, mask in value.blame.items() if id(cause.execution or cause) not in executions]
             arrays.append(_replace(value.array, np.any(masks, 0)) if masks else value.array)
         return self.execution.operation.run(arrays)
 
@@ -209,7 +208,7 @@ class _Trial:
 
     def _made(self, position: int, bad: Mask) -> Mask:
         """Return the entries of a result that the operation itself may have made bad."""
-        if not self.causes or (self.has_parts and len(self.causes) > 1):
+        if not self.causes or (self.has_parts and len(self.computed) > 1):
             return bad  # if it has parts, they tell more
         if not self.has_parts:
             for value in self.execution.operands:

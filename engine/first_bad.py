@@ -12,7 +12,7 @@ import numpy as np
 
 from .blame import Cause, argument, is_float, is_nan
 from .operations import Found, Place, Use, run_program
-from .source import Line, lines_of, own_lines
+from .source_lines import Line, lines_of, own_lines
 from .trees import named_leaves
 
 
@@ -45,16 +45,17 @@ class BadOperation:
     became_nan: BadOperation | None = None
 
     def __str__(self) -> str:
-        lines = [self._title()]
-        lines += [f"  code {self.code}"] if self.code else []
+        lines = _place_lines(self)
         lines += [f"  in   {text}" for text in self.inputs] + [f"  out  {text}" for text in self.outputs]
         if self.became_nan is not None:
-            lines.append(f"  it became NaN in {self.became_nan._title()}")
-            lines += [f"  code {self.became_nan.code}"] if self.became_nan.code else []
+            title, *code = _place_lines(self.became_nan)
+            lines += [f"  it became NaN in {title}", *code]
         return "\n".join(lines)
 
-    def _title(self) -> str:
-        return f"{self.operation} at {self.source}" + "".join(f", in {loop}" for loop in reversed(self.inside))
+
+def _place_lines(bad: BadOperation) -> list[str]:
+    title = f"{bad.operation} at {bad.source}" + "".join(f", in {loop}" for loop in reversed(bad.inside))
+    return [title, f"  code {bad.code}"] if bad.code else [title]
 
 
 def first_bad(function: Callable[..., Any], *args: Any) -> BadOperation | None:

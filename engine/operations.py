@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from .blame import Blame, Cause, Operation, Run, Value, apply, is_nan, literal
-from .source import is_backward
+from .source_lines import is_backward
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run_program(
     values |= {var: place.literal(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
     last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
     kept = set(_variables(jaxpr.outvars))
-    final = {var for var, use in zip(jaxpr.outvars, uses, strict=True) if use.final and var in kept}
+    final = {var for var, use in zip(jaxpr.outvars, uses, strict=True) if use.final and not isinstance(var, jex.Literal)}
     backward = _backward(jaxpr, uses)
 
     def read(var: Any) -> Value:

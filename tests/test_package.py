@@ -59,13 +59,15 @@ LAYERS = """
     storage.manifest storage.orbax_trees storage.lock
     storage.files
     views first_bad
+    operations
+    blame
     records snapshot representation spans
     placement sharding
     processes
     config fields
     checks exclusive interrupts redact state
     messages activity
-    trees version
+    trees version source_lines
 """
 """The modules of `onstep` from top to bottom. Imports point downwards, to a line further below."""
 
@@ -107,7 +109,8 @@ WAITS = {
     "engine/data/prefetch.py": "a transfer, in a thread of its own",
     "engine/data/stacking.py": "batches on a device, when a block is stacked",
     "engine/evaluate.py": "an evaluation",
-    "engine/first_bad.py": "every result of a step that runs one operation at a time",
+    "engine/blame.py": "every result of a step that runs one operation at a time",
+    "engine/operations.py": "the condition of a loop or branch that runs one operation at a time",
     "engine/loop.py": "values on the device that are given to loop.log",
     "engine/means.py": "the means of a window",
     "engine/metrics.py": "the means of a window, and MOST_PENDING unread calls",

@@ -222,6 +222,7 @@ def test_command_replays_the_step_of_an_unmodified_script(script, capsys):
     assert lines[1:] == [
         "step 9, from checkpoint 8: not finite: loss",
         "first bad operation: log at train.py:8 (loss_fn)",
+        "  code jnp.log(w - x)",
         "  in   float32[], 0",
         "  out  float32[], 1 of 1 is -inf",
     ]
