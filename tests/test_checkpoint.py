@@ -451,7 +451,7 @@ def test_load_without_like_returns_plain_dicts(tmp_path):
         ({"w": jnp.zeros(2, jnp.bfloat16)}, r"state/w: float32\[2\] became bfloat16\[2\]"),
         ({"w": jax.random.key(0)}, r"state/w: float32\[2\] became key<fry>\[\]"),
         ({"w": [jnp.zeros(2)]}, r"state/w: float32\[2\] is gone; state/w/0: float32\[2\] is new"),
-        ({"w": jnp.zeros(2), "v": None}, r"structures do not match:\ntree\.v"),
+        ({"w": jnp.zeros(2), "v": None}, r"structures do not match:\nstate\.v"),
         (jnp.zeros(2), r"state/w: float32\[2\] is gone; state: float32\[2\] is new"),
     ],
     ids=["leaf", "shape", "dtype", "half", "key", "list", "none", "bare"],
@@ -474,10 +474,10 @@ def test_leaf_of_size_0_with_another_dtype_does_not_fit(tmp_path):
 
 def on_missing_devices(directory):
     """Change a checkpoint so that it was saved on more devices than there are."""
-    file = directory / "state" / "_sharding"
+    file = directory / "_sharding"
     file.write_text(file.read_text().replace('\\"id\\": ', '\\"id\\": 9'))
     manifest = json.loads((directory / "manifest.json").read_text())
-    manifest |= {"files": manifest["files"] | {"state/_sharding": [file.stat().st_size, zlib.crc32(file.read_bytes())]}}
+    manifest |= {"files": manifest["files"] | {"_sharding": [file.stat().st_size, zlib.crc32(file.read_bytes())]}}
     del manifest["checksum"]
     write_manifest(directory, manifest)
 
@@ -628,7 +628,7 @@ def test_tree_that_an_early_version_saved_is_loaded(tmp_path):
     writer.save(0, {"state": {"w": jnp.ones(2)}})
     writer.close()
     assert load(tmp_path, {"w": jnp.zeros(2)})["w"].tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"load: .*/0 does not fit like: .*\ntree\.v"):
+    with pytest.raises(ValueError, match=r"load: .*/0 does not fit like: .*\nstate\.v"):
         load(tmp_path, {"v": jnp.zeros(2)})
 
 

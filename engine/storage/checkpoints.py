@@ -10,11 +10,10 @@ from typing import Any
 import jax
 
 from ..checks import check_mode, local_path
-from ..placement import device_of
 from ..records import improves
 from .files import names_in
 from .manifest import MANIFEST, NewerFormatError, find_damage, read_manifest
-from .orbax_trees import ORBAX, from_orbax, to_orbax
+from .orbax_trees import METADATA, restore
 
 HOST = "host.npz"
 
@@ -65,7 +64,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, damaged ones included, in ascending order. Links do not count."""
         steps = [int(name) for name in names_in(self.directory) if re.fullmatch(r"0|[1-9]\d*", name)]
-        markers = {MANIFEST, "_CHECKPOINT_METADATA"}  # Orbax's marker identifies it if the manifest is lost
+        # What Orbax writes identifies a checkpoint whose manifest is lost; version 0.1 left the second name.
+        markers = {MANIFEST, METADATA, "_CHECKPOINT_METADATA"}
         return sorted(n for n in steps if not os.path.islink(self.path(n)) and markers & names_in(self.path(n)))
 
     def path(self, *parts: int | str) -> str:
@@ -132,23 +132,7 @@ class Checkpoints:
         Raises:
             ValueError: a tree has another structure or other shapes.
         """
-        import orbax.checkpoint as ocp
-
-        items: dict[str, Any] = {}
-        elsewhere = device_of(()) if jax.process_count() == 1 else None
-        for name, like in likes.items():
-            target = None if like is None else to_orbax(like)
-            if target is None or (jax.tree.leaves(target) and not partial):
-                items[name] = ocp.args.StandardRestore(target, fallback_sharding=elsewhere)
-            elif jax.tree.leaves(target):
-                how = ocp.checkpoint_utils.construct_restore_args(target)
-                items[name] = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-        with ORBAX, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
-        return {
-            name: found[name]["tree"] if like is None else from_orbax(found[name] if name in items else {}, like)
-            for name, like in likes.items()
-        }
+        return restore(self.path(step), likes, partial=partial)
 
     def host(self, step: int) -> bytes:
         """Return the bytes saved with the trees: this process's own if the number of processes is the same."""
