@@ -6,30 +6,12 @@ By file: what the code protects, and from what; the code; what replaces it; and 
 from __future__ import annotations
 
 MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
-    "engine/compiled/step.py": [
+    "engine/compiled/function.py": [
         (
             "a barrier between the step's results and what observes them",
             "new, metrics, aux = isolate(results)",
             "new, metrics, aux = results",
             "test_exactness.py::test_compiled_halves_do_not_change_a_byte_of_small_models",
-        ),
-        (
-            "the barrier's effect in small loops on CPUs",
-            "donate_argnums=0, compiler_options=blocks.COMPILER_OPTIONS)",
-            "donate_argnums=0)",
-            "test_exactness.py::test_small_block_is_not_compiled_to_one_piece_of_machine_code",
-        ),
-        (
-            "the memory of the state in single steps, by donation",
-            "self._single_step = jax.jit(self.function, donate_argnums=0, inline=True)",
-            "self._single_step = jax.jit(self.function, inline=True)",
-            "test_device.py::test_state_and_carries_are_donated_to_the_next_call",
-        ),
-        (
-            "the memory of the state in blocks, by donation",
-            "call = jax.jit(function, donate_argnums=0, compiler_options",
-            "call = jax.jit(function, compiler_options",
-            "test_device.py::test_state_and_carries_are_donated_to_the_next_call",
         ),
         (
             "containers of its own for the step",
@@ -74,6 +56,44 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_device.py::test_python_number_in_the_state_does_not_compile_twice",
         ),
         (
+            "something to wait for in a step without metrics",
+            "metrics = ctx.metrics or NoMetrics(jnp.int32(0))",
+            "metrics = ctx.metrics",
+            "test_device.py::test_calls_without_metrics_are_awaited_as_well",
+        ),
+        (
+            "what a compiled half logs, if its context is dropped",
+            "if after.dropped:",
+            "if False:",
+            "test_origin.py::test_a_dropped_result_of_log_is_an_error",
+        ),
+        (
+            "callbacks from arrays of a trace",
+            "if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):",
+            "if False:",
+            "test_origin.py::test_an_array_of_the_step_kept_in_the_callback_is_an_error",
+        ),
+    ],
+    "engine/compiled/step.py": [
+        (
+            "the barrier's effect in small loops on CPUs",
+            "donate_argnums=0, compiler_options=blocks.COMPILER_OPTIONS)",
+            "donate_argnums=0)",
+            "test_exactness.py::test_small_block_is_not_compiled_to_one_piece_of_machine_code",
+        ),
+        (
+            "the memory of the state in single steps, by donation",
+            "self._single_step = jax.jit(self.function, donate_argnums=0, inline=True)",
+            "self._single_step = jax.jit(self.function, inline=True)",
+            "test_device.py::test_state_and_carries_are_donated_to_the_next_call",
+        ),
+        (
+            "the memory of the state in blocks, by donation",
+            "call = jax.jit(function, donate_argnums=0, compiler_options",
+            "call = jax.jit(function, compiler_options",
+            "test_device.py::test_state_and_carries_are_donated_to_the_next_call",
+        ),
+        (
             "the execution mode of a saved run",
             '_check_mode(saved["mode"], self.describe()["mode"])',
             "pass",
@@ -84,12 +104,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             '_check_batches(saved["batch"], here)',
             "pass",
             "test_integrity.py::test_different_data_is_refused_before_anything_is_written",
-        ),
-        (
-            "something to wait for in a step without metrics",
-            "metrics = ctx.metrics or NoMetrics(jnp.int32(0))",
-            "metrics = ctx.metrics",
-            "test_device.py::test_calls_without_metrics_are_awaited_as_well",
         ),
         (
             "something to wait for if no half that logs is due",
@@ -114,18 +128,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             '(max(size, 2) if mode == "block" else size)',
             "size",
             "test_blocks.py::test_run_saved_in_blocks_resumes_in_blocks_of_two_where_auto_would_not_choose_blocks",
-        ),
-        (
-            "what a compiled half logs, if its context is dropped",
-            "if after.dropped:",
-            "if False:",
-            "test_origin.py::test_a_dropped_result_of_log_is_an_error",
-        ),
-        (
-            "callbacks from arrays of a trace",
-            "if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):",
-            "if False:",
-            "test_origin.py::test_an_array_of_the_step_kept_in_the_callback_is_an_error",
         ),
         (
             "the same compiled step in every process",

@@ -5,7 +5,7 @@ Run: python benchmarks/observers.py [--without] [--short]
 The first table trains thirteen small and medium models with one step per call ("plain") and in blocks, without
 callbacks and then with each callback that has a compiled half, and compares the bytes of the last state. A callback
 whose name ends in "/3" acts at every third step. The second table compares the time of a step with and without what
-keeps observers out of the step: the barrier `onstep.compiled.step.isolate`, and for blocks
+keeps observers out of the step: the barrier `onstep.compiled.function.isolate`, and for blocks
 `onstep.compiled.blocks.COMPILER_OPTIONS`. `--without` also prints the first table without them: the differences that
 they prevent.
 """
@@ -29,7 +29,7 @@ import optax
 from measure import figures, interleaved, machine
 from onstep import Callback, Engine, every
 from onstep.callbacks import EMA, SWA, GradNorm, NaNGuard
-from onstep.compiled import blocks, step
+from onstep.compiled import blocks, function
 from onstep.testing import same_bytes
 from workloads import cnn, digits_mlp, one_layer, transformer
 
@@ -216,12 +216,12 @@ MODELS: dict[str, Callable[[], Model]] = {
 @contextlib.contextmanager
 def without_isolation():
     """Compile in this context without what keeps observers out of the step."""
-    isolate, options = step.isolate, blocks.COMPILER_OPTIONS
-    step.isolate, blocks.COMPILER_OPTIONS = lambda tree: tree, None
+    isolate, options = function.isolate, blocks.COMPILER_OPTIONS
+    function.isolate, blocks.COMPILER_OPTIONS = lambda tree: tree, None
     try:
         yield
     finally:
-        step.isolate, blocks.COMPILER_OPTIONS = isolate, options
+        function.isolate, blocks.COMPILER_OPTIONS = isolate, options
 
 
 def last_state(model, callbacks, steps_per_call):

@@ -232,6 +232,11 @@ class Checkpoint(Callback):
 
     def _requested(self, checkpoints: Checkpoints, steps: list[int]) -> int:
         step = checkpoints.best_step() if self.resume == "best" else self.resume
+        if step is None:
+            raise FileNotFoundError(
+                f"Checkpoint: resume='best', but no checkpoint in {self.directory} has a value of the metric "
+                f"best={checkpoints.best!r}; it holds {steps}. Resume from one of these steps."
+            )
         if step not in steps:
             raise FileNotFoundError(f"Checkpoint: no step {self.resume} in {self.directory}; it holds {steps}.")
         if damage := checkpoints.damage(step):

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from .cadence import Cadence, as_cadence
 from .callback import Callback, FunctionCallback, check_when, name_callbacks, reset
 from .checks import CheckedCall, check_call, check_int, check_order
-from .compiled.step import CompiledStep, Step
+from .compiled.function import Step
+from .compiled.step import CompiledStep
 from .data.source import NO_DATA, Data
 from .loop import Loop, Options
 from .placement import jit_is_disabled, make_placement

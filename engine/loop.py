@@ -156,13 +156,17 @@ class Loop:
 
     # The loop. Its order is what docs/loop.md promises: do not reorder it.
     #
-    # Between the first step and the last, the host waits for the device in five places: in the throttle, when too many
-    # calls are in flight; when the means of a window are taken; when MOST_PENDING calls are unread; in `log`, if a
-    # value is on the device; and in `snapshot`, which reads unread metrics. Batches that are already on a device may be
-    # read when they are stacked, or divided over processes, and a prefetch thread waits for its transfers. Handlers may
-    # wait as well: evaluations, saves, and callbacks that read the state or a carry. With several processes, assigning
-    # `loop.state` reads it. At the start and in `restore`, the random key is read, and with several processes also the
-    # state, to compare and replicate it. tests/test_package.py lists the files that read or wait.
+    # Between the first step and the last, the host waits for the device here:
+    #
+    # - in the throttle, when too many calls are in flight;
+    # - when the means of a window are taken, or MOST_PENDING calls are unread;
+    # - in `log`, if a value is on the device, and in `snapshot`, which reads unread metrics;
+    # - when batches that are already on a device are stacked, or divided over processes;
+    # - with several processes, when `loop.state` is assigned;
+    # - in handlers: evaluations, saves, and callbacks that read the state or a carry.
+    #
+    # A prefetch thread waits for its own transfers. Before the first step, the random key is read, and with several
+    # processes the state, to compare and replicate it. tests/test_package.py lists the files that read or wait.
 
     def iterate(self, when: Cadence | None = None) -> Iterator[Loop]:
         """Run the loop, yielding whenever `when` is due. Every callback that began is guaranteed its `on_run_end`."""
@@ -173,7 +177,7 @@ class Loop:
             closing(self._spans),
             self._ensure_end(),  # on_exception, on_run_end: whatever began is ended
         ):
-            self._load()  # on_load, on_run_begin
+            self._begin()  # on_load, on_run_begin
             trigger = Trigger(when or Cadence(), self._group.clock, self.step)
             with suppress(WaitInterrupted):  # a stop that ended the wait for a batch
                 while not self.over:
@@ -186,8 +190,8 @@ class Loop:
                         self._save_due()  # on_save
             self._finish()  # on_save, on_snapshot, on_log
 
-    def _load(self) -> None:
-        """Restore a saved run if there is one (on_load), then begin (on_run_begin)."""
+    def _begin(self) -> None:
+        """Begin the run (on_run_begin), after a saved run has been restored, if there is one (on_load)."""
         for callback in self.callbacks.values():
             if observer := callback.observer(self):
                 self.observe(observer)
@@ -361,7 +365,7 @@ class Loop:
             self._save(self._events.take_due("on_save", self.step, self._completed_epoch))
 
     def _save(self, handlers: list[Handler]) -> None:
-        """Call handlers of on_save. A final stop is refused here, because the save would not include it."""
+        """Call handlers of on_save. Meanwhile `stop` refuses a final stop, because the save would not include it."""
         if self.step == self.start_step:  # a resumed run has only found its epoch complete
             return
         self._saving = True
@@ -607,7 +611,8 @@ class Loop:
             snapshot: the saved run.
             strict: False allows callbacks with a compiled half to be added or removed: a new one starts from scratch,
                 and the carry of a removed one is dropped.
-            skip: False reads the data from the beginning, for a source without a position.
+            skip: False reads the data from the beginning, for a source without a position, or for other data. The epoch
+                begins again, unless `epoch_steps` says where it ends.
 
         Raises:
             RuntimeError: the run has begun.
@@ -625,7 +630,8 @@ class Loop:
         state, carries = self._load_tree(snapshot, host, strict)
         self._bundle = self._compiled.bundle(state, carries, host["step"])
         self.step, self.epoch, self.epoch_step = host["step"], host["epoch"], host["epoch_step"]
-        self.latest, self._restored, self._must_match = Latest(host["latest"]), True, host["program"]
+        self.latest, self._restored = Latest(host["latest"]), True
+        self._must_match = host["program"] if skip else host["program"] | {"batch": None}
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped, self._final = host["stopped"], True
@@ -633,6 +639,9 @@ class Loop:
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])
             self._stream.seek(host["data"])
+        elif self._stream.epoch_steps is None or self.epoch_step >= self._stream.epoch_steps:
+            self.epoch_step = 0  # the epoch begins again
+            self._windows.take_means("epoch")
         keepers = {name: callback for name, callback in self.callbacks.items() if overridden(callback, "set_state")}
         for name, kept in host["callbacks"].items():
             if name in keepers:

@@ -481,6 +481,17 @@ def test_generator_that_a_callback_restores_is_not_advanced_by_skipped_batches(c
     assert int(rest.state) == int(whole.state)
 
 
+def test_negative_length_means_that_the_data_has_none():
+    class Dataset:
+        def __len__(self):
+            return -1  # as of an endless tf.data.Dataset
+
+        def __iter__(self):
+            return iter([1, 2, 3])
+
+    assert Engine(lambda s, b: (s + b, {})).run(0, Dataset(), epochs=2).step == 6
+
+
 def test_new_generator_skips_used_batches(capsys):
     engine = Engine(add)
     part = engine.run(jnp.int32(0), itertools.count(1), steps=2)

@@ -371,7 +371,9 @@ def test_run_resumes_from_its_best_and_archives_later_ones(tmp_path):
 def test_resume_from_the_best_is_an_error_if_there_is_none(tmp_path):
     with pytest.warns(UserWarning, match=NO_BEST):
         run(tmp_path, best="score", extra=[scores({3: 0.1})])
-    with pytest.raises(FileNotFoundError, match=r"no step best in .*; it holds \[4, 8, 12\]"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint in .* has a value of .* best='score'; it holds \[4, 8, 12\]"
+    ):
         run(tmp_path, best="score", resume="best")
 
 
@@ -882,6 +884,29 @@ def test_source_without_a_position_is_read_from_the_beginning_without_skip(tmp_p
     assert run(tmp_path, 8, data=simulator(), skip=False).step == 8
     assert seen == [0, 1, 2, 3] * 2  # no batch is drawn that is not used
     assert "skipping" not in capsys.readouterr().err
+
+
+def test_other_data_is_read_from_the_beginning_without_skip(tmp_path):
+    def go(rows, batches, skip, **target):
+        engine = Engine(lambda s, b: (s + b.sum(), {"loss": b.sum()}), [Checkpoint(tmp_path, when=4, skip=skip)])
+        return engine.run(jnp.float32(0), list(np.ones((batches, rows), np.float32)), **target)
+
+    go(2, 12, True, steps=6)
+    with pytest.raises(ValueError, match=r"float32\[2\] became float32\[4\]\. Pass the same data and batch size\."):
+        go(4, 12, True, epochs=1)
+    result = go(4, 3, False, epochs=1)  # the first epoch begins again
+    assert (result.step, result.epoch, float(result.state)) == (9, 1, 6 * 2 + 3 * 4)
+    assert result.history["epoch/loss"] == [4.0]
+    result = go(8, 3, False, steps=11, epoch_steps=2)
+    assert (result.step, result.epoch, float(result.state)) == (11, 2, 24 + 2 * 8)
+
+
+def test_epoch_continues_without_skip_where_its_length_is_given(tmp_path):
+    def go(steps):
+        engine = Engine(lambda s, b: (s + b, {}), [Checkpoint(tmp_path, when=4, skip=False)])
+        return engine.run(jnp.int32(0), iter([1] * 20), steps=steps, epoch_steps=4)
+
+    assert (go(6).epoch, go(8).epoch) == (1, 2)
 
 
 def test_host_state_is_that_of_the_checkpoints_step(tmp_path):

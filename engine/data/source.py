@@ -41,7 +41,7 @@ def length(data: Data) -> int | None:
     """Return the number of batches in a pass over the data, or None if it has no length."""
     try:
         return len(data)
-    except (TypeError, NotImplementedError):
+    except (TypeError, ValueError, NotImplementedError):  # the length of an endless tf.data.Dataset is negative
         return None
 
 
