@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -19,6 +20,7 @@ from .data.source import NO_DATA, Data
 from .loop import Loop, Options
 from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
+from .replay import INTERCEPT, Moment, ReplayedStep, replay_steps
 from .representation import call_text
 from .result import Result
 from .steps import Steps
@@ -256,6 +258,95 @@ class Engine(CheckedCall):
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 
+    @overload
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None,
+        *,
+        step: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Moment: ...
+
+    @overload
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None,
+        *,
+        step: range,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Iterator[Moment]: ...
+
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None,
+        *,
+        step: int | range,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Moment | Iterator[Moment]:
+        """Return a step of a past run as it was: the state, carries, batch and key that it received.
+
+        The run is continued from the newest intact checkpoint before the step, in its own mode, so the bytes are those
+        of the run. Only files of checkpoints are read; nothing is locked, written or moved. Compiled halves run as in
+        the run. Of the host halves, only those that changed `loop.state` or `loop.batch` run, and with them those that
+        recorded numbers; no callback that only saves, writes or shows handles an event.
+
+        Args:
+            state, data, epochs, steps, epoch_steps, rng: as for `run`.
+            directory: the directory of the run's `Checkpoint`; None to start from the initial state.
+            step: the step to reconstruct, counted from 1; or a range of steps, for an iterator over them.
+
+        Raises:
+            ValueError: the step is beyond the target of the run, or the checkpoint does not fit this engine.
+            RuntimeError: the body of `for loop in engine.steps(...)` changed the state, so the run cannot be repeated
+                without it.
+
+        >>> import tempfile
+        >>> from onstep.callbacks import Checkpoint
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     engine = Engine(lambda s, b: (s + b, {"loss": b}), [Checkpoint(directory, when=4)])
+        ...     _ = engine.run(0, [1, 2, 3, 4, 5], epochs=2)
+        ...     moment = engine.replay(0, [1, 2, 3, 4, 5], directory, step=7, epochs=2)
+        >>> int(moment.state), int(moment.batch), moment.checkpoint
+        (16, 2, 4)
+        >>> after, metrics, aux = moment.run()
+        >>> int(after)
+        18
+        """
+        wanted = step if isinstance(step, range) else range(check_int("engine.replay", "step", step, 1), step + 1)
+        if not wanted or wanted.start < 1 or wanted.step != 1:
+            raise ValueError(f"engine.replay needs a step, or a range of steps >= 1 without gaps, got {step!r}.")
+        moments = replay_steps(
+            self._compile(self._jit_now, ReplayedStep),
+            self._callbacks,
+            self._options,
+            self._placement,
+            state,
+            data,
+            directory,
+            wanted,
+            {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps},
+            rng,
+        )
+        if isinstance(step, range):
+            return moments
+        (moment,) = moments
+        return moment
+
     @classmethod
     def _check_call(cls, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         check_call(cls.__init__, cls.__name__, given, named, {"engine.run": Engine.run})
@@ -275,9 +366,9 @@ class Engine(CheckedCall):
         """Whether a run that begins now is compiled: JAX_DISABLE_JIT and `jax.disable_jit()` act as `jit=False`."""
         return self._given["jit"] and not jit_is_disabled()
 
-    def _compile(self, jit: bool) -> CompiledStep:
+    def _compile(self, jit: bool, kind: type[CompiledStep] = CompiledStep) -> Any:
         given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call")}
-        return CompiledStep(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
+        return kind(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
 
     def _make_loop(
         self,
@@ -289,6 +380,9 @@ class Engine(CheckedCall):
         rng: jax.Array | None,
         donate: bool,
     ) -> Loop:
+        if intercept := INTERCEPT.get():
+            targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
+            intercept(self, {"state": state, "data": data, "rng": rng, **targets})
         check_order(state, data)
         if data is None and epochs is not None and epoch_steps is None:
             raise ValueError(

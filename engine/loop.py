@@ -35,7 +35,16 @@ from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
+from .trees import (
+    Batch,
+    State,
+    compare_signatures,
+    copy_containers,
+    difference,
+    same_leaves,
+    signature,
+    weak_leaves,
+)
 from .version import __version__
 
 MOST_PENDING = 4096
@@ -99,6 +108,7 @@ class Loop:
         epoch_steps: int | None,
         rng: jax.Array | None,
         donate: bool,
+        handled: dict[str, Callback] | None = None,
     ):
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, compiled.function.step if compiled.takes_rng else None)
@@ -135,7 +145,9 @@ class Loop:
         self._next_batch: list[Batch] = []  # that batch, once a handler has read or replaced it
         self._windows = Windows()
         self._group = ProcessGroup(options.clock)
-        self._events = Events(callbacks, self._group)
+        self._events = Events(callbacks if handled is None else handled, self._group)
+        self._quiet = handled is not None  # a replay, in which most callbacks handle no event
+        self._influences: dict[str, set[str]] = {"changed": set(), "recorded": set()}  # callbacks, for a replay
         self._throttle = Throttle(options.in_flight, options.clock, compiled.auto and self._group.count == 1)
         self._spans = Spans()
 
@@ -208,7 +220,7 @@ class Loop:
         epoch = self.epoch + (self.epoch_step > 0)
         check_reachable(step=self.step, epoch=epoch, steps=self.steps, epochs=self.epochs)
         self._check_epoch_length()
-        if self._restored:
+        if self._restored and not self._quiet:
             log_user(self._resume_message())
         self._skip_used()
         self._agree_on_stop()  # with several processes also on the time, before the first deadline is set
@@ -271,17 +283,25 @@ class Loop:
             try:
                 for handler in due:
                     handler.call(self)
+                    if self._next_batch and not same_leaves(self._next_batch[0], self._stream.peek()):
+                        self._influences["changed"].add(handler.name)
             finally:
                 chosen, self._next_batch, self._in_step_begin = self._next_batch, [], False
             self._agree_on_stop()
             if chosen and not self.over:
                 self._stream.replace(chosen[0])
-        if not (self._prepared or self.over):
-            check_batch(batch := self._stream.peek())
+        if self.over:
+            return False
+        self._prepare(self._stream.peek)
+        return True
+
+    def _prepare(self, batch: Callable[[], Batch]) -> None:
+        """Compile for the first batch, unless that is done."""
+        if not self._prepared:
+            check_batch(first := batch())
             with self._spans.span(COMPILE):
-                self._compiled.prepare(self._bundle, batch, self._call_rng)
+                self._compiled.prepare(self._bundle, first, self._call_rng)
             self._prepared = True
-        return not self.over
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
         """Return when anything is next due.
@@ -430,6 +450,7 @@ class Loop:
     def state(self, new: State) -> None:
         if changed := difference(self.state, new):
             raise ValueError(f"loop.state needs a state like the one it has: {changed}.")
+        self._influences["changed"].add(self._events.running[-1] if self._events.running else "")
         self._bundle = (self._placement.place(new, "The state", like=self.state), *self._bundle[1:])
 
     @property
@@ -449,6 +470,23 @@ class Loop:
                 "loop.batch can only be replaced in on_step_begin, before its step. Here it is too late."
             )
         self._next_batch = [new]
+
+    def try_step(self) -> tuple[State, dict[str, Carry], Metrics]:
+        """Run the next step on copies, with the executable of the run, and return what it gives. Changes nothing.
+
+        Only in `on_step_begin`. Compiled halves with a cadence are not due.
+
+        Returns:
+            The state, the carries and the metrics after the step.
+
+        Raises:
+            RuntimeError: the run is at another event.
+        """
+        if not self._in_step_begin:
+            raise RuntimeError("loop.try_step can only be called in on_step_begin, where the next batch is known.")
+        self._prepare(lambda: self.batch)
+        (state, carries, _), metrics = self._compiled.trial(self._bundle, self.batch, self._call_rng)
+        return state, carries, dict(metrics)
 
     @property
     def carries(self) -> dict[str, Carry]:
@@ -541,6 +579,8 @@ class Loop:
             raise TypeError(f'loop.log needs a dict of numbers by name, got {got}: loop.log({{"val/loss": loss}}).')
         record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
         if record.values:
+            if self._events.running:
+                self._influences["recorded"].add(self._events.running[-1])
             self.latest.update(record.values)
             self.history.add(record)
             self._events.fire("on_log", self, record)
@@ -601,6 +641,7 @@ class Loop:
             "stopped": self.stopped,
             "final": self._final,
             "callbacks": self._callback_states(),
+            "influences": {how: sorted(names) for how, names in self._influences.items()},
         }
         return Snapshot(self.step, {"state": self.state, "carries": self.carries}, pack(host, "A snapshot"))
 
@@ -635,6 +676,8 @@ class Loop:
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped, self._final = host["stopped"], True
+        for how, names in host.get("influences", {}).items():
+            self._influences[how].update(names)
         self._windows.set_state(host["windows"])
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])

@@ -148,6 +148,16 @@ def copy_containers(tree: Any) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
+def same_leaves(one: Any, other: Any) -> bool:
+    """Return whether two trees hold the same objects as leaves.
+
+    >>> leaf = np.zeros(2)
+    >>> same_leaves([leaf], (leaf,)), same_leaves([leaf], [np.zeros(2)])
+    (True, False)
+    """
+    return [id(leaf) for leaf in jax.tree.leaves(one)] == [id(leaf) for leaf in jax.tree.leaves(other)]
+
+
 def check_not_shared(tree: Any, what: str) -> None:
     """Raise a ValueError if a tree holds one NNX variable twice, as a model with tied weights does.
 

@@ -11,9 +11,12 @@ import importlib
 import json
 import linecache
 import os
+import runpy
+import shlex
 import signal
 import sys
 import time
+import traceback
 import types
 import warnings
 
@@ -36,8 +39,24 @@ def start(task):
     sys.argv, sys.path[0] = [NAME], ""
     linecache.cache[NAME] = (len(task["program"]), None, task["program"].splitlines(keepends=True), NAME)
     sys.modules["__main__"] = main = types.ModuleType("__main__")
-    main.__builtins__ = builtins
+    main.__builtins__, main.run_command = builtins, run_command
     return compile(task["program"], NAME, "exec"), main
+
+
+def run_command(line):
+    """Run a command of a page, `python SCRIPT ...` or `onstep ...`, in this process. An error prints its last lines."""
+    _, *arguments = words = shlex.split(line)
+    argv = sys.argv
+    try:
+        if words[0] == "onstep":
+            importlib.import_module("onstep.cli").main(arguments)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    except Exception as error:
+        print(*traceback.format_exception_only(error), sep="", end="")
+    finally:
+        sys.argv = argv
 
 
 def wait(process, seconds):

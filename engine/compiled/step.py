@@ -202,6 +202,18 @@ class CompiledStep:
             return bundle, BlockMetrics(last_metrics, columns, count, present)
         return bundle, last_metrics or NoMetrics(next(iter(last.values()))) if last else last
 
+    def trial(self, bundle: Bundle, batch: Batch, rng: Any) -> tuple[Bundle, Metrics]:
+        """Run one step on a copy of the bundle, with the executable of the run. No conditional half is due.
+
+        Args:
+            bundle, rng: as for `call`.
+            batch: one batch.
+        """
+        if self.block_size:
+            batch = BatchStacker(batch, self.block_size).batches()
+        bundle, metrics = self.call(jax.tree.map(jnp.copy, bundle), batch, rng, self._due((self._never,), 1))
+        return bundle, metrics[0] if self.block_size else metrics
+
     @property
     def _never(self) -> tuple[bool, ...]:
         """The flags of a step at which no conditional half is due."""

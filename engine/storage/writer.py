@@ -39,10 +39,12 @@ class CheckpointWriter:
         keep: how many of the newest checkpoints to keep; None for all.
         best: a metric; the best checkpoint by it is kept as well.
         mode: whether `"min"` or `"max"` of that metric is best.
+        keep_every: keep the first checkpoint of every `keep_every` steps for ever; None for none.
 
     Attributes:
         checkpoints: read-only access to the same directory.
         keep: how many of the newest checkpoints to keep; None for all.
+        keep_every: keep the first checkpoint of every `keep_every` steps for ever; None for none.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -63,9 +65,11 @@ class CheckpointWriter:
         keep: int | None = None,
         best: str | None = None,
         mode: str = "min",
+        keep_every: int | None = None,
     ):
         self.checkpoints: Checkpoints = Checkpoints(directory, best=best, mode=mode)
         self.keep: int | None = keep
+        self.keep_every: int | None = keep_every
         self._run = uuid.uuid4().hex  # a writer deletes no checkpoint of another run
         self._resumed: int | None = None
         self._handler: Any = None  # of Orbax, from the first save to `close`
@@ -169,11 +173,15 @@ class CheckpointWriter:
                     os.rmdir(self._path(SAVING))
 
     def prune(self) -> None:
-        """Delete the checkpoints of this run that are neither among the newest, nor the best, nor resumed from."""
+        """Delete the checkpoints of this run that are not among the newest, the best, a milestone, or resumed from."""
         steps = self.checkpoints.steps()
         if not self.keep:
             return
         kept = {*steps[-self.keep :], self._resumed, self.checkpoints.best_step() if self.checkpoints.best else None}
+        milestones: dict[int, int] = {}
+        for step in steps if self.keep_every else ():
+            milestones.setdefault(step // self.keep_every, step)
+        kept |= {step for number, step in milestones.items() if number}
         for step in steps:
             with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint is not deleted
                 if step not in kept and self.checkpoints.manifest(step)["run"] == self._run:
