@@ -101,7 +101,7 @@ def compare_runs(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> 
     equal_until, differs_at, leaves, records = None, None, {}, {}
     for step in steps:
         hosts = [unpack(run.host(step)) for run in runs]
-        leaves = _differing_leaves(*(run.load(step, _names(run, step)) for run in runs))
+        leaves = _differing_leaves(*(run.load(step) for run in runs))
         latest = [host["latest"] for host in hosts]
         records = {
             name: (latest[0][name], latest[1][name])
@@ -124,11 +124,6 @@ def compare_runs(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> 
         _differing_fingerprint(*last),
         records,
     )
-
-
-def _names(run: Checkpoints, step: int) -> dict[str, None]:
-    files = run.manifest(step)["files"]
-    return {name: None for name in ("state", "carries") if any(file.startswith(f"{name}/") for file in files)}
 
 
 def _differing_leaves(one: Any, other: Any) -> dict[str, str]:

@@ -296,6 +296,17 @@ def loader_raises():
     run(cut(), Checkpoint(DIRECTORY / "run", when=2), source=source, log_every=50)
 
 
+def part_fails():
+    """Process 1 cannot write its part of a checkpoint."""
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    if PROCESS == 1:
+        writer.write = fail
+    run(cut(), Checkpoint(DIRECTORY / "run", when=2), log_every=50)
+
+
 def runs_out():
     def source(epoch):
         yield from list(own_part(data()(epoch)))[: 7 - PROCESS]

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved, what is resumed, and what is refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from models import fresh_state
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, ClipWeights, EarlyStopping
-from onstep.storage import Checkpoints, CheckpointWriter, load, save
+from onstep.storage import Checkpoints, CheckpointWriter, load, orbax_trees, save
 from onstep.storage.manifest import write_manifest
 from onstep.testing import StopAt, counting_step, same_bytes
 
@@ -437,6 +438,30 @@ def test_step_that_is_already_saved_is_refused_and_kept(tmp_path):
     assert Checkpoints(tmp_path).steps() == [4, 5]
 
 
+@pytest.mark.parametrize("small", [orbax_trees.SMALL, 0], ids=["small", "large"])
+def test_trees_are_loaded_by_name_alone_and_together(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_trees, "SMALL", small)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    trees = {
+        "state": {"w": jnp.ones((2, 3), jnp.bfloat16), "n": np.int64(2**40), "key": jax.random.key(3), "none": None},
+        "carries": {"EMA": {"average": (jax.device_put(jnp.arange(16), divided), jnp.float32(0.5))}, "empty": {}},
+    }
+    with contextlib.closing(CheckpointWriter(tmp_path)) as writer:
+        writer.save(4, trees)
+    checkpoints = Checkpoints(tmp_path)
+    everything = checkpoints.load(4)
+    assert list(everything) == ["carries", "state"]
+    for name, tree in trees.items():
+        assert same_bytes(checkpoints.load(4, {name: tree})[name], tree)
+        for found in (everything[name], checkpoints.load(4, {name: None})[name]):
+            assert same_bytes(jax.tree.leaves(found), jax.tree.leaves(tree))
+            assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found) if leaf.dtype != np.int64)
+    assert everything["carries"]["EMA"]["average"][0].sharding == divided
+    with pytest.raises(ValueError, match=r"structures do not match:\nstate\.v"):
+        checkpoints.load(4, {"state": trees["state"] | {"v": jnp.ones(2)}})
+
+
 def test_load_without_like_returns_plain_dicts(tmp_path):
     save(tmp_path, {"params": {"w": jnp.ones(2)}})
     assert load(tmp_path)["params"]["w"].tolist() == [1, 1]
@@ -640,10 +665,12 @@ def test_state_of_a_run_is_loaded_without_its_carries(tmp_path):
     assert same_bytes(load(tmp_path, like=result.state), result.state)
 
 
-def test_state_saved_while_steps_run_is_the_state_of_its_step(tmp_path):
+@pytest.mark.parametrize("small", [orbax_trees.SMALL, 0], ids=["copied by us", "copied by Orbax"])
+def test_state_saved_while_steps_run_is_the_state_of_its_step(small, tmp_path, monkeypatch):
     def fast(state, batch):
         return jax.tree.map(lambda x: x + 1, state), {}
 
+    monkeypatch.setattr(orbax_trees, "SMALL", small)
     state = {str(i): jnp.zeros(20_000) for i in range(5)}
     Engine(fast, [Checkpoint(tmp_path, when=1, keep=50)]).run(state, range(30), epochs=1)
     for number in steps_in(tmp_path):

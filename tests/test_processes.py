@@ -199,6 +199,7 @@ def test_a_process_that_others_wait_for_is_named_with_its_step_and_activity(scen
     [
         ("raises", 0, "RuntimeError: boom", [2]),
         ("loader_raises", 1, "OSError: disk gone", [2, 4]),
+        ("part_fails", 1, "RuntimeError: The checkpoint of step 2 in ", []),
         ("runs_out", 1, "ProcessError: Process 1 ran out of data at step 7", [2, 4]),
         ("short_batch", 1, "ProcessError: A batch of the training data has ", []),
     ],

@@ -119,14 +119,15 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             return f"{MANIFEST} is damaged ({error})"
 
-    def load(self, step: int, likes: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    def load(self, step: int, likes: dict[str, Any] | None = None, *, partial: bool = False) -> dict[str, Any]:
         """Load trees of a checkpoint by name. All processes must call it. Checksums are not verified; see `damage`.
 
         Args:
             step: the step of the checkpoint.
             likes: by name, a tree of the same structure, shapes and dtypes, of arrays or `jax.ShapeDtypeStruct`;
-                None loads nested dicts. Arrays that say no placement get the saved one, or the default device where
-                the saved devices do not exist. A run saves the trees `"state"` and `"carries"`.
+                None instead of a tree loads nested dicts, and None instead of `likes` loads all trees. Arrays that say
+                no placement get the saved one. That is the default device for small trees on one device, and where the
+                saved devices do not exist. A run saves the trees `"state"` and `"carries"`.
             partial: True allows the checkpoint to hold more than `likes`.
 
         Raises:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..placement import device_of, read
 from ..trees import named_leaves
+from .files import names_in
 
 ORBAX = threading.Lock()
 """Held while Orbax saves or loads: it hangs, or fails, when two threads of a process use it at once."""
@@ -21,7 +22,7 @@ ORBAX = threading.Lock()
 METADATA = "_METADATA"
 """Orbax's description of a tree, in the folder of a checkpoint."""
 SMALL = 2**25
-"""Bytes up to which trees are saved as numpy arrays: up to there, Orbax's time depends on the number of arrays."""
+"""Bytes up to which trees are saved as numpy arrays. Orbax's time for small trees is that for each of their arrays."""
 
 _STORABLE = frozenset(map(np.dtype, ("bool", "int32", "int64", "uint8", "uint32", "float16", "float32", "float64")))
 """Common dtypes that Orbax can store. Others need TensorStore, which takes a while to import, to tell."""
@@ -64,8 +65,8 @@ def _is_storable(dtype: Any) -> bool:
 def detach(trees: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """Return trees for Orbax to save, and whether they are copies, so that the originals may be modified at once.
 
-    Trees without arrays are left out. Arrays on one device become numpy arrays if they are small together: Orbax needs
-    a third to a half of the time for those. It copies a numpy array once more, and forgets its device.
+    Trees without arrays are left out. Small trees become numpy arrays, except what is divided over devices: Orbax
+    saves those in half the time. It copies them once more, and does not store their device.
     """
     found = {name: to_orbax(tree) for name, tree in trees.items()}
     found = {name: tree for name, tree in found.items() if jax.tree.leaves(tree)}
@@ -108,7 +109,7 @@ def write(handler: Any, folder: str, trees: dict[str, Any], copied: threading.Ev
 
     pending = asyncio.run(handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(trees)))
     copied.set()
-    for each in pending:
+    for each in pending or ():
         each.result()
 
 
@@ -119,32 +120,38 @@ def finalize(handler: Any, folder: str) -> None:
     handler.finalize(epath.Path(folder))
 
 
-def restore(folder: str, likes: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
+def restore(folder: str, likes: Mapping[str, Any] | None, *, partial: bool) -> dict[str, Any]:
     """Return trees of a checkpoint by name, loaded by Orbax; see `Checkpoints.load`."""
+    together = os.path.isfile(os.path.join(folder, METADATA))
+    if likes is None:
+        names = _describe(folder) if together else sorted(names_in(folder))
+        likes = {name: None for name in names if together or METADATA in names_in(os.path.join(folder, name))}
     wanted = {name: like for name, like in likes.items() if like is None or jax.tree.leaves(to_orbax(like))}
-    if not wanted:
-        found = {}
-    elif os.path.isfile(os.path.join(folder, METADATA)):
-        found = _restore_together(folder, wanted, partial)
-    else:
-        found = _restore_one_by_one(folder, wanted, partial)
+    load = _restore_together if together else _restore_one_by_one
+    found = load(folder, wanted, partial) if wanted else {}
     return {name: found[name] if like is None else _from_orbax(found.get(name), like) for name, like in likes.items()}
+
+
+def _describe(folder: str) -> dict[str, Any]:
+    """Return what Orbax knows about trees that were saved as one."""
+    from etils import epath
+
+    with ORBAX:
+        return new_handler().metadata(epath.Path(folder)).tree
 
 
 def _restore_together(folder: str, likes: dict[str, Any], partial: bool) -> dict[str, Any]:
     """Return trees that were saved as one."""
     import orbax.checkpoint as ocp
-    from etils import epath
 
-    handler = new_handler()
-    with ORBAX, ocp.Checkpointer(handler) as reader:
-        saved = handler.metadata(epath.Path(folder)).tree
-        target = {name: saved.get(name) if like is None else to_orbax(like) for name, like in likes.items()}
-        how = ocp.checkpoint_utils.construct_restore_args(target, _shardings(target, saved))
-        if not partial:  # Orbax compares the structure of all trees, also of those that it does not load
-            others = {name: tree for name, tree in saved.items() if name not in likes}
-            target |= jax.tree.map(lambda _: ocp.PLACEHOLDER, others)
-            how |= jax.tree.map(lambda _: ocp.RestoreArgs(), others)
+    saved = _describe(folder)
+    target = {name: saved[name] if like is None else to_orbax(like) for name, like in likes.items()}
+    how = ocp.checkpoint_utils.construct_restore_args(target, _shardings(target, saved))
+    if not partial:  # Orbax compares the structure of all trees, also of those that it does not load
+        others = {name: tree for name, tree in saved.items() if name not in likes}
+        target |= jax.tree.map(lambda _: ocp.PLACEHOLDER, others)
+        how |= jax.tree.map(lambda _: ocp.RestoreArgs(), others)
+    with ORBAX, ocp.Checkpointer(new_handler()) as reader:
         return reader.restore(folder, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=partial))
 
 
@@ -192,6 +199,11 @@ def _restore_one_by_one(folder: str, likes: dict[str, Any], partial: bool) -> di
     with ORBAX, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         found = reader.restore(folder, args=ocp.args.Composite(**items))
     return {name: found[name]["tree"] for name in items}
+
+
+def _folders(folder: str) -> list[str]:
+    """Return the names of the trees that version 0.1 saved."""
+    return [name for name in names_in(folder) if METADATA in names_in(os.path.join(folder, name))]
 
 
 def _from_orbax(found: Any, like: Any) -> Any:
