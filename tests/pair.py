@@ -37,6 +37,7 @@ from onstep.callbacks import (  # noqa: E402
 from onstep.callbacks.checkpoint import load, save  # noqa: E402
 from onstep.processes import ProcessError  # noqa: E402
 from onstep.sharding import create, fsdp, make_mesh  # noqa: E402
+from onstep.storage import writer  # noqa: E402
 from onstep.testing import FakeLoader, FakeLoaderIterator  # noqa: E402
 
 TX = optax.adam(1e-2)

@@ -199,7 +199,6 @@ def test_a_process_that_others_wait_for_is_named_with_its_step_and_activity(scen
     [
         ("raises", 0, "RuntimeError: boom", [2]),
         ("loader_raises", 1, "OSError: disk gone", [2, 4]),
-        ("part_fails", 1, "RuntimeError: The checkpoint of step 2 in ", []),
         ("runs_out", 1, "ProcessError: Process 1 ran out of data at step 7", [2, 4]),
         ("short_batch", 1, "ProcessError: A batch of the training data has ", []),
     ],
@@ -212,6 +211,15 @@ def test_failing_process_ends_all_and_the_others_name_it(scenario, failing, erro
     assert error.split(": ", 1)[1] in errors[1 - failing]
     assert seconds < 15
     assert not saved or checkpoints(tmp_path / "run") == saved
+
+
+@pytest.mark.slow
+def test_checkpoint_is_not_committed_without_the_part_of_another_process(tmp_path):
+    statuses, errors, _ = start("part_fails", tmp_path)
+    assert statuses == [1, 1], errors
+    for text in errors:
+        assert re.search(r"checkpoint of step 2 in .* could not be saved: OSError: disk full", last_error(text))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
