@@ -677,6 +677,15 @@ def test_state_saved_while_steps_run_is_the_state_of_its_step(small, tmp_path, m
         assert all(np.all(leaf == number) for leaf in load(tmp_path, state, number).values())
 
 
+def test_numpy_array_may_be_modified_when_save_returns(tmp_path):
+    array = np.arange(3)
+    with contextlib.closing(CheckpointWriter(tmp_path)) as writer:
+        with orbax_trees.ORBAX:  # nothing is written yet
+            writer.save(1, {"state": array})
+            array += 10
+    assert load(tmp_path).tolist() == [0, 1, 2]
+
+
 def test_result_resumes_in_the_directory_of_its_run(tmp_path):
     engine = Engine(counting_step, [Checkpoint(tmp_path, when=4, keep=9)])
     first = engine.run(jnp.int32(0), range(12), steps=6)
