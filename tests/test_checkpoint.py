@@ -679,10 +679,9 @@ def test_state_saved_while_steps_run_is_the_state_of_its_step(small, tmp_path, m
 
 def test_numpy_array_may_be_modified_when_save_returns(tmp_path):
     array = np.arange(3)
-    with contextlib.closing(CheckpointWriter(tmp_path)) as writer:
-        with orbax_trees.ORBAX:  # nothing is written yet
-            writer.save(1, {"state": array})
-            array += 10
+    with contextlib.closing(CheckpointWriter(tmp_path)) as writer, orbax_trees.ORBAX:  # nothing is written yet
+        writer.save(1, {"state": array})
+        array += 10
     assert load(tmp_path).tolist() == [0, 1, 2]
 
 
