@@ -107,7 +107,9 @@ def run_program(
     values |= {var: place.literal(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
     last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
     kept = set(_variables(jaxpr.outvars))
-    final = {var for var, use in zip(jaxpr.outvars, uses, strict=True) if use.final and not isinstance(var, jex.Literal)}
+    final = {
+        var for var, use in zip(jaxpr.outvars, uses, strict=True) if use.final and not isinstance(var, jex.Literal)
+    }
     backward = _backward(jaxpr, uses)
 
     def read(var: Any) -> Value:

@@ -39,6 +39,7 @@ from onstep.callbacks import (  # noqa: E402
 from onstep.callbacks.checkpoint import load, save  # noqa: E402
 from onstep.processes import ProcessError  # noqa: E402
 from onstep.sharding import create, fsdp, make_mesh  # noqa: E402
+from onstep.storage import writer  # noqa: E402
 from onstep.testing import FakeLoader, FakeLoaderIterator  # noqa: E402
 
 TX = optax.adam(1e-2)
@@ -316,6 +317,17 @@ def loader_raises():
             yield batch
 
     run(cut(), Checkpoint(DIRECTORY / "run", when=2), source=source, log_every=50)
+
+
+def part_fails():
+    """Process 1 cannot write its part of a checkpoint."""
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    if PROCESS == 1:
+        writer.write = fail
+    run(cut(), Checkpoint(DIRECTORY / "run", when=2), log_every=50)
 
 
 def runs_out():

@@ -117,9 +117,9 @@ WAITS = {
     "engine/placement.py": "arrays that are compared, replicated or divided over processes",
     "engine/replay.py": "whether the results of a replayed step are finite, and checksums",
     "engine/snapshot.py": "the random key, at the start and in a snapshot",
-    "engine/storage/orbax_trees.py": "the dtype of numbers that are no arrays",
+    "engine/storage/orbax_trees.py": "the copy of a small state and its carries, in a save",
     "engine/storage/trees.py": "numbers that are no arrays",
-    "engine/storage/writer.py": "the copy of the state and the carries by Orbax, in a save",
+    "engine/storage/writer.py": "the copy of a large state and its carries by Orbax, in a save",
     "engine/testing.py": "batches that a test compares",
 }
 """The files that may read an array from the device, or wait for it, and what for. docs/loop.md says when they do."""
@@ -221,7 +221,7 @@ def waits(path):
     tree = ast.parse(path.read_text())
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    ends = "block_until_ready", "device_get", "transfer_guard_device_to_host", "checkpointer.save"
+    ends = "block_until_ready", "device_get", "transfer_guard_device_to_host", "copied.wait"
     return bool(
         called & {"block_until_ready", "device_get", "fetch", "read", "to_float", "to_host"}
         or "np.asarray" in attributes

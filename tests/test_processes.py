@@ -228,6 +228,15 @@ def test_wrong_bit_in_one_process_ends_all_and_the_command_line_reads_their_chec
 
 
 @pytest.mark.slow
+def test_checkpoint_is_not_committed_without_the_part_of_another_process(tmp_path):
+    statuses, errors, _ = start("part_fails", tmp_path)
+    assert statuses == [1, 1], errors
+    for text in errors:
+        assert re.search(r"checkpoint of step 2 in .* could not be saved: OSError: disk full", last_error(text))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_process_that_waits_for_data_is_ended_when_another_one_fails(tmp_path):
     statuses, errors, seconds = start("fails_while_another_waits_for_data", tmp_path)
     assert statuses == [1, 1], errors
