@@ -258,10 +258,10 @@ def check(name: str, count: int, seed: int, directory: Path) -> dict[str, Any]:
     for stop in (*kind.stops, None):
         more = [] if stop is None else [StopAt(stop, final=False)]
         kind.engine(directory, *more, keep).run(kind.state(), kind.data(), rng=key, **kind.target)
-    before, equal, seconds = files(directory), 0, []
+    before, equal, seconds, engine = files(directory), 0, [], kind.engine(directory)
     for step in steps:
         began = time.perf_counter()
-        moment = kind.engine(directory).replay(kind.state(), kind.data(), directory, step=step, rng=key, **kind.target)
+        moment = engine.replay(kind.state(), kind.data(), step=step, rng=key, **kind.target)
         seconds.append(time.perf_counter() - began)
         wrong = [
             what
@@ -283,7 +283,9 @@ def check(name: str, count: int, seed: int, directory: Path) -> dict[str, Any]:
         if files(directory) != before:
             wrong.append("files")
         if wrong:
-            print(f"{name}, step {step}, from checkpoint {moment.checkpoint}: {', '.join(wrong)} differ", file=sys.stderr)
+            print(
+                f"{name}, step {step}, from checkpoint {moment.checkpoint}: {', '.join(wrong)} differ", file=sys.stderr
+            )
         equal += not wrong
     return {"replays": count, "equal": equal, "seconds": statistics.median(seconds)}
 
@@ -331,7 +333,11 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             run = start_processes if name == PROCESSES else check
-            arguments = (count, options.seed, Path(folder)) if name == PROCESSES else (name, count, options.seed, Path(folder, "run"))
+            arguments = (
+                (count, options.seed, Path(folder))
+                if name == PROCESSES
+                else (name, count, options.seed, Path(folder, "run"))
+            )
             found = run(*arguments)
         print(f"{name:<40}{found['replays']:>8}{found['equal']:>7}{found['seconds']:>8.2f}", flush=True)
         different += found["replays"] - found["equal"]
