@@ -103,6 +103,11 @@ class Checkpoint(Callback):
         self.directory = local_path("Checkpoint", self.directory)
         self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints in the directory, for reading."""
+        return Checkpoints(self.directory, best=self.best, mode=self.mode)
+
     def on_load(self, loop: Loop) -> None:
         self._writer = CheckpointWriter(
             self.directory, keep=self.keep, best=self.best, mode=self.mode, keep_every=self.keep_every

@@ -121,6 +121,7 @@ class Engine(CheckedCall):
         self._options = Options(log_every, in_flight, prefetch, clock)
         self._placement = make_placement(mesh)
         self._compiled = self._compile(jit)
+        self._replayed: ReplayedStep | None = None  # for replays, which record its calls
 
     @property
     def callbacks(self) -> dict[str, Callback]:
@@ -263,7 +264,7 @@ class Engine(CheckedCall):
         self,
         state: State,
         data: Data,
-        directory: str | os.PathLike[str] | None,
+        directory: str | os.PathLike[str] | None = None,
         *,
         step: int,
         epochs: int | None = None,
@@ -277,7 +278,7 @@ class Engine(CheckedCall):
         self,
         state: State,
         data: Data,
-        directory: str | os.PathLike[str] | None,
+        directory: str | os.PathLike[str] | None = None,
         *,
         step: range,
         epochs: int | None = None,
@@ -290,7 +291,7 @@ class Engine(CheckedCall):
         self,
         state: State,
         data: Data,
-        directory: str | os.PathLike[str] | None,
+        directory: str | os.PathLike[str] | None = None,
         *,
         step: int | range,
         epochs: int | None = None,
@@ -302,16 +303,21 @@ class Engine(CheckedCall):
 
         The run is continued from the newest intact checkpoint before the step, in its own mode, so the bytes are those
         of the run. Only files of checkpoints are read; nothing is locked, written or moved. Compiled halves run as in
-        the run. Of the host halves, only those that changed `loop.state` or `loop.batch` run, and with them those that
-        recorded numbers; no callback that only saves, writes or shows handles an event.
+        the run. Of the host halves, only those run that change `loop.state` or `loop.batch`, and with them those that
+        record numbers; no callback that only saves, writes or shows handles an event.
+
+        With several processes, all of them call this, and all read the directory.
 
         Args:
-            state, data, epochs, steps, epoch_steps, rng: as for `run`.
-            directory: the directory of the run's `Checkpoint`; None to start from the initial state.
+            state, data, epochs, steps, epoch_steps, rng: as for `run`; data that can be read only once has to be new.
+                The target may be left out, unless a callback that changes the run depends on it.
+            directory: the directory of the run; by default that of the engine's `Checkpoint`. Without checkpoints
+                before the step, the run is repeated from its beginning.
             step: the step to reconstruct, counted from 1; or a range of steps, for an iterator over them.
 
         Raises:
-            ValueError: the step is beyond the target of the run, or the checkpoint does not fit this engine.
+            ValueError: the step is beyond the end of the run, the checkpoint does not fit this engine, or several
+                callbacks of the engine save checkpoints and no directory is given.
             RuntimeError: the body of `for loop in engine.steps(...)` changed the state, so the run cannot be repeated
                 without it.
 
@@ -320,7 +326,7 @@ class Engine(CheckedCall):
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     engine = Engine(lambda s, b: (s + b, {"loss": b}), [Checkpoint(directory, when=4)])
         ...     _ = engine.run(0, [1, 2, 3, 4, 5], epochs=2)
-        ...     moment = engine.replay(0, [1, 2, 3, 4, 5], directory, step=7, epochs=2)
+        ...     moment = engine.replay(0, [1, 2, 3, 4, 5], step=7, epochs=2)
         >>> int(moment.state), int(moment.batch), moment.checkpoint
         (16, 2, 4)
         >>> after, metrics, aux = moment.run()
@@ -330,8 +336,10 @@ class Engine(CheckedCall):
         wanted = step if isinstance(step, range) else range(check_int("engine.replay", "step", step, 1), step + 1)
         if not wanted or wanted.start < 1 or wanted.step != 1:
             raise ValueError(f"engine.replay needs a step, or a range of steps >= 1 without gaps, got {step!r}.")
+        if self._replayed is None or self._replayed.jit != self._jit_now:
+            self._replayed = self._compile(self._jit_now, ReplayedStep)
         moments = replay_steps(
-            self._compile(self._jit_now, ReplayedStep),
+            self._replayed,
             self._callbacks,
             self._options,
             self._placement,

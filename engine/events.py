@@ -184,11 +184,16 @@ class Events:
 
 
 def note_kept(error: BaseException) -> None:
-    """Add what to do to an error about an array that was kept from an earlier step, or from inside a step."""
+    """Add what to do to an error about an array that was kept from a step, or that belongs to the data."""
     if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
         error.add_note(
             "onstep: an array kept from an earlier step has since been donated to the compiled call. "
             "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
+        )
+    elif isinstance(error, ValueError) and "read-only" in str(error):
+        error.add_note(
+            "onstep: the arrays of loop.batch cannot be changed in place. Assign another batch, such as "
+            'loop.batch = {**loop.batch, "x": x}, or a copy that you have changed.'
         )
     elif isinstance(error, TRACER_ERRORS):
         error.add_note(f"onstep: {KEPT_TRACER}")

@@ -41,6 +41,7 @@ from .trees import (
     compare_signatures,
     copy_containers,
     difference,
+    read_only,
     same_leaves,
     signature,
     weak_leaves,
@@ -143,6 +144,7 @@ class Loop:
         self._batch: tuple[Batch, int] = (None, 0)  # of the last call; for a block, how many of its batches were used
         self._in_step_begin = False  # whether on_step_begin may replace the batch of the next step
         self._next_batch: list[Batch] = []  # that batch, once a handler has read or replaced it
+        self._shown_batch: list[Any] = []  # its leaves as the first handler read them
         self._windows = Windows()
         self._group = ProcessGroup(options.clock)
         self._events = Events(callbacks if handled is None else handled, self._group)
@@ -279,17 +281,19 @@ class Loop:
         """
         completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self._stream.length else 0
         if due := self._events.take_due("on_step_begin", self.step + 1, completed_epoch):
-            self._in_step_begin = True
+            self._in_step_begin, self._shown_batch, replaced = True, [], False
             try:
                 for handler in due:
+                    before = jax.tree.leaves(self._next_batch)
                     handler.call(self)
-                    if self._next_batch and not same_leaves(self._next_batch[0], self._stream.peek()):
+                    if self._next_batch and not same_leaves(before or self._shown_batch, self._next_batch):
                         self._influences["changed"].add(handler.name)
+                        replaced = True
             finally:
-                chosen, self._next_batch, self._in_step_begin = self._next_batch, [], False
+                (batch, *_), self._next_batch, self._in_step_begin = self._next_batch or [None], [], False
             self._agree_on_stop()
-            if chosen and not self.over:
-                self._stream.replace(chosen[0])
+            if replaced and not self.over:
+                self._stream.replace(batch)
         if self.over:
             return False
         self._prepare(self._stream.peek)
@@ -386,7 +390,7 @@ class Loop:
 
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. Meanwhile `stop` refuses a final stop, because the save would not include it."""
-        if self.step == self.start_step:  # a resumed run has only found its epoch complete
+        if self.step == self.start_step or self._quiet:  # a resumed run has only found its epoch complete
             return
         self._saving = True
         try:
@@ -455,10 +459,14 @@ class Loop:
 
     @property
     def batch(self) -> Batch:
-        """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
+        """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment.
+
+        There its numpy arrays cannot be changed in place, because they may be yours, and return in the next epoch.
+        """
         if self._in_step_begin:
             if not self._next_batch:
-                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
+                self._next_batch = [read_only(self._stream.peek())]
+                self._shown_batch = jax.tree.leaves(self._next_batch)  # to notice a leaf that is assigned
             return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
@@ -548,6 +556,8 @@ class Loop:
         Raises:
             RuntimeError: a final stop is requested in `on_save`, too late to be saved.
         """
+        if self._quiet and not final:
+            return  # the run that is replayed was resumed
         if self._saving and final:
             raise RuntimeError("A final loop.stop is too late in on_save. Call it in on_step_end or on_log.")
         self._requested = self._requested or (reason, final)

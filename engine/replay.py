@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import pdb
@@ -9,6 +10,7 @@ import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +25,14 @@ from .compiled.step import CompiledStep
 from .data.source import NO_DATA, Data
 from .data.stacking import last_batch
 from .first_bad import BadOperation, first_bad
+from .influences import find_influences
 from .loop import Loop, Options
 from .metrics import Metrics
 from .placement import Placement, fold_in, to_host
-from .snapshot import Snapshot, unpack
+from .processes import first
+from .snapshot import Snapshot, pack, unpack
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, copy_containers, copy_numpy, named_leaves
+from .trees import Batch, State, as_array, copy_containers, copy_numpy, named_leaves
 
 INTERCEPT: ContextVar[Callable[[Any, dict[str, Any]], None] | None] = ContextVar("INTERCEPT", default=None)
 """Called with the engine and the arguments instead of a run: how `python -m onstep replay` replays a script's run."""
@@ -43,7 +47,7 @@ class Moment:
         checkpoint: the step of the checkpoint from which it was reconstructed, None for the initial state.
         state: what the step received.
         carries: what the compiled halves of callbacks received, by name.
-        batch: the batch that the step received.
+        batch: the batch that the step received; with several processes, the part of this one.
         rng: the random key that the step received, None without one.
     """
 
@@ -53,7 +57,6 @@ class Moment:
     carries: dict[str, Carry]
     batch: Batch
     rng: Any
-    _compiled: ReplayedStep = field(repr=False)
     _call: _Call = field(repr=False)
 
     def run(self, *, jit: bool = True) -> tuple[State, Metrics, dict[str, Any]]:
@@ -67,8 +70,8 @@ class Moment:
             The state and the metrics after the step, with what compiled halves made of them; and the `aux` of the
             step, from a separate call.
         """
-        state, metrics = self._compiled.repeat(self._call, jit=jit)
-        return state, metrics, self._compiled.aux(self.state, self.batch, self.rng, jit=jit)
+        state, metrics = self._call.repeat() if jit else self._call.run_uncompiled()
+        return state, metrics, self._call.aux(self.rng, jit=jit)
 
     def first_bad(self) -> BadOperation | None:
         """Return the operation that first produced a NaN or an infinity in the step, None if all results are finite.
@@ -76,15 +79,8 @@ class Moment:
         The step and the compiled halves run one operation at a time. The results can differ from those of the compiled
         step in the last bits, so an uncompiled step may be finite where the compiled one was not.
         """
-        (state, carries, count), batch, rng, due = self._compiled.single(self._call)
-        rest = {"count": count, "rng": rng, "due": due}
-        given = {"state": state, "carries": carries, "batch": batch, "rest": rest}
-
-        def step(given: dict[str, Any]) -> Any:
-            bundle = given["state"], given["carries"], given["rest"]["count"]
-            return self._compiled.one_step(bundle, given["batch"], given["rest"]["rng"], given["rest"]["due"])
-
-        return first_bad(step, given)
+        with self._call.context():
+            return first_bad(self._call.step, self._call.arguments())
 
     def checksums(self) -> dict[str, int]:
         """Return a checksum of every leaf of the state, the carries, the batch and the key, by name: CRC-32."""
@@ -93,13 +89,12 @@ class Moment:
 
     def debug(self) -> None:
         """Run the uncompiled step in pdb, Python's debugger, which stops at its first line."""
-        rng = [self.rng] if self._compiled.takes_rng else []
-        with jax.disable_jit():
-            pdb.runcall(self._compiled.function.step, *copy_containers((self.state, self.batch)), *rng)
+        with jax.disable_jit(), self._call.context():
+            pdb.runcall(*self._call.users_step(self.rng))
 
     def bad_results(self) -> list[str]:
         """Return the names of the metrics, and of the leaves of the state, that are not finite after the step."""
-        state, metrics = self._compiled.repeat(self._call, jit=True)
+        state, metrics = self._call.repeat()
         leaves = named_leaves(dict(metrics)) | {f"state/{name}": leaf for name, leaf in named_leaves(state).items()}
         floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
         return [name for name, leaf in floats.items() if not bool(jnp.isfinite(leaf).all())]
@@ -107,16 +102,91 @@ class Moment:
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of a compiled call."""
+    """A compiled call that a replay made, with copies of its arguments.
 
+    Attributes:
+        compiled: the step of which it is a call.
+        call: the call.
+        in_block: whether it takes stacked batches, of which it ran the first.
+        bundle, batch, rng, due: its arguments.
+    """
+
+    compiled: ReplayedStep
+    call: Callable[..., Any]
+    in_block: bool
     bundle: Any
     batch: Batch
     rng: Any
     due: Any
 
+    @property
+    def context(self) -> Callable[[], Any]:
+        """The context in which to call what is compiled, or not compiled, for a mesh."""
+        return self.compiled.placement.context
+
+    def repeat(self) -> tuple[State, Metrics]:
+        """Return the state and the metrics after the call."""
+        (state, *_), metrics = self.call(_copy(self.bundle), self.batch, self.rng, self.due)
+        return state, self._logged(metrics[0] if self.in_block else metrics)
+
+    def run_uncompiled(self) -> tuple[State, Metrics]:
+        """Return the state and the metrics after the same step, uncompiled."""
+        with jax.disable_jit(), self.context():
+            metrics, state, _ = self.step(self.arguments())
+        return state, metrics
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the step takes, by name, with the batch on the devices."""
+        state, carries, count = self.bundle
+        mask = self.due[0] if self.in_block else self.due
+        due = mask[0] if self.in_block and mask is not None else mask
+        batch = last_batch(self.batch, 1) if self.in_block else self.batch
+        batch = jax.tree.map(as_array, self.compiled.placement.place_batch(batch))
+        rest = {"count": count, "due": due, "rng": self.rng}
+        return {"batch": batch, "carries": carries, "rest": rest, "state": state}
+
+    def step(self, given: dict[str, Any]) -> tuple[Metrics, State, dict[str, Carry]]:
+        """Run the step with `arguments`; to be traced, or run without compilation."""
+        rest = given["rest"]
+        bundle = given["state"], given["carries"], rest["count"]
+        (state, carries, _), metrics = self.compiled.function(bundle, given["batch"], rest["rng"], rest["due"])
+        return self._logged(metrics), state, carries
+
+    def users_step(self, rng: Any) -> tuple[Any, ...]:
+        """Return the user's step and its arguments."""
+        given = self.arguments()
+        key = (rng,) if self.compiled.takes_rng else ()
+        return self.compiled.function.step, *copy_containers((given["state"], given["batch"])), *key
+
+    def aux(self, rng: Any, *, jit: bool) -> dict[str, Any]:
+        """Return the third result of the user's step, {} if it has none."""
+        step, *arguments = self.users_step(rng)
+        with self.context():
+            if not jit:
+                with jax.disable_jit():
+                    return (*step(*arguments), {})[2]
+            has_aux = len(jax.eval_shape(step, *arguments)) == 3
+            return self.compiled.aux(*arguments) if has_aux else {}
+
+    def _logged(self, metrics: Metrics) -> Metrics:
+        """Return the metrics without those of compiled halves that were not due."""
+        due = self.due[0] if self.in_block else self.due
+        if due is None:
+            return dict(metrics)
+        flags = np.asarray(due)[0] if self.in_block else np.asarray(due)
+        function = self.compiled.function
+        skipped = [half for half, now in zip(function.conditional, flags, strict=True) if not now]
+        absent = {name for half in skipped for name in function.logged[half]}
+        return {name: value for name, value in metrics.items() if name not in absent}
+
 
 class ReplayedStep(CompiledStep):
-    """A compiled step that can record the arguments of its next call."""
+    """A compiled step that can record its next call.
+
+    Attributes:
+        recording: whether to record the next call.
+        recorded: the last call that was recorded.
+    """
 
     recording: bool = False
     recorded: _Call | None = None
@@ -124,7 +194,7 @@ class ReplayedStep(CompiledStep):
 
     @property
     def call(self) -> Any:
-        """The compiled call; while `recording` is set, it records its arguments."""
+        """The compiled call; while `recording` is set, it records itself."""
         return self._record if self.recording else self._inner
 
     @call.setter
@@ -132,57 +202,34 @@ class ReplayedStep(CompiledStep):
         self._inner = inner
 
     def _record(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
-        self.recorded, self.recording = _Call(_copy(bundle), copy_numpy(batch), rng, due), False
+        arguments = _copy(bundle), copy_numpy(batch), rng, due
+        self.recorded, self.recording = _Call(self, self._inner, bool(self.block_size), *arguments), False
         return self._inner(bundle, batch, rng, due)
 
-    def single(self, call: _Call) -> tuple[Any, ...]:
-        """Return the arguments of one step: the bundle, the batch, the run's key, and the halves that are due."""
-        if not self.block_size:
-            return call.bundle, call.batch, call.rng, call.due
-        mask, _ = call.due
-        return call.bundle, last_batch(call.batch, 1), call.rng, None if mask is None else mask[0]
-
-    def one_step(self, bundle: Any, batch: Batch, rng: Any, due: Any) -> Any:
-        """Run one step; to be traced or run without compilation."""
-        (state, carries, _), metrics = self.function(bundle, batch, rng, due)
-        return dict(self._logged(metrics, due)), state, carries
-
-    def repeat(self, call: _Call, *, jit: bool) -> tuple[State, Metrics]:
-        """Return the state and the metrics after a recorded call."""
-        single = self.single(call)
-        if not jit:
-            with jax.disable_jit():
-                metrics, state, _ = self.one_step(*single)
-            return state, metrics
-        bundle, metrics = self._inner(_copy(call.bundle), call.batch, call.rng, call.due)
-        return bundle[0], dict(self._logged(metrics[0] if self.block_size else metrics, single[-1]))
-
-    def aux(self, state: State, batch: Batch, rng: Any, *, jit: bool) -> dict[str, Any]:
-        """Return the third result of the user's step, {} if it has none."""
-        step = jax.jit(self.function.step) if jit else self.function.step
-        results = step(*copy_containers((state, batch)), *([rng] if self.takes_rng else []))
-        return results[2] if len(results) == 3 else {}
-
-    def _logged(self, metrics: Metrics, due: Any) -> Metrics:
-        """Return the metrics without those of compiled halves that are not due."""
-        if due is None or isinstance(due, jax.core.Tracer):
-            return metrics
-        skipped = [half for half, now in zip(self.conditional, np.asarray(due), strict=True) if not now]
-        absent = {name for half in skipped for name in self.function.logged[half]}
-        return {name: value for name, value in metrics.items() if name not in absent}
+    @functools.cached_property
+    def aux(self) -> Callable[..., dict[str, Any]]:
+        """The user's step, compiled for its third result."""
+        return jax.jit(lambda *arguments: self.function.step(*arguments)[2])
 
 
 class _Capture(Callback):
-    """Restores the run, and records the steps that are replayed."""
+    """Restores a run and keeps what its steps receive. The last callback of a replay."""
 
-    def __init__(self, steps: range, snapshot: Snapshot | None, compiled: ReplayedStep):
-        self._snapshot, self._compiled = snapshot, compiled
+    def __init__(self, steps: range, start: Snapshot | None, compiled: ReplayedStep):
+        self._start, self._compiled = start, compiled
         self.when = at(*steps)
         self.found: dict[str, Any] = {}
 
     def on_load(self, loop: Loop) -> None:
-        if self._snapshot is not None:
-            loop.restore(self._snapshot)
+        if self._start is not None:
+            loop.restore(self._start)
+            self._state = _copy(loop.state)
+
+    def on_run_begin(self, loop: Loop) -> None:
+        """Undo what other callbacks have changed: the run did not begin at this checkpoint."""
+        if self._start is not None:
+            loop.state = self._state
+            set_states(loop.callbacks, unpack(self._start.host)["callbacks"])
 
     def on_step_begin(self, loop: Loop) -> None:
         self.found = {
@@ -195,6 +242,13 @@ class _Capture(Callback):
         self._compiled.recording = True
 
 
+def set_states(callbacks: dict[str, Callback], states: dict[str, Any]) -> None:
+    """Give callbacks what their `get_state` returned, by name."""
+    for name, state in states.items():
+        if name in callbacks and overridden(callbacks[name], "set_state"):
+            callbacks[name].set_state(state)
+
+
 def _checksum(leaf: Any) -> int:
     typed = jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
     return zlib.crc32(np.ascontiguousarray(to_host(jax.random.key_data(leaf) if typed else leaf)).tobytes())
@@ -204,43 +258,32 @@ def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def find_start(checkpoints: Checkpoints, step: int) -> Snapshot | None:
-    """Return the newest intact checkpoint from which a step can be replayed; None for the initial state."""
-    for saved in reversed([number for number in checkpoints.steps() if number < step]):
-        if checkpoints.damage(saved) is None:
-            return Snapshot(saved, functools.partial(checkpoints.load, saved), checkpoints.host(saved))
-    return None
+@contextmanager
+def _untouched(callbacks: dict[str, Callback], data: Data) -> Iterator[None]:
+    """Give callbacks back the host state that they had, and an iterator with a state its position."""
+    kept = {name: each.get_state() for name, each in callbacks.items() if overridden(each, "get_state")}
+    kept = unpack(pack(kept, "get_state"))  # a copy
+    moves = hasattr(data, "__next__") and hasattr(data, "get_state") and hasattr(data, "set_state")
+    position = copy.deepcopy(data.get_state()) if moves else None
+    try:
+        yield
+    finally:
+        set_states(callbacks, kept)
+        if moves:
+            data.set_state(position)
 
 
-def changing_callbacks(
-    callbacks: dict[str, Callback], checkpoints: Checkpoints | None, start: Snapshot | None, step: int
-) -> list[str]:
-    """Return the names of the callbacks whose host half takes part in a replay: those that changed state or batches.
-
-    If one of them did, so do those that recorded numbers, because the first may read them. Checkpoints say which they
-    are. If none was saved after the step, any callback that handles `on_step_begin` could have changed a batch.
+def find_checkpoints(callbacks: dict[str, Callback]) -> Checkpoints | None:
+    """Return the checkpoints of a run whose directory was not given: those that its callback saves.
 
     Raises:
-        RuntimeError: the body of a `for` over the run changed the state.
+        ValueError: several callbacks save checkpoints.
     """
-    changed, recorded = set[str](), set[str]()
-    hosts, later = [] if start is None else [start.host], None
-    if checkpoints is not None:
-        later = next((n for n in checkpoints.steps() if n >= step and checkpoints.damage(n) is None), None)
-        hosts += [] if later is None else [checkpoints.host(later)]
-    for host in hosts:
-        known = unpack(host).get("influences", {})  # version 0.1 did not save it
-        changed.update(known.get("changed", ()))
-        recorded.update(known.get("recorded", ()))
-    if later is None:
-        changed.update(name for name, callback in callbacks.items() if overridden(callback, "on_step_begin"))
-    if "" in changed:
-        raise RuntimeError(
-            "engine.replay cannot repeat a run whose state was changed in the body of `for loop in engine.steps(...)`. "
-            "Change it in a callback instead."
-        )
-    names = changed | recorded if changed else changed
-    return [name for name in callbacks if name in names]
+    found = {name: each.checkpoints for name, each in callbacks.items() if each.checkpoints is not None}
+    if len(found) > 1:
+        directories = ", ".join(f"{each.directory} ({name})" for name, each in found.items())
+        raise ValueError(f"engine.replay needs one of the directories of this engine: {directories}. Pass it.")
+    return next(iter(found.values()), None)
 
 
 def replay_steps(
@@ -256,34 +299,48 @@ def replay_steps(
     rng: jax.Array | None,
 ) -> Iterator[Moment]:
     """Run from the newest checkpoint before the first of some steps, and yield each of them as it was."""
-    last = targets["steps"]
-    if last is not None and steps[-1] > last:
-        raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ends at step {last}.")
-    checkpoints = None if directory is None else Checkpoints(directory)
-    start = None if checkpoints is None else find_start(checkpoints, steps[0])
-    names = changing_callbacks(callbacks, checkpoints, start, steps[-1])
+    total = targets["steps"]
+    if total is not None and steps[-1] > total:
+        raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ends at step {total}.")
+    if total is targets["epochs"] is None:
+        targets = targets | {"steps": steps[-1]}
+    checkpoints = find_checkpoints(callbacks) if directory is None else Checkpoints(directory)
+    before, after = (None, None) if checkpoints is None else first(_surround, checkpoints, steps)
+    start = None
+    if before is not None:
+        start = Snapshot(before, functools.partial(checkpoints.load, before), checkpoints.host(before))
+    hosts = [unpack(checkpoints.host(step)) for step in (before, after) if step is not None]
+    known = [host["influences"] for host in hosts if "influences" in host]  # version 0.1 did not save it
+    complete = after is not None and "influences" in hosts[-1]
     capture = _Capture(steps, start, compiled)
-    loop = Loop(
-        compiled,
-        callbacks,
-        options,
-        placement,
-        state,
-        NO_DATA if data is None else data,
-        **targets | {"steps": steps[-1]},
-        rng=rng,
-        donate=False,
-        handled={name: callbacks[name] for name in names} | {"engine.replay": capture},
-    )
-    for _ in loop.iterate(capture.when):
-        yield Moment(
-            **capture.found,
-            checkpoint=None if start is None else start.step,
-            _compiled=compiled,
-            _call=compiled.recorded,
+    handled = find_influences(callbacks, known, complete=complete) | {"engine.replay": capture}
+    with _untouched(callbacks, data):
+        loop = Loop(
+            compiled,
+            callbacks,
+            options,
+            placement,
+            state,
+            NO_DATA if data is None else data,
+            **targets,
+            rng=rng,
+            donate=False,
+            handled=handled,
         )
+        for _ in loop.iterate(capture.when):
+            yield Moment(**capture.found, checkpoint=before, _call=compiled.recorded)
+            if loop.step == steps[-1]:
+                loop.stop("replayed")
     if loop.step < steps[-1]:
         raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ended at step {loop.step}.")
+
+
+def _surround(checkpoints: Checkpoints, steps: range) -> tuple[int | None, int | None]:
+    """Return the newest intact checkpoint before some steps, and the oldest after them; None if there is none."""
+    saved = checkpoints.steps()
+    before = (step for step in reversed(saved) if step < steps[0] and checkpoints.damage(step) is None)
+    after = (step for step in saved if step >= steps[-1] and checkpoints.damage(step) is None)
+    return next(before, None), next(after, None)
 
 
 def replay_command(loop: Loop, step: int) -> str:
