@@ -110,7 +110,7 @@ def main():
     blank = np.flatnonzero((moment.batch["image"] == 0).all((1, 2)))
     print(f"\nstep {number}, replayed from checkpoint {moment.checkpoint}: image {blank} of the batch is blank")
     found = moment.first_bad()
-    print(f"first bad operation: {found}")
+    print(f"first bad operation  {found}")
     return int(found is None or found.operation != "div")
 
 

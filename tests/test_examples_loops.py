@@ -406,5 +406,5 @@ def test_nan_is_found_in_its_layer_by_the_example(tmp_path, monkeypatch, capsys)
     number = re.search(r"non-finite loss at step (\d+)", error)[1]
     assert command.lstrip().startswith(f"python -m onstep replay --step {number} --run ")
     assert step.startswith(f"step {number}, replayed from checkpoint ")
-    assert re.search(r"first bad operation: div at .*find_nan.py:35 \(attend\), in scan, iteration 1 of 2$", found)
+    assert re.search(r"first bad operation  div at .*find_nan.py:35 \(attend\), in scan, iteration 1 of 2$", found)
     assert code == "  code scores / scores.std((-1, -2), keepdims=True)"
