@@ -165,7 +165,7 @@ def test_directories_that_are_no_run_are_explained(call, made):
     assert call("show", "empty", status=2) == "onstep: empty is empty.\n"
     assert call("show", "train.py", status=2) == "onstep: train.py cannot be read: Not a directory.\n"
     assert "a/8 is one checkpoint. Give the directory of its run: " in call("show", "a/8", status=2)
-    assert "holds no checkpoint. It holds _METADATA, _sharding, " in call("show", "a/8/state", status=2)
+    assert "holds no checkpoint. It holds " in call("show", "a/8/d", status=2)
     assert "holds no checkpoint. Runs in it are ./a, ./b, ./c." in call("show", ".", status=2)
     assert "needs a path in a local or mounted file system" in call("show", "gs://bucket/a", status=2)
     assert "have no checkpoint, record or fingerprint of the same step" in call("diff", "a", str(V0_1), status=2)

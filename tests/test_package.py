@@ -40,7 +40,7 @@ LAYERS = """
     loop
     result
     events
-    evaluate
+    evaluate influences
     compiled.step
     compiled.blocks compiled.function compiled.throttle
     compiled.cost compiled.origin compiled.__init__
