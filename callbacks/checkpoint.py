@@ -132,6 +132,9 @@ class Checkpoint(Callback):
         elif self.start is not None:
             directory, step = processes.first(self._find_start, self.start)
             self._restore(loop, Checkpoints(directory), step)
+            self._saved_config["start"] = self._restored
+        if "start" in self._saved_config:
+            self._config["start"] = self._saved_config["start"]
 
     def on_run_begin(self, loop: Loop) -> None:
         self._recorded, self._saved = None, False
@@ -180,7 +183,7 @@ class Checkpoint(Callback):
                 f"{error}\nCheckpoint found the saved run in {path}.{remedy} "
                 "To start from scratch, pass overwrite=True or another directory."
             ) from error
-        self._restored, self._saved_config = path, checkpoints.manifest(step).get("config") or {}
+        self._restored, self._saved_config = path, dict(checkpoints.manifest(step).get("config") or {})
         saved, here = self._saved_part("callbacks"), self._config["callbacks"]
         if changed := [
             f"{saved[name]} is now {here[name]}" for name in here if saved.get(name, here[name]) != here[name]

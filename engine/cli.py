@@ -42,6 +42,8 @@ from .storage.checkpoints import Checkpoints
 
 FINE, FOUND, FAILED = 0, 1, 2
 """Exit statuses: nothing was found; a difference, damage or a NaN was found; the command could not do its work."""
+SHOWN = 3
+"""How many of the results that are not finite are named."""
 BROKEN_PIPE = 141
 """The exit status if nobody reads the output to its end: as a shell reports the signal SIGPIPE."""
 UNREADABLE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile)
@@ -360,7 +362,8 @@ class _Replay:
             text = f"step {moment.step}, from {start}: all results are finite\n{values}"
             if bad:
                 cause = "The uncompiled step stays finite. The compiled one rounds differently."
-                text = f"step {moment.step}, from {start}: not finite: {', '.join(bad)}\n"
+                more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+                text = f"step {moment.step}, from {start}: not finite: {', '.join(bad[:SHOWN])}{more}\n"
                 text += f"first bad operation: {first}" if first else cause
         self.found.append(found)
         if not self._options.json and jax.process_index() == 0:

@@ -307,6 +307,8 @@ def replay_steps(
     checkpoints = find_checkpoints(callbacks) if directory is None else Checkpoints(directory)
     before, after = (None, None) if checkpoints is None else first(_surround, checkpoints, steps)
     start = None
+    if before is None and after is not None and (origin := checkpoints.manifest(after)["config"].get("start")):
+        raise ValueError(f"engine.replay needs a step after the first checkpoint of this run, which began at {origin}.")
     if before is not None:
         start = Snapshot(before, functools.partial(checkpoints.load, before), checkpoints.host(before))
     hosts = [unpack(checkpoints.host(step)) for step in (before, after) if step is not None]
@@ -354,14 +356,15 @@ def replay_command(loop: Loop, step: int) -> str:
 
     >>> from onstep import Engine
     >>> engine = Engine(lambda state, batch: (state + batch, {}))
-    >>> _ = engine.on("step_end")(lambda loop: print(replay_command(loop, loop.step)))
+    >>> _ = engine.on("step_end")(lambda loop: print("replay" in replay_command(loop, loop.step)))
     >>> _ = engine.run(0, [1], epochs=1)
-    ... replay... 1...
+    True
     """
     directory = loop.checkpoints[0].directory if loop.checkpoints else None
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is None or "ipykernel" in sys.modules:
-        return f"engine.replay(state, data, {directory!r}, step={step}, ...).first_bad()"
+        which = f"{directory!r}, " if len(loop.checkpoints) > 1 else ""
+        return f"engine.replay(state, data, {which}step={step}, ...).first_bad()"
     here = os.path.relpath(script)
     where = [] if directory is None else ["--run", os.path.relpath(directory)]
     parts = ["python", "-m", "onstep", "replay", "--step", str(step), *where, here, *sys.argv[1:]]

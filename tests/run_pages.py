@@ -39,7 +39,7 @@ def start(task):
     sys.argv, sys.path[0] = [NAME], ""
     linecache.cache[NAME] = (len(task["program"]), None, task["program"].splitlines(keepends=True), NAME)
     sys.modules["__main__"] = main = types.ModuleType("__main__")
-    main.__builtins__, main.run_command = builtins, run_command
+    main.__file__, main.__builtins__, main.run_command = NAME, builtins, run_command
     return compile(task["program"], NAME, "exec"), main
 
 

@@ -34,6 +34,33 @@ def steps_in(directory):
     return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
 
 
+def test_milestones_are_kept_for_ever(tmp_path):
+    run(tmp_path, when=2, keep=1, keep_every=6, steps=20)
+    assert steps_in(tmp_path) == [6, 12, 18, 20]
+    run(tmp_path, when=5, keep=1, keep_every=6, steps=27)  # the first checkpoint of every six steps
+    assert steps_in(tmp_path) == [6, 12, 18, 20, 25, 27]
+
+
+def test_run_that_starts_from_another_one_leaves_it_untouched(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    run(old, when=5, keep=9, steps=20)
+    before = files_in(old)
+    with pytest.raises(FileNotFoundError, match=r"start='.*/old/7' is no checkpoint; .*/old holds \[5, 10, 15, 20\]"):
+        run(new, when=4, start=old / "7", steps=22)
+    whole = run(tmp_path / "whole", when=5, steps=22)
+    forked = run(new, when=4, keep=9, start=old / "10", steps=22)
+    assert (int(forked.state), forked.step) == (int(whole.state), 22)
+    assert steps_in(new) == [12, 16, 20, 22]
+    assert run(new, when=4, keep=9, start=old / "10", steps=30).step == 30  # from its own checkpoint
+    assert files_in(old) == before
+    newest = run(tmp_path / "newest", when=9, start=old, steps=21)
+    assert newest.history.steps("train/loss") == [21]
+    engine = Engine(counting_step, [Checkpoint(new, when=4, start=old / "10")])
+    with pytest.raises(ValueError, match=r"needs a step after the first checkpoint .* which began at .*/old/10"):
+        engine.replay(jnp.int32(0), range(12), step=11, epochs=3)
+    assert int(engine.replay(jnp.int32(0), range(12), step=22, epochs=3).state) == sum(range(12)) + sum(range(9))
+
+
 def files_in(directory):
     return {str(path): path.stat().st_mtime_ns for path in Path(directory).rglob("*") if path.is_file()}
 

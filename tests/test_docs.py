@@ -43,7 +43,7 @@ def program(page):
         written += "\n" * (text.count("\n", 0, block.start("code")) - written.count("\n"))
         code = block["code"]
         if block["file"]:
-            code = f"open({block['file']!r}, 'w').write({code!r})\n"
+            code = f"__import__('pathlib').Path({block['file']!r}).write_text({code!r})\n"
         elif block["kind"] == "sh":
             code = "".join(f"run_command({line!r})\n" for line in code.splitlines())
         written += f"{code}print({MARK!r}, flush=True)"

@@ -1,9 +1,7 @@
 """Replays: a past step as it was, from the checkpoints of the run, without changing a file."""
 
-import json
 import os
-import runpy
-import sys
+import shutil
 from functools import partial
 
 import jax
@@ -11,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from onstep import Batches, Callback, Engine, every
-from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, JSONLines, NaNGuard, TensorBoard
-from onstep.cli import main
+from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, JSONLines, NaNGuard, Profiler, TensorBoard
+from onstep.sharding import make_mesh
 from onstep.testing import FakeLoader
 
 DATA = np.arange(1, 41, dtype=np.float32)
@@ -121,20 +119,20 @@ def usual(directory, extra, *more):
     return [EMA(0.9, of="w"), GradNorm(when=3), NaNGuard(when=5), *extra, Checkpoint(directory, when=7, keep=9), *more]
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 8])
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("extra", EXTRA)
+PAIRS = [(1 if (i + j) % 2 else 8, s, e) for i, s in enumerate(SOURCES) for j, e in enumerate(EXTRA)]
+
+
+@pytest.mark.parametrize(("steps_per_call", "source", "extra"), PAIRS)
 def test_every_replayed_step_has_the_bytes_of_the_run(steps_per_call, source, extra, tmp_path):
     recorder, key = Recorder(), jax.random.key(1)
     target = {"steps": 24, "epoch_steps": 10 if source == "generator" else None}
     new = partial(Engine, step, log_every=4, steps_per_call=steps_per_call)
     new(callbacks=usual(tmp_path, EXTRA[extra](), recorder)).run(START, SOURCES[source](), rng=key, **target)
     before = files(tmp_path)
+    sinks = JSONLines(tmp_path / "log"), TensorBoard(tmp_path / "tb"), Profiler(tmp_path / "trace", start=7, steps=2)
+    engine = new(callbacks=usual(tmp_path, EXTRA[extra](), *sinks))
     for number in (1, 8, 12, 24):
-        engine = new(
-            callbacks=usual(tmp_path, EXTRA[extra](), JSONLines(tmp_path / "log"), TensorBoard(tmp_path / "tb"))
-        )
-        moment = engine.replay(START, SOURCES[source](), tmp_path, step=number, rng=key, **target)
+        moment = engine.replay(START, SOURCES[source](), step=number, rng=key, **target)
         assert moment.checkpoint == {1: None, 8: 7, 12: 7, 24: 21}[number]
         same((moment.state, moment.carries, moment.batch), recorder.before[number])
         state, metrics, aux = moment.run()
@@ -142,8 +140,60 @@ def test_every_replayed_step_has_the_bytes_of_the_run(steps_per_call, source, ex
         if extra != "state changed" or number % 6:
             same((state, metrics), recorder.after[number])
         assert set(moment.run(jit=False)[1]) == set(metrics)
+    assert moment.first_bad() is None
+    assert files(tmp_path) == before
+
+
+class Begins(Callback):
+    """Changes the state where a session begins."""
+
+    def on_run_begin(self, loop):
+        loop.state = {"w": loop.state["w"] + 1}
+
+
+@pytest.mark.parametrize("crashed", [False, True], ids=["complete", "crashed"])
+def test_callbacks_that_change_the_run_take_part_and_no_other(crashed, tmp_path):
+    """After a crash, no checkpoint says which callbacks changed the run since the last one."""
+    recorder, key, target = Recorder(), jax.random.key(1), {"steps": 12}
+    callbacks = [Begins(), Checkpoint(tmp_path, when=8, keep=9), Decay(), Noise(), recorder]
+    Engine(step, callbacks).run(START, list(rows(0)), rng=key, **target)
+    if crashed:
+        shutil.rmtree(tmp_path / "12")
+    before = files(tmp_path)
+    noise = Noise()
+    callbacks = [Begins(), Checkpoint(tmp_path), Decay(), noise, Profiler(tmp_path / "trace", start=1)]
+    engine = Engine(step, callbacks)
+    generator = noise.get_state()
+    for number in (2, 7, 10, 12):
+        moment = engine.replay(START, list(rows(0)), step=number, rng=key, **target)
+        same((moment.state, moment.batch), (recorder.before[number][0], recorder.before[number][2]))
+    assert noise.get_state() == generator
+    assert files(tmp_path) == before
+
+
+def test_step_on_a_mesh_is_replayed(tmp_path):
+    mesh, recorder, key = make_mesh(), Recorder(), jax.random.key(1)
+    data = Batches({"x": DATA}, 8, seed=3)
+    callbacks = [NaNGuard(), Checkpoint(tmp_path, when=7, keep=9)]
+    Engine(step, [*callbacks, recorder], mesh=mesh).run(START, data, steps=18, rng=key)
+    before = files(tmp_path)
+    engine = Engine(step, [NaNGuard(), Checkpoint(tmp_path)], mesh=mesh)
+    for number in (3, 18):
+        moment = engine.replay(START, data, step=number, steps=18, rng=key)
+        same((moment.state, moment.carries, moment.batch), recorder.before[number])
+        state, metrics, _ = moment.run()
+        same((state, metrics), recorder.after[number])
+        np.testing.assert_allclose(moment.run(jit=False)[0]["w"], state["w"], rtol=1e-5)
         assert moment.first_bad() is None
     assert files(tmp_path) == before
+
+
+def test_directory_is_needed_if_the_engine_has_several(tmp_path):
+    engine = Engine(lambda s, b: (s + b, {}), [Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")])
+    with pytest.raises(
+        ValueError, match=r"needs one of the directories of this engine: .*a \(Checkpoint\), .*b \(Check"
+    ):
+        engine.replay(0, [1], step=1, epochs=1)
 
 
 def test_step_beyond_the_run_is_refused(tmp_path):
@@ -182,80 +232,3 @@ def test_run_whose_loop_body_changed_the_state_cannot_be_replayed(tmp_path):
             loop.state = loop.state * 2
     with pytest.raises(RuntimeError, match="changed in the body of `for loop in engine.steps"):
         engine.replay(jnp.int32(0), range(10), tmp_path, step=5, epochs=1)
-
-
-SCRIPT = """
-import sys
-import jax.numpy as jnp
-from onstep import Engine
-from onstep.callbacks import Checkpoint, NaNGuard
-
-def loss_fn(w, x):
-    return jnp.log(w - x)
-
-def step(w, x):
-    return w - 1, {"loss": loss_fn(w, x)}
-
-print("arguments", sys.argv[1:])
-engine = Engine(step, [NaNGuard(when=4), Checkpoint("run", when=4)])
-engine.run(jnp.float32(9), [1.0] * 12, epochs=1)
-print("not reached")
-"""
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text(SCRIPT)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(FloatingPointError, match="non-finite loss at step 9 "):
-        runpy.run_path("train.py", run_name="__main__")
-    return tmp_path
-
-
-def test_command_replays_the_step_of_an_unmodified_script(script, capsys):
-    capsys.readouterr()
-    before = files(script / "run")
-    assert main(["replay", "--step", "9", "train.py", "--lr", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "arguments ['--lr', '3']"
-    assert lines[1:] == [
-        "step 9, from checkpoint 8: not finite: loss",
-        "first bad operation: log at train.py:8 (loss_fn)",
-        "  code jnp.log(w - x)",
-        "  in   float32[], 0",
-        "  out  float32[], 1 of 1 is -inf",
-    ]
-    assert files(script / "run") == before
-
-
-def test_command_says_that_a_step_is_finite(script, capsys):
-    capsys.readouterr()
-    assert main(["replay", "--step", "8", "--run", "run", "train.py"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["step 8, from checkpoint 4: all results are finite", "loss 0"]
-
-
-def test_command_gives_json(script, capsys):
-    capsys.readouterr()
-    assert main(["replay", "--json", "--step", "9", "train.py"]) == 0
-    found = json.loads(capsys.readouterr().out.partition("\n")[2])
-    assert (found["step"], found["checkpoint"], found["bad"], found["first"]["operation"]) == (9, 8, ["loss"], "log")
-
-
-def test_command_for_another_directory_replays_no_run(script, capsys):
-    with pytest.raises(FloatingPointError):
-        main(["replay", "--step", "9", "--run", "elsewhere", "train.py"])
-
-
-def test_checkpoints_are_shown_and_verified(script, capsys):
-    capsys.readouterr()
-    assert main(["show", "run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["step", "4", "8", "NaNGuard:"]
-    assert main(["verify", "run"]) == 0
-    (script / "run" / "4" / "host.npz").write_bytes(b"")
-    assert main(["verify", "run"]) == 1
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "4: intact"
-    assert shown[2].startswith("4: host.npz ")
-    assert main(["verify", "nothing"]) == 1
