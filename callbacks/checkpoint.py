@@ -249,8 +249,7 @@ class Checkpoint(Callback):
                 f"Checkpoint: start={path!r} is no checkpoint; {checkpoints.directory} holds {steps}."
             )
         step = int(name) if name.isdecimal() else self._newest_intact(checkpoints, steps)
-        if damage := checkpoints.damage(step):
-            raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
+        _check_intact(checkpoints, step)
         return checkpoints.directory, step
 
     def _archive(self, start_step: int) -> None:
@@ -274,9 +273,14 @@ class Checkpoint(Callback):
             )
         if step not in steps:
             raise FileNotFoundError(f"Checkpoint: no step {self.resume} in {self.directory}; it holds {steps}.")
-        if damage := checkpoints.damage(step):
-            raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
+        _check_intact(checkpoints, step)
         return step
+
+
+def _check_intact(checkpoints: Checkpoints, step: int) -> None:
+    """Raise a ValueError if a checkpoint that was asked for is damaged."""
+    if damage := checkpoints.damage(step):
+        raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
 
 
 def _describe(callback: Callback) -> str:

@@ -294,10 +294,9 @@ class Loop:
             self._agree_on_stop()
             if replaced and not self.over:
                 self._stream.replace(batch)
-        if self.over:
-            return False
-        self._prepare(self._stream.peek)
-        return True
+        if not self.over:
+            self._prepare(self._stream.peek)
+        return not self.over
 
     def _prepare(self, batch: Callable[[], Batch]) -> None:
         """Compile for the first batch, unless that is done."""
