@@ -56,9 +56,9 @@ class RepeatStep(Callback):
             )
 
 
-def _by_device(tree: Any) -> dict[jax.Device, dict[str, jax.Array]]:
+def _by_device(tree: Any) -> dict[Any, dict[str, jax.Array]]:
     """Return what each device of this process holds of a tree, by the name of the leaf."""
-    found: dict[jax.Device, dict[str, jax.Array]] = {}
+    found: dict[Any, dict[str, jax.Array]] = {}
     for name, leaf in named_leaves(tree).items():
         typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         for shard in (jax.random.key_data(leaf) if typed else leaf).addressable_shards:

@@ -68,7 +68,6 @@ class Callback(CheckedCall):
         name: unique among an engine's callbacks; by default the class name, numbered if it is repeated.
         when: when `on_step_begin`, `on_step_end` and `on_save` are due; a plain int means steps.
         update_when: when the compiled half is due, in steps (or in epochs, if their length is known).
-        checkpoints: the checkpoints of the run, if this callback saves them; `engine.replay` reads them.
 
     Raises:
         TypeError: a subclass is defined with a method that is not an event, or with the wrong arguments.
@@ -87,8 +86,12 @@ class Callback(CheckedCall):
     name: str | None = None
     when: Cadence | int = _cadence_attribute("when", ALWAYS)
     update_when: Cadence | int = _cadence_attribute("update_when", ALWAYS)
-    checkpoints: Checkpoints | None = None
     _initial: bytes | None = None  # the host half when an engine first saw it
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """The checkpoints of the run, if this callback saves them; `engine.replay` reads them."""
+        return None
 
     def on_load(self, loop: Loop) -> None:
         """Called first: restore a saved run here, and only here, with `loop.restore(...)`.

@@ -274,8 +274,8 @@ def _diff(options: argparse.Namespace) -> int:
         if found.checkpoints is not None:
             first, last = (found.checkpoints.equal_until or 0) + 1, found.checkpoints.differs_at or last
         pairs = zip(options.scripts, (one.directory, other.directory), strict=True)
-        checksums = [_checksums(script, directory, f"{first}:{last}") for script, directory in pairs]
-        found = dataclasses.replace(found, parting=find_parting(*checksums, found.checkpoints))
+        a, b = [_checksums(script, directory, f"{first}:{last}") for script, directory in pairs]
+        found = dataclasses.replace(found, parting=find_parting(a, b, found.checkpoints))
     _print(options, found.values(), str(found))
     return FINE if found.equal and not found.damaged else FOUND
 

@@ -336,10 +336,11 @@ class Engine(CheckedCall):
         wanted = step if isinstance(step, range) else range(check_int("engine.replay", "step", step, 1), step + 1)
         if not wanted or wanted.start < 1 or wanted.step != 1:
             raise ValueError(f"engine.replay needs a step, or a range of steps >= 1 without gaps, got {step!r}.")
-        if self._replayed is None or self._replayed.jit != self._jit_now:
-            self._replayed = self._compile(self._jit_now, ReplayedStep)
+        compiled = self._replayed
+        if compiled is None or compiled.jit != self._jit_now:
+            compiled = self._replayed = self._compile(self._jit_now, ReplayedStep)
         moments = replay_steps(
-            self._replayed,
+            compiled,
             self._callbacks,
             self._options,
             self._placement,

@@ -114,7 +114,8 @@ def _inside(cause: Cause) -> Cause | None:
 
 def _innermost_nan(cause: Cause) -> Cause | None:
     """Return the innermost operation in which an infinity became NaN."""
-    found, became = None, cause.became_nan
+    found: Any = None
+    became = cause.became_nan
     while became is not None:
         found = became
         became = _first(c.became_nan for c in found.inside() if c.execution is cause.execution and c.became_nan)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .cadence import at
+from .cadence import Cadence, at
 from .callback import Callback, Carry, overridden
 from .compiled.step import CompiledStep
 from .data.source import NO_DATA, Data
@@ -189,7 +189,7 @@ class ReplayedStep(CompiledStep):
     """
 
     recording: bool = False
-    recorded: _Call | None = None
+    recorded: Any = None
     _inner: Any = None
 
     @property
@@ -215,9 +215,9 @@ class ReplayedStep(CompiledStep):
 class _Capture(Callback):
     """Restores a run and keeps what its steps receive. The last callback of a replay."""
 
-    def __init__(self, steps: range, start: Snapshot | None, compiled: ReplayedStep):
+    def __init__(self, when: Cadence, start: Snapshot | None, compiled: ReplayedStep):
         self._start, self._compiled = start, compiled
-        self.when = at(*steps)
+        self.when: Cadence | int = when
         self.found: dict[str, Any] = {}
 
     def on_load(self, loop: Loop) -> None:
@@ -304,17 +304,18 @@ def replay_steps(
         raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ends at step {total}.")
     if total is targets["epochs"] is None:
         targets = targets | {"steps": steps[-1]}
-    checkpoints = find_checkpoints(callbacks) if directory is None else Checkpoints(directory)
+    checkpoints: Any = find_checkpoints(callbacks) if directory is None else Checkpoints(directory)
     before, after = (None, None) if checkpoints is None else first(_surround, checkpoints, steps)
     start = None
-    if before is None and after is not None and (origin := checkpoints.manifest(after)["config"].get("start")):
+    if before is None and after is not None and (origin := _origin(checkpoints, after)):
         raise ValueError(f"engine.replay needs a step after the first checkpoint of this run, which began at {origin}.")
     if before is not None:
         start = Snapshot(before, functools.partial(checkpoints.load, before), checkpoints.host(before))
     hosts = [unpack(checkpoints.host(step)) for step in (before, after) if step is not None]
     known = [host["influences"] for host in hosts if "influences" in host]  # version 0.1 did not save it
     complete = after is not None and "influences" in hosts[-1]
-    capture = _Capture(steps, start, compiled)
+    due = at(*steps)
+    capture = _Capture(due, start, compiled)
     handled = find_influences(callbacks, known, complete=complete) | {"engine.replay": capture}
     with _untouched(callbacks, data):
         loop = Loop(
@@ -329,12 +330,17 @@ def replay_steps(
             donate=False,
             handled=handled,
         )
-        for _ in loop.iterate(capture.when):
+        for _ in loop.iterate(due):
             yield Moment(**capture.found, checkpoint=before, _call=compiled.recorded)
             if loop.step == steps[-1]:
                 loop.stop("replayed")
     if loop.step < steps[-1]:
         raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ended at step {loop.step}.")
+
+
+def _origin(checkpoints: Checkpoints, step: int) -> str | None:
+    """Return the checkpoint of another run from which a run started, if there is one."""
+    return (checkpoints.manifest(step).get("config") or {}).get("start")
 
 
 def _surround(checkpoints: Checkpoints, steps: range) -> tuple[int | None, int | None]:

@@ -178,10 +178,9 @@ class CheckpointWriter:
         if not self.keep:
             return
         kept = {*steps[-self.keep :], self._resumed, self.checkpoints.best_step() if self.checkpoints.best else None}
-        milestones: dict[int, int] = {}
-        for step in steps if self.keep_every else ():
-            milestones.setdefault(step // self.keep_every, step)
-        kept |= {step for number, step in milestones.items() if number}
+        if self.keep_every is not None:
+            first = {step // self.keep_every: step for step in reversed(steps)}
+            kept |= {step for number, step in first.items() if number}
         for step in steps:
             with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint is not deleted
                 if step not in kept and self.checkpoints.manifest(step)["run"] == self._run:
