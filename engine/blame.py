@@ -162,7 +162,8 @@ class _Trial:
         bad = [value for value in operands if value.blame]
         nan = {cause for value in bad for cause, mask in value.blame.items() if (is_nan(value.array) & mask).any()}
         # The results of one execution are tried together. One of them, with a NaN if there is one, stands for all.
-        ordered = sorted({cause for value in bad for cause in value.blame}, key=lambda cause: cause not in nan)
+        causes = dict.fromkeys(cause for value in bad for cause in value.blame)  # in the order of the operands
+        ordered = sorted(causes, key=lambda cause: cause not in nan)
         first = {id(cause.execution or cause): cause for cause in reversed(ordered)}
         self.causes = sorted(first.values(), key=lambda cause: (cause.given, cause.order))
         self.computed = [cause for cause in self.causes if not cause.given]
