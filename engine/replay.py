@@ -304,14 +304,17 @@ def replay_steps(
         raise ValueError(f"engine.replay needs a step of the run, got {steps[-1]}; the run ends at step {total}.")
     if total is targets["epochs"] is None:
         targets = targets | {"steps": steps[-1]}
-    checkpoints: Any = find_checkpoints(callbacks) if directory is None else Checkpoints(directory)
-    before, after = (None, None) if checkpoints is None else first(_surround, checkpoints, steps)
-    start = None
-    if before is None and after is not None and (origin := _origin(checkpoints, after)):
-        raise ValueError(f"engine.replay needs a step after the first checkpoint of this run, which began at {origin}.")
-    if before is not None:
-        start = Snapshot(before, functools.partial(checkpoints.load, before), checkpoints.host(before))
-    hosts = [unpack(checkpoints.host(step)) for step in (before, after) if step is not None]
+    checkpoints = find_checkpoints(callbacks) if directory is None else Checkpoints(directory)
+    before, after, start, hosts = None, None, None, list[dict[str, Any]]()
+    if checkpoints is not None:
+        before, after = first(_surround, checkpoints, steps)
+        if before is not None:
+            start = Snapshot(before, functools.partial(checkpoints.load, before), checkpoints.host(before))
+        elif after is not None and (origin := _origin(checkpoints, after)):
+            raise ValueError(
+                f"engine.replay needs a step after the first checkpoint of this run, which began at {origin}."
+            )
+        hosts = [unpack(checkpoints.host(step)) for step in (before, after) if step is not None]
     known = [host["influences"] for host in hosts if "influences" in host]  # version 0.1 did not save it
     complete = after is not None and "influences" in hosts[-1]
     due = at(*steps)
