@@ -123,9 +123,10 @@ def _innermost_nan(cause: Cause) -> Cause | None:
 
 
 def _describe(cause: Cause, became: Cause | None) -> BadOperation:
-    operation, place = cause.execution.operation, cause.execution.operation.place
-    inputs = tuple(_text(value.array) for value in cause.execution.operands)
-    outputs = tuple(map(_text, cause.execution.results))
+    execution: Any = cause.execution  # only what was given, which is never described, has none
+    operation, place = execution.operation, execution.operation.place
+    inputs = tuple(_text(value.array) for value in execution.operands)
+    outputs = tuple(map(_text, execution.results))
     nan = None if became is None else _describe(became, None)
     if not isinstance(place, Place):
         return BadOperation(operation.name, place, "", (), inputs, outputs)

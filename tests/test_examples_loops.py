@@ -399,6 +399,7 @@ def test_project_a_undoes_exactly_the_corrupted_steps(tmp_path, monkeypatch, cap
     assert corrupt > 5
 
 
+@pytest.mark.slow
 def test_nan_is_found_in_its_layer_by_the_example(tmp_path, monkeypatch, capsys):
     module = load("find_nan.py")
     assert main(module, monkeypatch, "--fast", "--directory", tmp_path / "run") == 0
