@@ -27,6 +27,21 @@ class EveryStep(Callback):
         pass
 
 
+class CountSaves(Callback):
+    """Counts the saves of a run that returns: it waits for all of them, and fails if one fails."""
+
+    when = every(SAVE)
+
+    def __init__(self):
+        self.count = 0
+
+    def on_run_begin(self, loop):
+        self.count = 0
+
+    def on_save(self, loop):
+        self.count += 1
+
+
 def copied(state):
     return jax.tree.map(jnp.copy, state)
 
@@ -37,6 +52,9 @@ class Loops:
     The usual callbacks are: an average of the parameters and the gradient norm in the step, TensorBoard
     and progress every 100 steps, an evaluation every 1,000 steps, and a checkpoint in the background
     every 5,000 steps and at the end.
+
+    Attributes:
+        saves: how many checkpoints the last case has completed.
     """
 
     def __init__(self, workload, steps):
@@ -45,7 +63,7 @@ class Loops:
         self.ready = list(self.data)  # numpy batches, prepared in advance
         held_out = jax.tree.map(lambda a: a[: 4 * workload.batch_size], workload.arrays)
         self.held_out = Batches(held_out, workload.batch_size, shuffle=False)
-        self.folder = tempfile.mkdtemp()
+        self.folder, self.saves = tempfile.mkdtemp(), 0
         self.jitted = jax.jit(lambda s, b: workload.step(s, b)[:2], donate_argnums=0)
         self.score = jax.jit(workload.score)
         self.scanned = jax.jit(self._scan, donate_argnums=0)
@@ -121,6 +139,7 @@ class Loops:
                         writer.add_scalar("val/loss", np.mean(jax.device_get(losses)), number)
                     if number % SAVE == 0 or number == self.steps:
                         saver.save(os.path.join(folder, str(number)), args=ocp.args.StandardSave(carry))
+            self.saves = len(os.listdir(folder)) - 1  # beside the event file
             return carry
 
         return self.timed(functools.partial(run, copied(self.workload.state)))
@@ -140,12 +159,15 @@ class Loops:
 
     def onstep(self, *, usual=False, saves=True, ready=False, more=(), **options):
         """Return a case that runs onstep on `Batches` or on the ready batches; `options` go to the engine."""
-        engine = self.engine(usual, options, more, saves)
+        counter = [CountSaves()] if usual and saves else []
+        engine = self.engine(usual, options, [*more, *counter], saves)
 
         def measure():
             shutil.rmtree(os.path.join(self.folder, "run"), ignore_errors=True)
             data = self.batches() if ready else self.data
-            return self.timed(lambda: engine.run(self.workload.state, data, steps=self.steps).state)
+            seconds = self.timed(lambda: engine.run(self.workload.state, data, steps=self.steps).state)
+            self.saves = sum(each.count for each in counter)
+            return seconds
 
         return measure
 

@@ -39,8 +39,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "the aux that a compiled half replaces, for the later ones",
-            "aux=ctx.aux if aux is None else aux)",
-            "aux=ctx.aux)",
+            'changed = {"state": state, "aux": aux}',
+            'changed = {"state": state}',
             "test_callbacks.py::test_aux_that_a_compiled_half_replaces_reaches_the_later_ones",
         ),
         (
@@ -673,7 +673,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "the batch of the data from assignments to its leaves",
-            "self._next_batch = [copy_containers(self._stream.peek())]",
+            "self._next_batch = [read_only(self._stream.peek())]",
             "self._next_batch = [self._stream.peek()]",
             "test_blocks.py::test_batch_changed_in_place_is_the_one_that_the_step_gets "
             "test_blocks.py::test_batch_changed_in_place_before_a_step_is_used",
@@ -692,7 +692,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "checkpoints from a save without a step",
-            "if self.step == self.start_step:  # a resumed run",
+            "if self.step == self.start_step or self._quiet:  # a resumed run",
             "if False:  # a resumed run",
             "test_data.py::test_target_at_the_last_batch_of_an_epoch_leaves_its_end_to_the_resumed_run",
         ),
@@ -718,8 +718,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a batch from being assigned after its step",
-            "if not self._in_step_begin:",
-            "if False:",
+            "if not self._in_step_begin:\n            raise RuntimeError(\n",
+            "if False:\n            raise RuntimeError(\n",
             "test_callbacks.py::test_batch_can_only_be_replaced_before_its_step",
         ),
         (
@@ -911,8 +911,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "files outside a checkpoint from links in it",
-            "return os.path.isfile(path) and not os.path.islink(path) and os.path.realpath(path) == inside",
-            "return os.path.isfile(path)",
+            "if os.path.islink(parent):",
+            "if False:",
             "test_integrity.py::test_symbolic_link_inside_a_checkpoint_is_never_followed_by_a_deletion",
         ),
     ],
@@ -987,12 +987,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "test_integrity.py::test_best_is_chosen_among_readable_checkpoints",
         ),
         (
-            "Orbax from two threads, when it loads",
-            "with ORBAX, ocp.Checkpointer",
-            "with ocp.Checkpointer",
-            "test_integrity.py::test_loading_waits_for_a_save_in_another_thread",
-        ),
-        (
             "empty directories from being taken for checkpoints",
             "and markers & names_in(self.path(n)))",
             ")",
@@ -1004,22 +998,40 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "Orbax from two threads at once",
             "ORBAX = threading.Lock()",
             "ORBAX = threading.Semaphore(9)",
-            "test_integrity.py::test_two_threads_do_not_use_orbax_at_once",
+            "test_integrity.py::test_two_threads_do_not_use_orbax_at_once "
+            "test_integrity.py::test_loading_waits_for_a_save_in_another_thread",
+        ),
+        (
+            "what is saved from changes that follow",
+            "np.array(read(leaf)) if is_alone",
+            "read(leaf) if is_alone",
+            "test_checkpoint.py::test_numpy_array_may_be_modified_when_save_returns",
+        ),
+        (
+            "64-bit numbers from being cut when they are loaded",
+            "return here if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype else None",
+            "return here",
+            "test_checkpoint.py::test_trees_are_loaded_by_name_alone_and_together",
         ),
     ],
     "engine/storage/writer.py": [
         (
             "a run from a folder that Orbax cannot create",
-            'os.makedirs(self._path(SAVING, "writable"))  # Orbax would hang on a folder that it cannot create\n'
-            '        os.rmdir(self._path(SAVING, "writable"))',
+            "os.makedirs(self._path(SAVING, step))",
             "pass",
             "test_integrity.py::test_orbax_is_not_asked_to_save_where_a_folder_cannot_be_created",
         ),
         (
-            "the next save from a lock that no thread releases",
-            "self._commit = None\n            ORBAX.release()\n            raise",
-            "self._commit = None\n            raise",
-            "test_integrity.py::test_save_for_which_no_thread_is_left_does_not_block_the_next_one",
+            "large arrays that are saved from the steps that run meanwhile",
+            "if not is_copy:\n            copied.wait()",
+            "pass",
+            "test_checkpoint.py::test_state_saved_while_steps_run_is_the_state_of_its_step",
+        ),
+        (
+            "a checkpoint from being committed without what could not be written",
+            "if failed or not processes.writes():",
+            "if not processes.writes():",
+            "test_integrity.py::test_save_that_fails_in_the_background_ends_the_run_with_step_path_and_reason",
         ),
         (
             "what an earlier run saved under the same name",
@@ -1041,7 +1053,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a directory from the leftovers of a killed run",
-            "if self._checkpointer is None:\n            self.clean()",
+            "if self._handler is None:\n            self.clean()",
             "pass",
             "test_integrity.py::test_leftovers_of_killed_saves_and_deletions_are_removed",
         ),
@@ -1113,8 +1125,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "the state while it is saved: one save at a time",
-            "import orbax.checkpoint as ocp\n\n        self.wait()",
-            "import orbax.checkpoint as ocp\n",
+            "self.wait()\n        check_storable(trees)",
+            "check_storable(trees)",
             "test_integrity.py::test_save_that_fails_in_the_background_ends_the_run_with_step_path_and_reason",
         ),
     ],
@@ -1542,6 +1554,62 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "while self._streams and not self._moving:",
             "while False:",
             "test_progress.py::test_streams_are_as_they_were_after_a_run",
+        ),
+    ],
+    "callbacks/fingerprint.py": [
+        (
+            "changes of several numbers from cancelling, such as two changed signs",
+            "total += _mix(words ^ _positions(number, words.shape)).sum(dtype=jnp.uint32)",
+            "total += (words * (2 * _positions(number, words.shape) + 1)).sum(dtype=jnp.uint32)",
+            "test_fingerprint.py::test_changes_that_could_cancel_change_the_hash",
+        ),
+    ],
+    "callbacks/repeat_step.py": [
+        (
+            "a NaN from being a false alarm",
+            "    if jnp.issubdtype(array.dtype, jnp.inexact):",
+            "    if False:",
+            "test_repeat_step.py::test_repeated_steps_change_nothing_and_raise_no_alarm",
+        ),
+        (
+            "every device's own part from being left out",
+            "for shard in (jax.random.key_data(leaf) if typed else leaf).addressable_shards:",
+            "for shard in (jax.random.key_data(leaf) if typed else leaf).addressable_shards[:1]:",
+            "test_repeat_step.py::test_bit_that_one_of_many_devices_computes_wrongly_is_found",
+        ),
+    ],
+    "engine/compare.py": [
+        (
+            "equal NaN from being a difference",
+            "elif repr(a) != repr(b):",
+            "elif a != b:",
+            "test_compare.py::test_records_are_compared_without_times_and_nan_is_equal_to_itself",
+        ),
+        (
+            "damaged checkpoints from being compared",
+            "steps.append([step for step, damage in states.items() if not damage])",
+            "steps.append([*states])",
+            "test_compare.py::test_other_trees_lengths_and_steps",
+        ),
+    ],
+    "engine/cli.py": [
+        (
+            "a JSON document from holding a NaN",
+            "return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value",
+            "return value",
+            "test_cli.py::test_show_says_how_a_run_ended_and_lists_its_checkpoints",
+        ),
+        (
+            "a page of the run from being overwritten",
+            "if options.file is None and os.path.lexists(file):",
+            "if False:",
+            "test_cli.py::test_report_is_written_from_what_was_saved",
+        ),
+        (
+            "output that is cut off from ending with a traceback",
+            "except BrokenPipeError:",
+            "except ZeroDivisionError:",
+            "test_cli.py::test_output_that_nobody_reads_to_its_end_is_no_error",
         ),
     ],
 }

@@ -3,7 +3,8 @@
 Run: python benchmarks/run.py [--only W1,W3] [--cases auto,scan] [--steps N] [--rounds 7] [--cores 1]
          [--quick] [--out DIR]
 
-Prints one table per workload. --out also saves the results as JSON and as a plot, named by date and device.
+Prints one table per workload; "saves" are completed checkpoints. --out also saves the results as JSON and as a plot,
+named by date and device.
 """
 
 import argparse
@@ -38,6 +39,18 @@ def cases(loops):
     }
 
 
+def counting(loops, saves, name, case):
+    """Return a case that notes how many saves it has completed."""
+
+    def measure():
+        loops.saves = 0
+        seconds = case()
+        saves[name] = loops.saves
+        return seconds
+
+    return measure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(WORKLOADS), help="comma-separated workloads")
@@ -58,14 +71,16 @@ def main():
         workload = WORKLOADS[name]()
         loops = Loops(workload, 200 if options.quick else options.steps or workload.steps)
         chosen = {n: c for n, c in cases(loops).items() if n == BARE or any(w in n for w in options.cases.split(","))}
+        saves = {}
+        counted = {case: counting(loops, saves, case, measure) for case, measure in chosen.items()}
         try:
-            found[name] = figures(interleaved(chosen, rounds), BARE)
+            found[name] = [row | {"saves": saves[row["case"]]} for row in figures(interleaved(counted, rounds), BARE)]
         finally:
             loops.close()
         jax.clear_caches()
-        print(f"\n{workload.name}, {loops.steps} steps{'µs/step':>37}{'ratio':>8}")
+        print(f"\n{workload.name}, {loops.steps} steps{'µs/step':>37}{'ratio':>8}{'saves':>8}")
         for row in found[name]:
-            print(f"  {row['case']:<48}{row['us']:12.1f}{row['ratio']:8.2f}", flush=True)
+            print(f"  {row['case']:<48}{row['us']:12.1f}{row['ratio']:8.2f}{row['saves'] or '':>8}", flush=True)
     if options.out:
         save(options.out, about | {"rounds": rounds}, found)
 

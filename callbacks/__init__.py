@@ -6,6 +6,7 @@ from .csv_file import CSV
 from .early_stopping import EarlyStopping
 from .ema import EMA
 from .evaluate import Evaluate
+from .fingerprint import Fingerprint
 from .graceful_exit import GracefulExit
 from .grad_norm import GradNorm
 from .histograms import Histograms
@@ -16,6 +17,7 @@ from .mlflow_run import MLflow
 from .nan_guard import NaNGuard
 from .profiler import Profiler
 from .progress import Progress
+from .repeat_step import RepeatStep
 from .report import Report
 from .scalars import Scalars
 from .summary import Summary
@@ -35,6 +37,7 @@ __all__ = [
     "ClipWeights",
     "EarlyStopping",
     "Evaluate",
+    "Fingerprint",
     "GracefulExit",
     "GradNorm",
     "Histograms",
@@ -45,6 +48,7 @@ __all__ = [
     "NaNGuard",
     "Profiler",
     "Progress",
+    "RepeatStep",
     "Report",
     "Scalars",
     "Summary",

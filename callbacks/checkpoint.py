@@ -32,11 +32,14 @@ class Checkpoint(Callback):
         directory: of the run.
         when: when to save; a plain int means steps. The last step is always saved.
         keep: how many of the newest checkpoints to keep.
+        keep_every: a number of steps; the first checkpoint of every so many steps is a milestone, and kept for ever.
         best: a metric; the checkpoint with its best value is kept as well. Only checkpoints at whose step the metric
             was recorded compete.
         mode: whether `"min"` or `"max"` of `best` is best.
         resume: True resumes from the newest intact checkpoint, if there is one. A step or `"best"` resumes from that
             checkpoint, and moves later ones to `<directory>/archive`. False refuses a directory that holds a run.
+        start: a checkpoint from which a new run starts, such as `"runs/a/200"`, or `"runs/a"` for its newest. That
+            run is not changed. Once this run has a checkpoint, it resumes from its own.
         overwrite: True starts from scratch; the first save moves the checkpoints of an earlier run to
             `<directory>/archive`.
         strict: False allows callbacks with a carry to differ between runs: a new one starts from scratch, and the
@@ -73,9 +76,11 @@ class Checkpoint(Callback):
     _: KW_ONLY
     when: Cadence | int = every(epochs=1)  # noqa: RUF009 (frozen)
     keep: int = 3
+    keep_every: int | None = None
     best: str | None = None
     mode: str = "min"
     resume: bool | int | str = True
+    start: str | os.PathLike[str] | None = None
     overwrite: bool = False
     strict: bool = True
     skip: bool = True
@@ -84,6 +89,8 @@ class Checkpoint(Callback):
 
     def __post_init__(self) -> None:
         check_int("Checkpoint", "keep", self.keep, 1)
+        if self.keep_every is not None:
+            check_int("Checkpoint", "keep_every", self.keep_every, 1)
         if self.best is not None and not isinstance(self.best, str):
             raise TypeError(
                 f"Checkpoint needs best= to be the name of a metric, such as 'val/loss', got {self.best!r}."
@@ -96,8 +103,15 @@ class Checkpoint(Callback):
         self.directory = local_path("Checkpoint", self.directory)
         self._recorded: tuple[int, float] | None = None  # the newest value of `best`, with its step
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints in the directory, for reading."""
+        return Checkpoints(self.directory, best=self.best, mode=self.mode)
+
     def on_load(self, loop: Loop) -> None:
-        self._writer = CheckpointWriter(self.directory, keep=self.keep, best=self.best, mode=self.mode)
+        self._writer = CheckpointWriter(
+            self.directory, keep=self.keep, best=self.best, mode=self.mode, keep_every=self.keep_every
+        )
         self._lock = Lock(self.directory)
         check_storable({"state": loop.state, "carries": loop.carries})
         if any(os.path.realpath(other.directory) == os.path.realpath(self.directory) for other in loop.checkpoints):
@@ -111,8 +125,16 @@ class Checkpoint(Callback):
         others = {name: each for name, each in loop.callbacks.items() if not isinstance(each, Checkpoint)}
         self._config: dict[str, Any] = {"callbacks": {name: _describe(each) for name, each in others.items()}}
         self._saved_config: dict[str, Any] = {}
-        if step is not None and not loop.step:
-            self._restore(loop, step)
+        if loop.step:
+            return
+        if step is not None:
+            self._restore(loop, self._writer.checkpoints, step)
+        elif self.start is not None:
+            directory, step = processes.first(self._find_start, self.start)
+            self._restore(loop, Checkpoints(directory), step)
+            self._saved_config["start"] = self._restored
+        if "start" in self._saved_config:
+            self._config["start"] = self._saved_config["start"]
 
     def on_run_begin(self, loop: Loop) -> None:
         self._recorded, self._saved = None, False
@@ -151,8 +173,7 @@ class Checkpoint(Callback):
         finally:
             self._lock.release()
 
-    def _restore(self, loop: Loop, step: int) -> None:
-        checkpoints = self._writer.checkpoints
+    def _restore(self, loop: Loop, checkpoints: Checkpoints, step: int) -> None:
         path, tree = checkpoints.path(step), functools.partial(checkpoints.load, step, partial=not self.strict)
         try:
             loop.restore(Snapshot(step, tree, checkpoints.host(step)), strict=self.strict, skip=self.skip)
@@ -162,7 +183,7 @@ class Checkpoint(Callback):
                 f"{error}\nCheckpoint found the saved run in {path}.{remedy} "
                 "To start from scratch, pass overwrite=True or another directory."
             ) from error
-        self._saved_config = checkpoints.manifest(step).get("config") or {}
+        self._restored, self._saved_config = path, dict(checkpoints.manifest(step).get("config") or {})
         saved, here = self._saved_part("callbacks"), self._config["callbacks"]
         if changed := [
             f"{saved[name]} is now {here[name]}" for name in here if saved.get(name, here[name]) != here[name]
@@ -176,8 +197,7 @@ class Checkpoint(Callback):
         self._config["step"] = here = _fingerprint(loop.traced, loop.mesh)
         saved = self._saved_part("step")
         if here and saved.get("inputs") == here["inputs"] and saved.get("program") != here["program"]:
-            path = self._writer.checkpoints.path(loop.start_step)
-            log_user(f"changed since {path} was saved: the step function, the optimizer or a compiled half")
+            log_user(f"changed since {self._restored} was saved: the step function, the optimizer or a compiled half")
 
     def _saved_part(self, name: str) -> dict[str, str]:
         """Return a part of the configuration of the saved run, empty if it is unknown."""
@@ -218,6 +238,20 @@ class Checkpoint(Callback):
         self._writer.resume_from(step)
         return step
 
+    def _find_start(self, start: str | os.PathLike[str]) -> tuple[str, int]:
+        """Return the directory and the step of the checkpoint from which a new run starts."""
+        path = local_path("Checkpoint", start)
+        directory, name = os.path.split(path)
+        checkpoints = Checkpoints(directory if name.isdecimal() else path)
+        steps = checkpoints.steps()
+        if (int(name) not in steps) if name.isdecimal() else not steps:
+            raise FileNotFoundError(
+                f"Checkpoint: start={path!r} is no checkpoint; {checkpoints.directory} holds {steps}."
+            )
+        step = int(name) if name.isdecimal() else self._newest_intact(checkpoints, steps)
+        _check_intact(checkpoints, step)
+        return checkpoints.directory, step
+
     def _archive(self, start_step: int) -> None:
         steps = self._writer.checkpoints.steps()
         self._writer.archive([step for step in steps if step > start_step or self.overwrite])
@@ -239,9 +273,14 @@ class Checkpoint(Callback):
             )
         if step not in steps:
             raise FileNotFoundError(f"Checkpoint: no step {self.resume} in {self.directory}; it holds {steps}.")
-        if damage := checkpoints.damage(step):
-            raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
+        _check_intact(checkpoints, step)
         return step
+
+
+def _check_intact(checkpoints: Checkpoints, step: int) -> None:
+    """Raise a ValueError if a checkpoint that was asked for is damaged."""
+    if damage := checkpoints.damage(step):
+        raise ValueError(f"Checkpoint {checkpoints.path(step)} is damaged: {damage}.")
 
 
 def _describe(callback: Callback) -> str:

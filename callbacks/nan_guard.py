@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from onstep import Cadence, Callback, Context, Loop, Result
-from onstep.tools import check_int, did_you_mean, get_carry, leaves_of_type, to_host
+from onstep.tools import check_int, did_you_mean, get_carry, leaves_of_type, replay_command, to_host
 
 KINDS = ("finite", "inf", "NaN")
 FINE = np.iinfo(np.int32).max
@@ -141,7 +141,8 @@ class NaNGuard(Callback):
             undo = "" if self.skip else ", or undo such steps with NaNGuard(skip=True)"
             raise FloatingPointError(
                 f"NaNGuard: non-finite {name} at step {found.step} ({kind}){skips}. Earlier checkpoints are intact. "
-                f"Inspect the step with Engine(..., jit=False). You can also lower the learning rate{undo}."
+                f"Lower the learning rate{undo}. To find the operation that caused it:\n"
+                f"    {replay_command(loop, found.step)}"
             )
 
     def on_snapshot(self, loop: Loop) -> None:

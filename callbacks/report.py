@@ -10,7 +10,7 @@ import platform
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,8 +97,7 @@ class Report(Callback):
         self._sessions += 1
 
     def on_log(self, loop: Loop, record: Record) -> None:
-        for name, value in record.values.items():
-            self._curves.setdefault(name, Curve()).add(record.step, value)
+        self._add([record])
         if record.values.keys() >= set(TIMES):  # they cover the steps since the last such record
             rate, *shares = (record.values[name] for name in TIMES)
             seconds = (record.step - self._timed) / rate
@@ -107,11 +106,11 @@ class Report(Callback):
         self._compiling += record.values.get(COMPILING, 0.0)
 
     def on_save(self, loop: Loop) -> None:
-        self._write(loop)
+        self._write_run(loop)
 
     def on_run_end(self, loop: Loop) -> None:
         if loop.step > loop.start_step:
-            self._write(loop)
+            self._write_run(loop)
 
     def get_state(self) -> dict[str, Any]:
         curves = {
@@ -139,11 +138,80 @@ class Report(Callback):
         """Return the seconds that the run has taken in all sessions."""
         return self._seconds + (0 if self._began is None else time.monotonic() - self._began)
 
-    def _write(self, loop: Loop) -> None:
+    def write_saved(self, checkpoints: Checkpoints, saved: dict[str, Any], records: Iterable[Record] = ()) -> None:
+        """Write the page of a run that is over or still going on, from what it has saved.
+
+        The curves are those of the records, or else those of the run's own `Report`. Otherwise they are the latest
+        values at the step of the checkpoint.
+
+        Args:
+            checkpoints: those of the run, of which one is intact.
+            saved: what the newest intact one holds besides arrays.
+            records: everything that was recorded, if it is known.
+        """
+        for kept in saved["callbacks"].values():
+            if isinstance(kept, dict) and kept.keys() >= {"curves", "seconds", "spent"}:
+                self.set_state(kept)
+        if records := [*records] or ([] if self._curves else [Record(saved["step"], saved["epoch"], saved["latest"])]):
+            self._curves = {}
+        self._add(records)
+        facts = {
+            "step": f"{saved['step']:,}",
+            "epoch": f"{saved['epoch']:,}",
+            "wall time": _duration(self._seconds) if self._seconds else "",
+            "sessions": str(self._sessions or ""),
+        }
+        config = checkpoints.manifest(saved["step"]).get("config") or {}
+        self._write(_saved_outcome(saved), facts, [checkpoints], {"Callbacks": (config.get("callbacks") or {}).items()})
+
+    def _add(self, records: Iterable[Record]) -> None:
+        for record in records:
+            for name, value in record.values.items():
+                self._curves.setdefault(name, Curve()).add(record.step, value)
+
+    def _write_run(self, loop: Loop) -> None:
+        """Write the page of a run that this callback belongs to."""
         if not processes.writes():
             return
-        title = f"{_run_name(self.path)}: {_outcome(loop)[0]}"
-        text = page.page(title, self._sections(loop)).encode(errors="xmlcharrefreplace")
+        facts = {
+            "step": f"{loop.step:,}" + (f" of {loop.total:,}" if loop.total else ""),
+            "epoch": f"{loop.epoch:,}" + (f" of {loop.epochs:,}" if loop.epochs else ""),
+            "wall time": _duration(self._elapsed()),
+            "sessions": f"{self._sessions}, the last from step {loop.start_step:,}" if self._sessions > 1 else "",
+        }
+        config = [(name, str(value)) for name, value in (self.config or {}).items()]
+        tables = {"Configuration": config, "Environment": _environment(loop)}
+        self._write(_outcome(loop), facts, loop.checkpoints, tables)
+
+    def _write(
+        self,
+        outcome: tuple[str, str, str],
+        facts: dict[str, str],
+        saved: Iterable[Checkpoints],
+        tables: dict[str, Iterable[tuple[str, str]]],
+    ) -> None:
+        """Write the page.
+
+        Args:
+            outcome: how the run ended, why, and whether that is good or bad.
+            facts: what to show at the top, by name.
+            saved: the checkpoints of the run.
+            tables: names and values to show at the end, by title.
+        """
+        facts = {"run": _run_name(self.path), **facts, "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        columns = "name", "last", "lowest", "at step", "highest", "at step", "not finite"
+        names = [name for group in plots.group_by_chart(self._curves).values() for name in group]
+        parts = [
+            page.heading(*outcome, facts),
+            page.charts({name: curve.points() for name, curve in self._curves.items()}, UNITS),
+            page.table("Values", columns, [(_with_unit(name), *self._curves[name].row()) for name in names]),
+            page.table("Time", ("part", "seconds", "%"), self._times()),
+        ]
+        for checkpoints in saved:
+            title = f"Checkpoints in {os.path.basename(checkpoints.directory)}"
+            parts.append(page.table(title, ("step", "MB", checkpoints.best or "", ""), _checkpoints(checkpoints)))
+        parts += [page.table(title, ("name", "value"), rows) for title, rows in tables.items()]
+        text = page.page(f"{_run_name(self.path)}: {outcome[0]}", parts).encode(errors="xmlcharrefreplace")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         temporary = f"{self.path}.{uuid.uuid4().hex}"
         try:
@@ -153,29 +221,6 @@ class Report(Callback):
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
-
-    def _sections(self, loop: Loop) -> Iterator[str]:
-        title, text, kind = _outcome(loop)
-        facts = {
-            "run": _run_name(self.path),
-            "step": f"{loop.step:,}" + (f" of {loop.total:,}" if loop.total else ""),
-            "epoch": f"{loop.epoch:,}" + (f" of {loop.epochs:,}" if loop.epochs else ""),
-            "wall time": _duration(self._elapsed()),
-            "sessions": f"{self._sessions}, the last from step {loop.start_step:,}" if self._sessions > 1 else "",
-            "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        }
-        yield page.heading(title, text, kind, facts)
-        yield page.charts({name: curve.points() for name, curve in self._curves.items()}, UNITS)
-        columns = "name", "last", "lowest", "at step", "highest", "at step", "not finite"
-        names = [name for group in plots.group_by_chart(self._curves).values() for name in group]
-        yield page.table("Values", columns, [(_with_unit(name), *self._curves[name].row()) for name in names])
-        yield page.table("Time", ("part", "seconds", "%"), self._times())
-        for checkpoints in loop.checkpoints:
-            title = f"Checkpoints in {os.path.basename(checkpoints.directory)}"
-            yield page.table(title, ("step", "MB", checkpoints.best or "", ""), _checkpoints(checkpoints))
-        config = [(name, str(value)) for name, value in (self.config or {}).items()]
-        yield page.table("Configuration", ("name", "value"), config)
-        yield page.table("Environment", ("name", "value"), _environment(loop))
 
     def _times(self) -> Iterator[tuple[str, float, float]]:
         measured, data, others = self._spent
@@ -261,6 +306,16 @@ def _outcome(loop: Loop) -> tuple[str, str, str]:
     if loop.over:
         return f"Finished {at}", "The run reached its target.", "good"
     return f"Running, {at}", "This page was written during the run.", ""
+
+
+def _saved_outcome(saved: dict[str, Any]) -> tuple[str, str, str]:
+    """Return how a run ended as far as its newest checkpoint says, why, and whether that is good or bad."""
+    at = f"at step {saved['step']:,}"
+    if saved["stopped"] is not None:
+        return f"Stopped {at}", without_secrets(saved["stopped"]) + ("" if saved["final"] else " (resumable)"), ""
+    if saved.get("finished"):  # not in version 0.1
+        return f"Finished {at}", "The run reached its target.", "good"
+    return f"Saved {at}", "The run goes on from here, or it was interrupted.", ""
 
 
 def _duration(seconds: float) -> str:

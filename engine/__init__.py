@@ -15,19 +15,10 @@ from .snapshot import Snapshot
 from .steps import Steps
 from .version import __version__ as __version__
 
-_SUBMODULES = [
-    "callbacks",
-    "config",
-    "plan",
-    "plots",
-    "processes",
-    "redact",
-    "sharding",
-    "state",
-    "storage",
-    "testing",
-    "tools",
-]
+_SUBMODULES = {
+    *("callbacks", "config", "first_bad", "plan", "plots", "processes", "redact", "replay", "sharding", "state"),
+    *("storage", "testing", "tools"),
+}
 
 
 def __getattr__(name: str) -> object:

@@ -21,6 +21,7 @@ from .records import Record
 from .representation import call_text
 from .snapshot import pack, unpack
 from .spans import Observer
+from .storage.checkpoints import Checkpoints
 from .trees import Batch, State
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class Callback(CheckedCall):
     when: Cadence | int = _cadence_attribute("when", ALWAYS)
     update_when: Cadence | int = _cadence_attribute("update_when", ALWAYS)
     _initial: bytes | None = None  # the host half when an engine first saw it
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """The checkpoints of the run, if this callback saves them; `engine.replay` reads them."""
+        return None
 
     def on_load(self, loop: Loop) -> None:
         """Called first: restore a saved run here, and only here, with `loop.restore(...)`.

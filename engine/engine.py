@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -19,6 +20,7 @@ from .data.source import NO_DATA, Data
 from .loop import Loop, Options
 from .placement import jit_is_disabled, make_placement
 from .plan import Plan, make_plan
+from .replay import INTERCEPT, Moment, ReplayedStep, replay_steps
 from .representation import call_text
 from .result import Result
 from .steps import Steps
@@ -119,6 +121,7 @@ class Engine(CheckedCall):
         self._options = Options(log_every, in_flight, prefetch, clock)
         self._placement = make_placement(mesh)
         self._compiled = self._compile(jit)
+        self._replayed: ReplayedStep | None = None  # for replays, which record its calls
 
     @property
     def callbacks(self) -> dict[str, Callback]:
@@ -256,6 +259,103 @@ class Engine(CheckedCall):
         targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
         return make_plan(compiled, self._callbacks, self._options, self._placement, state, data, targets, rng)
 
+    @overload
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        step: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Moment: ...
+
+    @overload
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        step: range,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Iterator[Moment]: ...
+
+    def replay(
+        self,
+        state: State,
+        data: Data,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        step: int | range,
+        epochs: int | None = None,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+        rng: jax.Array | None = None,
+    ) -> Moment | Iterator[Moment]:
+        """Return a step of a past run as it was: the state, carries, batch and key that it received.
+
+        The run is continued from the newest intact checkpoint before the step, in its own mode, so the bytes are those
+        of the run. Only files of checkpoints are read; nothing is locked, written or moved. Compiled halves run as in
+        the run. Of the host halves, only those run that change `loop.state` or `loop.batch`, and with them those that
+        record numbers; no callback that only saves, writes or shows handles an event.
+
+        With several processes, all of them call this, and all read the directory.
+
+        Args:
+            state, data, epochs, steps, epoch_steps, rng: as for `run`; data that can be read only once has to be new.
+                The target may be left out, unless a callback that changes the run depends on it.
+            directory: the directory of the run; by default that of the engine's `Checkpoint`. Without checkpoints
+                before the step, the run is repeated from its beginning.
+            step: the step to reconstruct, counted from 1; or a range of steps, for an iterator over them.
+
+        Raises:
+            ValueError: the step is beyond the end of the run, the checkpoint does not fit this engine, or several
+                callbacks of the engine save checkpoints and no directory is given.
+            RuntimeError: the body of `for loop in engine.steps(...)` changed the state, so the run cannot be repeated
+                without it.
+
+        >>> import tempfile
+        >>> from onstep.callbacks import Checkpoint
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     engine = Engine(lambda s, b: (s + b, {"loss": b}), [Checkpoint(directory, when=4)])
+        ...     _ = engine.run(0, [1, 2, 3, 4, 5], epochs=2)
+        ...     moment = engine.replay(0, [1, 2, 3, 4, 5], step=7, epochs=2)
+        >>> int(moment.state), int(moment.batch), moment.checkpoint
+        (16, 2, 4)
+        >>> after, metrics, aux = moment.run()
+        >>> int(after)
+        18
+        """
+        wanted = step if isinstance(step, range) else range(check_int("engine.replay", "step", step, 1), step + 1)
+        if not wanted or wanted.start < 1 or wanted.step != 1:
+            raise ValueError(f"engine.replay needs a step, or a range of steps >= 1 without gaps, got {step!r}.")
+        compiled = self._replayed
+        if compiled is None or compiled.jit != self._jit_now:
+            compiled = self._replayed = self._compile(self._jit_now, ReplayedStep)
+        moments = replay_steps(
+            compiled,
+            self._callbacks,
+            self._options,
+            self._placement,
+            state,
+            data,
+            directory,
+            wanted,
+            {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps},
+            rng,
+        )
+        if isinstance(step, range):
+            return moments
+        (moment,) = moments
+        return moment
+
     @classmethod
     def _check_call(cls, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         check_call(cls.__init__, cls.__name__, given, named, {"engine.run": Engine.run})
@@ -275,9 +375,9 @@ class Engine(CheckedCall):
         """Whether a run that begins now is compiled: JAX_DISABLE_JIT and `jax.disable_jit()` act as `jit=False`."""
         return self._given["jit"] and not jit_is_disabled()
 
-    def _compile(self, jit: bool) -> CompiledStep:
+    def _compile(self, jit: bool, kind: type[CompiledStep] = CompiledStep) -> Any:
         given: dict[str, Any] = {name: self._given[name] for name in ("step", "steps_per_call")}
-        return CompiledStep(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
+        return kind(callbacks=self._callbacks, placement=self._placement, jit=jit, **given)
 
     def _make_loop(
         self,
@@ -289,6 +389,9 @@ class Engine(CheckedCall):
         rng: jax.Array | None,
         donate: bool,
     ) -> Loop:
+        if intercept := INTERCEPT.get():
+            targets = {"epochs": epochs, "steps": steps, "epoch_steps": epoch_steps}
+            intercept(self, {"state": state, "data": data, "rng": rng, **targets})
         check_order(state, data)
         if data is None and epochs is not None and epoch_steps is None:
             raise ValueError(

@@ -26,9 +26,11 @@ class Handler:
         method: the method.
         trigger: when it is due.
         called_at: the step at which it was last called, -1 if never.
+        running: the names of the callbacks whose handlers are running, the innermost last; shared by all handlers.
     """
 
-    def __init__(self, event: str, name: str, method: Callable[..., None], trigger: Trigger):
+    def __init__(self, event: str, name: str, method: Callable[..., None], trigger: Trigger, running: list[str]):
+        self.running: list[str] = running
         self.event: str = event
         self.name: str = name
         self.method: Callable[..., None] = method
@@ -38,12 +40,15 @@ class Handler:
     def call(self, loop: Loop, *args: Any) -> None:
         """Call the method. An error gets a note that says where it was raised."""
         self.called_at = loop.step
+        self.running.append(self.name)
         try:
             self.method(loop, *args)
         except BaseException as error:
             error.add_note(f"onstep: raised by {self.name}.{self.event} at step {loop.step}")
             note_kept(error)
             raise
+        finally:
+            self.running.pop()
 
 
 class Events:
@@ -55,16 +60,18 @@ class Events:
 
     Attributes:
         handlers: by event.
+        running: the names of the callbacks whose handlers are running, the innermost last.
     """
 
     def __init__(self, callbacks: dict[str, Callback], group: ProcessGroup):
         self.handlers: dict[str, list[Handler]] = {event: [] for event in EVENTS}
+        self.running: list[str] = []
         for name, callback in callbacks.items():
             when = as_cadence(callback.when, f"{name}.when")
             for event, handlers in self.handlers.items():
                 if method := overridden(callback, event):
                     trigger = Trigger(when if event in BY_CADENCE else ALWAYS, group.clock)
-                    handlers.append(Handler(event, name, method, trigger))
+                    handlers.append(Handler(event, name, method, trigger, self.running))
         self._group = group
         self._names = list(callbacks)
         self._begun: set[str] = set()  # callbacks whose on_run_end is guaranteed
@@ -177,11 +184,16 @@ class Events:
 
 
 def note_kept(error: BaseException) -> None:
-    """Add what to do to an error about an array that was kept from an earlier step, or from inside a step."""
+    """Add what to do to an error about an array that was kept from a step, or that belongs to the data."""
     if "been deleted" in str(error) and isinstance(error, (RuntimeError, ValueError)):
         error.add_note(
             "onstep: an array kept from an earlier step has since been donated to the compiled call. "
             "Keep a copy instead: jax.tree.map(jnp.copy, loop.state)."
+        )
+    elif isinstance(error, ValueError) and "read-only" in str(error):
+        error.add_note(
+            "onstep: the arrays of loop.batch cannot be changed in place. Assign another batch, such as "
+            'loop.batch = {**loop.batch, "x": x}, or a copy that you have changed.'
         )
     elif isinstance(error, TRACER_ERRORS):
         error.add_note(f"onstep: {KEPT_TRACER}")

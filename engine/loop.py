@@ -35,7 +35,17 @@ from .result import Result
 from .snapshot import Snapshot, describe_key, pack, unpack
 from .spans import CALL, COMPILE, DATA, WAIT, Observer, Spans
 from .storage.checkpoints import Checkpoints
-from .trees import Batch, State, compare_signatures, copy_containers, difference, signature, weak_leaves
+from .trees import (
+    Batch,
+    State,
+    compare_signatures,
+    copy_containers,
+    difference,
+    read_only,
+    same_leaves,
+    signature,
+    weak_leaves,
+)
 from .version import __version__
 
 MOST_PENDING = 4096
@@ -99,6 +109,7 @@ class Loop:
         epoch_steps: int | None,
         rng: jax.Array | None,
         donate: bool,
+        handled: dict[str, Callback] | None = None,
     ):
         check_targets(epochs, steps, epoch_steps)
         check_rng(rng, compiled.function.step if compiled.takes_rng else None)
@@ -133,9 +144,12 @@ class Loop:
         self._batch: tuple[Batch, int] = (None, 0)  # of the last call; for a block, how many of its batches were used
         self._in_step_begin = False  # whether on_step_begin may replace the batch of the next step
         self._next_batch: list[Batch] = []  # that batch, once a handler has read or replaced it
+        self._shown_batch: list[Any] = []  # its leaves as the first handler read them
         self._windows = Windows()
         self._group = ProcessGroup(options.clock)
-        self._events = Events(callbacks, self._group)
+        self._events = Events(callbacks if handled is None else handled, self._group)
+        self._quiet = handled is not None  # a replay, in which most callbacks handle no event
+        self._influences: dict[str, set[str]] = {"changed": set(), "recorded": set()}  # callbacks, for a replay
         self._throttle = Throttle(options.in_flight, options.clock, compiled.auto and self._group.count == 1)
         self._spans = Spans()
 
@@ -208,7 +222,7 @@ class Loop:
         epoch = self.epoch + (self.epoch_step > 0)
         check_reachable(step=self.step, epoch=epoch, steps=self.steps, epochs=self.epochs)
         self._check_epoch_length()
-        if self._restored:
+        if self._restored and not self._quiet:
             log_user(self._resume_message())
         self._skip_used()
         self._agree_on_stop()  # with several processes also on the time, before the first deadline is set
@@ -267,21 +281,30 @@ class Loop:
         """
         completed_epoch = self.epoch + 1 if self.epoch_step + 1 == self._stream.length else 0
         if due := self._events.take_due("on_step_begin", self.step + 1, completed_epoch):
-            self._in_step_begin = True
+            self._in_step_begin, self._shown_batch, replaced = True, [], False
             try:
                 for handler in due:
+                    before = jax.tree.leaves(self._next_batch)
                     handler.call(self)
+                    if self._next_batch and not same_leaves(before or self._shown_batch, self._next_batch):
+                        self._influences["changed"].add(handler.name)
+                        replaced = True
             finally:
-                chosen, self._next_batch, self._in_step_begin = self._next_batch, [], False
+                (batch, *_), self._next_batch, self._in_step_begin = self._next_batch or [None], [], False
             self._agree_on_stop()
-            if chosen and not self.over:
-                self._stream.replace(chosen[0])
-        if not (self._prepared or self.over):
-            check_batch(batch := self._stream.peek())
-            with self._spans.span(COMPILE):
-                self._compiled.prepare(self._bundle, batch, self._call_rng)
-            self._prepared = True
+            if replaced and not self.over:
+                self._stream.replace(batch)
+        if not self.over:
+            self._prepare(self._stream.peek)
         return not self.over
+
+    def _prepare(self, batch: Callable[[], Batch]) -> None:
+        """Compile for the first batch, unless that is done."""
+        if not self._prepared:
+            check_batch(first := batch())
+            with self._spans.span(COMPILE):
+                self._compiled.prepare(self._bundle, first, self._call_rng)
+            self._prepared = True
 
     def _until_due(self, trigger: Trigger) -> tuple[int, float, float]:
         """Return when anything is next due.
@@ -366,7 +389,7 @@ class Loop:
 
     def _save(self, handlers: list[Handler]) -> None:
         """Call handlers of on_save. Meanwhile `stop` refuses a final stop, because the save would not include it."""
-        if self.step == self.start_step:  # a resumed run has only found its epoch complete
+        if self.step == self.start_step or self._quiet:  # a resumed run has only found its epoch complete
             return
         self._saving = True
         try:
@@ -430,14 +453,19 @@ class Loop:
     def state(self, new: State) -> None:
         if changed := difference(self.state, new):
             raise ValueError(f"loop.state needs a state like the one it has: {changed}.")
+        self._influences["changed"].add(self._events.running[-1] if self._events.running else "")
         self._bundle = (self._placement.place(new, "The state", like=self.state), *self._bundle[1:])
 
     @property
     def batch(self) -> Batch:
-        """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment."""
+        """The batch of the last step; in `on_step_begin` the next one, which you may replace by assignment.
+
+        There its numpy arrays cannot be changed in place, because they may be yours, and return in the next epoch.
+        """
         if self._in_step_begin:
             if not self._next_batch:
-                self._next_batch = [copy_containers(self._stream.peek())]  # to notice a leaf that is assigned
+                self._next_batch = [read_only(self._stream.peek())]
+                self._shown_batch = jax.tree.leaves(self._next_batch)  # to notice a leaf that is assigned
             return self._next_batch[0]
         batch, count = self._batch
         return last_batch(batch, count) if count else batch
@@ -449,6 +477,23 @@ class Loop:
                 "loop.batch can only be replaced in on_step_begin, before its step. Here it is too late."
             )
         self._next_batch = [new]
+
+    def try_step(self) -> tuple[State, dict[str, Carry], Metrics]:
+        """Run the next step on copies, with the executable of the run, and return what it gives. Changes nothing.
+
+        Only in `on_step_begin`. Compiled halves with a cadence are not due.
+
+        Returns:
+            The state, the carries and the metrics after the step.
+
+        Raises:
+            RuntimeError: the run is at another event.
+        """
+        if not self._in_step_begin:
+            raise RuntimeError("loop.try_step can only be called in on_step_begin, where the next batch is known.")
+        self._prepare(lambda: self.batch)
+        (state, carries, _), metrics = self._compiled.trial(self._bundle, self.batch, self._call_rng)
+        return state, carries, dict(metrics)
 
     @property
     def carries(self) -> dict[str, Carry]:
@@ -510,6 +555,8 @@ class Loop:
         Raises:
             RuntimeError: a final stop is requested in `on_save`, too late to be saved.
         """
+        if self._quiet and not final:
+            return  # the run that is replayed was resumed
         if self._saving and final:
             raise RuntimeError("A final loop.stop is too late in on_save. Call it in on_step_end or on_log.")
         self._requested = self._requested or (reason, final)
@@ -541,6 +588,8 @@ class Loop:
             raise TypeError(f'loop.log needs a dict of numbers by name, got {got}: loop.log({{"val/loss": loss}}).')
         record = Record(self.step, self.epoch, {name: to_float(value, name) for name, value in values.items()})
         if record.values:
+            if self._events.running:
+                self._influences["recorded"].add(self._events.running[-1])
             self.latest.update(record.values)
             self.history.add(record)
             self._events.fire("on_log", self, record)
@@ -600,7 +649,9 @@ class Loop:
             "latest": self.latest,
             "stopped": self.stopped,
             "final": self._final,
+            "finished": self.finished,
             "callbacks": self._callback_states(),
+            "influences": {how: sorted(names) for how, names in self._influences.items()},
         }
         return Snapshot(self.step, {"state": self.state, "carries": self.carries}, pack(host, "A snapshot"))
 
@@ -635,6 +686,8 @@ class Loop:
         self._restored_from = self.checkpoints[-1].directory if self.checkpoints else ""
         if host["final"]:
             self.stopped, self._final = host["stopped"], True
+        for how, names in host.get("influences", {}).items():
+            self._influences[how].update(names)
         self._windows.set_state(host["windows"])
         if skip:
             _check_loaders(host.get("processes", 1), self._stream.data, host["data"]["loader"])

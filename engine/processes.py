@@ -115,6 +115,32 @@ def first(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+def gather(name: str, value: Any) -> list[Any]:
+    """Return the values of all processes in process 0, which waits for them. The others return an empty list at once.
+
+    Unlike `agree`, it may be called by any thread.
+
+    Args:
+        name: the same in all processes, and not used before in this run.
+        value: JSON values.
+
+    Raises:
+        ProcessError: another process failed in the meantime.
+
+    >>> gather("sizes", 3)  # in a single process
+    [3]
+    """
+    if jax.process_count() == 1:
+        return [value]
+    key, store = f"onstep/{_run}/{name}/", _store()
+    if not writes():
+        store.key_value_set(f"{key}{jax.process_index()}", json.dumps(value))
+        return []
+    others = [_get(f"{key}{process}", "for a part of a checkpoint") for process in range(1, jax.process_count())]
+    store.key_value_delete(key)
+    return [value, *map(json.loads, others)]
+
+
 def check_same(values: dict[str, Any]) -> None:
     """Raise a ValueError in every process unless all have the same values; it names the first difference.
 

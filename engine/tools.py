@@ -36,6 +36,7 @@ from .messages import log_user, print_text, warn_user
 from .placement import fold_in, to_host
 from .record_files import RecordFile, exit_status, lines_to_keep, replace_file
 from .records import Record
+from .replay import replay_command
 from .result import Result
 from .spans import Observer, Span
 from .trees import difference, named_leaves, signature
@@ -73,6 +74,7 @@ __all__ = [
     "named_leaves",
     "print_text",
     "replace_file",
+    "replay_command",
     "set_field",
     "set_fields",
     "signature",

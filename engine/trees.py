@@ -160,6 +160,26 @@ def same_leaves(one: Any, other: Any) -> bool:
     return a[1] == b[1] and all(map(operator.is_, a[0], b[0]))
 
 
+def read_only(tree: Any) -> Any:
+    """Return the tree in new containers, with views of its numpy arrays that cannot be written to.
+
+    >>> array = np.zeros(2)
+    >>> read_only({"x": array})["x"][0] = 1
+    Traceback (most recent call last):
+    ...
+    ValueError: assignment destination is read-only
+    """
+
+    def view(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray):
+            return leaf
+        leaf = leaf.view()
+        leaf.flags.writeable = False
+        return leaf
+
+    return jax.tree.map(view, tree)
+
+
 def check_not_shared(tree: Any, what: str) -> None:
     """Raise a ValueError if a tree holds one NNX variable twice, as a model with tied weights does.
 

@@ -22,21 +22,24 @@ if PROCESSES > 1:
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from onstep import Batches, Callback, Engine, at, evaluate, every, processes  # noqa: E402
+from onstep import Batches, Callback, Engine, Loop, at, evaluate, every, processes  # noqa: E402
 from onstep.callbacks import (  # noqa: E402
     EMA,
     Checkpoint,
     EarlyStopping,
     Evaluate,
+    Fingerprint,
     GracefulExit,
     GradNorm,
     Images,
+    RepeatStep,
     TensorBoard,
     Timing,
 )
 from onstep.callbacks.checkpoint import load, save  # noqa: E402
 from onstep.processes import ProcessError  # noqa: E402
 from onstep.sharding import create, fsdp, make_mesh  # noqa: E402
+from onstep.storage import writer  # noqa: E402
 from onstep.testing import FakeLoader, FakeLoaderIterator  # noqa: E402
 
 TX = optax.adam(1e-2)
@@ -286,6 +289,26 @@ def raises():
     run(cut(), Checkpoint(DIRECTORY / "run", when=2), At3(act))
 
 
+def repeats():
+    """Repeat every second step; in a second run, one bit that process 1 holds is wrong."""
+    tried, seen = Loop.try_step, [0]
+
+    def faulty(loop):
+        state, carries, metrics = tried(loop)
+        seen[0] += 1
+        if seen[0] == 4 and PROCESS == 1:
+            parts = [np.array(shard.data) for shard in state["seen"].addressable_shards]
+            parts[2].view(np.uint32)[0] ^= 1
+            moved = [jax.device_put(part, device) for part, device in zip(parts, jax.local_devices(), strict=True)]
+            wrong = jax.make_array_from_single_device_arrays((512,), state["seen"].sharding, moved)
+            state = {**state, "seen": wrong}
+        return state, carries, metrics
+
+    run(cut(), RepeatStep(2), Fingerprint(2), Checkpoint(DIRECTORY / "run", when=2), steps=4)
+    Loop.try_step = faulty
+    run(cut(), RepeatStep(2), steps=8, steps_per_call=4)
+
+
 def loader_raises():
     def source(epoch):
         for number, batch in enumerate(own_part(data()(epoch))):
@@ -294,6 +317,17 @@ def loader_raises():
             yield batch
 
     run(cut(), Checkpoint(DIRECTORY / "run", when=2), source=source, log_every=50)
+
+
+def part_fails():
+    """Process 1 cannot write its part of a checkpoint."""
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    if PROCESS == 1:
+        writer.write = fail
+    run(cut(), Checkpoint(DIRECTORY / "run", when=2), log_every=50)
 
 
 def runs_out():

@@ -11,9 +11,12 @@ import importlib
 import json
 import linecache
 import os
+import runpy
+import shlex
 import signal
 import sys
 import time
+import traceback
 import types
 import warnings
 
@@ -36,8 +39,24 @@ def start(task):
     sys.argv, sys.path[0] = [NAME], ""
     linecache.cache[NAME] = (len(task["program"]), None, task["program"].splitlines(keepends=True), NAME)
     sys.modules["__main__"] = main = types.ModuleType("__main__")
-    main.__builtins__ = builtins
+    main.__file__, main.__builtins__, main.run_command = NAME, builtins, run_command
     return compile(task["program"], NAME, "exec"), main
+
+
+def run_command(line):
+    """Run a command of a page, of `onstep` or `python SCRIPT`, in this process. An error prints its last lines."""
+    words, argv = shlex.split(line.removeprefix("python -m ")), sys.argv
+    try:
+        if words[0] == "onstep":
+            importlib.import_module("onstep.cli").main(words[1:])
+        else:
+            sys.argv = words[1:]
+            linecache.cache.pop(words[1], None)  # the page itself may have the name of the script
+            runpy.run_path(words[1], run_name="__main__")
+    except Exception as error:
+        print(*traceback.format_exception_only(error), sep="", end="")
+    finally:
+        sys.argv = argv
 
 
 def wait(process, seconds):

@@ -67,6 +67,11 @@ def test_observers_change_no_state_and_their_isolation_is_timed():
     assert printed.count("W1 one layer, blocks") == 2
 
 
+def test_fingerprints_and_repeated_steps_are_timed():
+    printed = run("fingerprint.py", "--short")
+    assert printed.count("Fingerprint(50)") == printed.count("RepeatStep(1000)") == 2
+
+
 def test_removed_protections_are_noticed():
     printed = run("mutations.py", "--short")
     assert printed.count("noticed by test_") == 3

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved, what is resumed, and what is refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from models import fresh_state
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, ClipWeights, EarlyStopping
-from onstep.storage import Checkpoints, CheckpointWriter, load, save
+from onstep.storage import Checkpoints, CheckpointWriter, load, orbax_trees, save
 from onstep.storage.manifest import write_manifest
 from onstep.testing import StopAt, counting_step, same_bytes
 
@@ -31,6 +32,33 @@ def run(directory, data=range(12), *, extra=(), state=0, **options):
 
 def steps_in(directory):
     return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
+
+
+def test_milestones_are_kept_for_ever(tmp_path):
+    run(tmp_path, when=2, keep=1, keep_every=6, steps=20)
+    assert steps_in(tmp_path) == [6, 12, 18, 20]
+    run(tmp_path, when=5, keep=1, keep_every=6, steps=27)  # the first checkpoint of every six steps
+    assert steps_in(tmp_path) == [6, 12, 18, 20, 25, 27]
+
+
+def test_run_that_starts_from_another_one_leaves_it_untouched(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    run(old, when=5, keep=9, steps=20)
+    before = files_in(old)
+    with pytest.raises(FileNotFoundError, match=r"start='.*/old/7' is no checkpoint; .*/old holds \[5, 10, 15, 20\]"):
+        run(new, when=4, start=old / "7", steps=22)
+    whole = run(tmp_path / "whole", when=5, steps=22)
+    forked = run(new, when=4, keep=9, start=old / "10", steps=22)
+    assert (int(forked.state), forked.step) == (int(whole.state), 22)
+    assert steps_in(new) == [12, 16, 20, 22]
+    assert run(new, when=4, keep=9, start=old / "10", steps=30).step == 30  # from its own checkpoint
+    assert files_in(old) == before
+    newest = run(tmp_path / "newest", when=9, start=old, steps=21)
+    assert newest.history.steps("train/loss") == [21]
+    engine = Engine(counting_step, [Checkpoint(new, when=4, start=old / "10")])
+    with pytest.raises(ValueError, match=r"needs a step after the first checkpoint .* which began at .*/old/10"):
+        engine.replay(jnp.int32(0), range(12), step=11, epochs=3)
+    assert int(engine.replay(jnp.int32(0), range(12), step=22, epochs=3).state) == sum(range(12)) + sum(range(9))
 
 
 def files_in(directory):
@@ -437,6 +465,30 @@ def test_step_that_is_already_saved_is_refused_and_kept(tmp_path):
     assert Checkpoints(tmp_path).steps() == [4, 5]
 
 
+@pytest.mark.parametrize("small", [orbax_trees.SMALL, 0], ids=["small", "large"])
+def test_trees_are_loaded_by_name_alone_and_together(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_trees, "SMALL", small)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    trees = {
+        "state": {"w": jnp.ones((2, 3), jnp.bfloat16), "n": np.int64(2**40), "key": jax.random.key(3), "none": None},
+        "carries": {"EMA": {"average": (jax.device_put(jnp.arange(16), divided), jnp.float32(0.5))}, "empty": {}},
+    }
+    with contextlib.closing(CheckpointWriter(tmp_path)) as writer:
+        writer.save(4, trees)
+    checkpoints = Checkpoints(tmp_path)
+    everything = checkpoints.load(4)
+    assert list(everything) == ["carries", "state"]
+    for name, tree in trees.items():
+        assert same_bytes(checkpoints.load(4, {name: tree})[name], tree)
+        for found in (everything[name], checkpoints.load(4, {name: None})[name]):
+            assert same_bytes(jax.tree.leaves(found), jax.tree.leaves(tree))
+            assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found) if leaf.dtype != np.int64)
+    assert everything["carries"]["EMA"]["average"][0].sharding == divided
+    with pytest.raises(ValueError, match=r"structures do not match:\nstate\.v"):
+        checkpoints.load(4, {"state": trees["state"] | {"v": jnp.ones(2)}})
+
+
 def test_load_without_like_returns_plain_dicts(tmp_path):
     save(tmp_path, {"params": {"w": jnp.ones(2)}})
     assert load(tmp_path)["params"]["w"].tolist() == [1, 1]
@@ -451,7 +503,7 @@ def test_load_without_like_returns_plain_dicts(tmp_path):
         ({"w": jnp.zeros(2, jnp.bfloat16)}, r"state/w: float32\[2\] became bfloat16\[2\]"),
         ({"w": jax.random.key(0)}, r"state/w: float32\[2\] became key<fry>\[\]"),
         ({"w": [jnp.zeros(2)]}, r"state/w: float32\[2\] is gone; state/w/0: float32\[2\] is new"),
-        ({"w": jnp.zeros(2), "v": None}, r"structures do not match:\ntree\.v"),
+        ({"w": jnp.zeros(2), "v": None}, r"structures do not match:\nstate\.v"),
         (jnp.zeros(2), r"state/w: float32\[2\] is gone; state: float32\[2\] is new"),
     ],
     ids=["leaf", "shape", "dtype", "half", "key", "list", "none", "bare"],
@@ -474,10 +526,10 @@ def test_leaf_of_size_0_with_another_dtype_does_not_fit(tmp_path):
 
 def on_missing_devices(directory):
     """Change a checkpoint so that it was saved on more devices than there are."""
-    file = directory / "state" / "_sharding"
+    file = directory / "_sharding"
     file.write_text(file.read_text().replace('\\"id\\": ', '\\"id\\": 9'))
     manifest = json.loads((directory / "manifest.json").read_text())
-    manifest |= {"files": manifest["files"] | {"state/_sharding": [file.stat().st_size, zlib.crc32(file.read_bytes())]}}
+    manifest |= {"files": manifest["files"] | {"_sharding": [file.stat().st_size, zlib.crc32(file.read_bytes())]}}
     del manifest["checksum"]
     write_manifest(directory, manifest)
 
@@ -628,7 +680,7 @@ def test_tree_that_an_early_version_saved_is_loaded(tmp_path):
     writer.save(0, {"state": {"w": jnp.ones(2)}})
     writer.close()
     assert load(tmp_path, {"w": jnp.zeros(2)})["w"].tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"load: .*/0 does not fit like: .*\ntree\.v"):
+    with pytest.raises(ValueError, match=r"load: .*/0 does not fit like: .*\nstate\.v"):
         load(tmp_path, {"v": jnp.zeros(2)})
 
 
@@ -640,14 +692,24 @@ def test_state_of_a_run_is_loaded_without_its_carries(tmp_path):
     assert same_bytes(load(tmp_path, like=result.state), result.state)
 
 
-def test_state_saved_while_steps_run_is_the_state_of_its_step(tmp_path):
+@pytest.mark.parametrize("small", [orbax_trees.SMALL, 0], ids=["copied by us", "copied by Orbax"])
+def test_state_saved_while_steps_run_is_the_state_of_its_step(small, tmp_path, monkeypatch):
     def fast(state, batch):
         return jax.tree.map(lambda x: x + 1, state), {}
 
+    monkeypatch.setattr(orbax_trees, "SMALL", small)
     state = {str(i): jnp.zeros(20_000) for i in range(5)}
     Engine(fast, [Checkpoint(tmp_path, when=1, keep=50)]).run(state, range(30), epochs=1)
     for number in steps_in(tmp_path):
         assert all(np.all(leaf == number) for leaf in load(tmp_path, state, number).values())
+
+
+def test_numpy_array_may_be_modified_when_save_returns(tmp_path):
+    array = np.arange(3)
+    with contextlib.closing(CheckpointWriter(tmp_path)) as writer, orbax_trees.ORBAX:  # nothing is written yet
+        writer.save(1, {"state": array})
+        array += 10
+    assert load(tmp_path).tolist() == [0, 1, 2]
 
 
 def test_result_resumes_in_the_directory_of_its_run(tmp_path):

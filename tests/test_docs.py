@@ -14,10 +14,15 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 EVERY_PAGE = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MARK = "=== end of block"
-BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", flags=re.MULTILINE | re.DOTALL)
-"""A Python block at the left margin (the tabs of a comparison are not run), and a text block directly below it."""
+BLOCK = re.compile(
+    r"^```(?P<kind>python|sh)(?: title=\"(?P<file>\S+)\")?\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<shown>.*?)^```$)?",
+    flags=re.MULTILINE | re.DOTALL,
+)
+"""A block at the left margin (the tabs of a comparison are not run), and a text block directly below it.
+
+A Python block is run, or saved if its title names a file. A page that saves a script also runs its commands.
+"""
 PUBLIC = (ROOT / "tests" / "api.txt").read_text().splitlines()
-PAGES = [page for page in EVERY_PAGE if BLOCK.search(page.read_text())]
 
 
 def names(page):
@@ -25,17 +30,27 @@ def names(page):
 
 
 def blocks(page):
-    """Return the Python blocks of a page, each with the text block directly below it, or None."""
-    return [(match[1], match[2]) for match in BLOCK.finditer(page.read_text())]
+    """Return the blocks of a page that are run."""
+    found = list(BLOCK.finditer(page.read_text()))
+    saves = any(block["file"] for block in found)
+    return [block for block in found if block["kind"] == "python" or saves]
 
 
 def program(page):
-    """Return the Python blocks of a page as one program with the line numbers of the page."""
+    """Return the blocks of a page as one program with the line numbers of the page."""
     text, written = page.read_text(), ""
-    for match in BLOCK.finditer(text):
-        written += "\n" * (text.count("\n", 0, match.start(1)) - written.count("\n"))
-        written += f"{match[1]}print({MARK!r}, flush=True)"
+    for block in blocks(page):
+        written += "\n" * (text.count("\n", 0, block.start("code")) - written.count("\n"))
+        code = block["code"]
+        if block["file"]:
+            code = f"__import__('pathlib').Path({block['file']!r}).write_text({code!r})\n"
+        elif block["kind"] == "sh":
+            code = "".join(f"run_command({line!r})\n" for line in code.splitlines())
+        written += f"{code}print({MARK!r}, flush=True)"
     return f"{written}\n[test() for name, test in list(globals().items()) if name.startswith('test_')]\n"
+
+
+PAGES = [page for page in EVERY_PAGE if blocks(page)]
 
 
 def masked(text):
@@ -63,13 +78,13 @@ def test_code_blocks_of_a_page_run_and_print_the_shown_output(page, tmp_path, se
     status = server.stdout.readline()
     printed = output.read_text()
     assert status == "0\n", f"train.py is {names(page)}\n{printed}"
-    for (code, shown), text in zip(blocks(page), printed.split(f"{MARK}\n"), strict=False):
-        assert shown is None or masked(text) == masked(shown), f"{code}\nprints:\n{text}"
+    for block, text in zip(blocks(page), printed.split(f"{MARK}\n"), strict=False):
+        assert block["shown"] is None or masked(text) == masked(block["shown"]), f"{block['code']}\nprints:\n{text}"
 
 
 @pytest.mark.slow
 def test_first_run_is_interrupted_and_resumes_as_the_page_shows(tmp_path):
-    code, shown = blocks(DOCS / "index.md")[0]
+    _, _, code, shown = blocks(DOCS / "index.md")[0].groups()
     (tmp_path / "train.py").write_text(code)
     command = [sys.executable, "-u", "train.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

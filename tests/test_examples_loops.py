@@ -397,3 +397,15 @@ def test_project_a_undoes_exactly_the_corrupted_steps(tmp_path, monkeypatch, cap
     main(project, monkeypatch, "--epochs", 12, "--seed", 3, "--directory", tmp_path)
     assert f"skipped steps       {corrupt} of 240\n" in capsys.readouterr().out
     assert corrupt > 5
+
+
+@pytest.mark.slow
+def test_nan_is_found_in_its_layer_by_the_example(tmp_path, monkeypatch, capsys):
+    module = load("find_nan.py")
+    assert main(module, monkeypatch, "--fast", "--directory", tmp_path / "run") == 0
+    error, command, _, step, found, code, *_ = capsys.readouterr().out.splitlines()
+    number = re.search(r"non-finite loss at step (\d+)", error)[1]
+    assert command.lstrip().startswith(f"python -m onstep replay --step {number} --run ")
+    assert step.startswith(f"step {number}, replayed from checkpoint ")
+    assert re.search(r"first bad operation  div at .*find_nan.py:35 \(attend\), in scan, iteration 1 of 2$", found)
+    assert code == "  code scores / scores.std((-1, -2), keepdims=True)"

@@ -1318,7 +1318,7 @@ BUILT_IN = [
         "a NaN",
         lambda s: s.run([NaNGuard(when=1)], data=[np.array([np.nan])]),
         FloatingPointError,
-        r"NaNGuard: non-finite loss at step 1 \(NaN\).* Engine\(..., jit=False\)",
+        r"NaNGuard: non-finite loss at step 1 \(NaN\).* To find the operation that caused it:\n.*replay.* 1",
         STEP,
     ),
     Mistake(

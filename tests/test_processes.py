@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onstep import processes
+from onstep.cli import main
 
 PAIR = Path(__file__).parent / "pair.py"
 LIMIT = 200
@@ -211,6 +212,28 @@ def test_failing_process_ends_all_and_the_others_name_it(scenario, failing, erro
     assert error.split(": ", 1)[1] in errors[1 - failing]
     assert seconds < 15
     assert not saved or checkpoints(tmp_path / "run") == saved
+
+
+@pytest.mark.slow
+def test_wrong_bit_in_one_process_ends_all_and_the_command_line_reads_their_checkpoints(tmp_path, capsys):
+    statuses, errors, _ = start("repeats", tmp_path)
+    assert statuses == [1, 1], errors
+    for text in errors:
+        wrong = r"two calls of step 4 with the same arguments differ in state/seen \(1 of 64\) on cpu:\d+\. The device"
+        assert re.search(f"RuntimeError: RepeatStep: {wrong}", last_error(text)), text
+    directory = str(tmp_path / "run")
+    assert [main(["diff", directory, directory]), main(["verify", directory]), main(["show", directory])] == [0, 0, 0]
+    equal = "fingerprints: equal up to step 4\ncheckpoints: equal up to step 4\n"
+    assert capsys.readouterr().out.startswith(f"{equal}2: intact\n4: intact\n{directory}: finished at step 4 (epoch 0)")
+
+
+@pytest.mark.slow
+def test_checkpoint_is_not_committed_without_the_part_of_another_process(tmp_path):
+    statuses, errors, _ = start("part_fails", tmp_path)
+    assert statuses == [1, 1], errors
+    for text in errors:
+        assert re.search(r"checkpoint of step 2 in .* could not be saved: OSError: disk full", last_error(text))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -114,3 +114,4 @@ def test_load_reads_the_state_that_version_0_1_saved(made, expected, directory):
         assert [name for name in leaves if arrays[f"interrupted/{name}"].tobytes() != leaves[name].tobytes()] == []
     assert jax.tree.structure(state) == jax.tree.structure(made.initial_state())
     assert load(directory / "run")["params"]["dense"]["w"].shape == (2, 4)
+    assert list(Checkpoints(directory / "run").load(7)) == ["carries", "state"]

@@ -110,9 +110,12 @@ class StepFunction:
         return _check_unchanged(state, new, "The step"), as_metrics(metrics, "The step"), aux
 
     def _update(self, name: str, half: Callback, carry: Carry, ctx: Context, is_due: Any) -> tuple[Carry, Context]:
-        """Run one compiled half, behind a branch if it is not always due."""
+        """Run one compiled half, behind a branch if it is not always due.
 
-        def update() -> tuple[Carry, State, Metrics, Any]:
+        What it leaves as it is does not pass through the branch, which would copy it.
+        """
+
+        def update() -> tuple[Carry, Any, Metrics, Any]:
             given = _with_own_containers(ctx)
             with note_origin(f"{name}.update", half.update):
                 with _check_attributes(f"{name}.update", half):
@@ -125,24 +128,28 @@ class StepFunction:
                         f"{name}.update logs {after.dropped[0]!r}, but does not return the context that ctx.log "
                         "returned. Write ctx = ctx.log(...), or return carry, ctx.log(...)."
                     )
-                state = _check_unchanged(ctx.state, after.state, f"{name}.update")
+                state = None
+                if not same_leaves(ctx.state, after.state):
+                    state = _check_unchanged(ctx.state, after.state, f"{name}.update")
                 carried = _check_unchanged(carry, new, f"{name}.update", "carry")
-                aux = None if same_leaves(given.aux, after.aux) else after.aux
+                aux = None if after.aux is given.aux else after.aux
                 if aux is not None and is_due is not None:
                     _check_unchanged(ctx.aux, aux, f"{name}.update, which is not due at every step,", "dict as aux")
                 return carried, state, as_metrics(after.metrics, name), aux
 
-        def skip() -> tuple[Carry, State, Metrics, Any]:
+        def skip() -> tuple[Carry, Any, Metrics, Any]:
             zero = {n: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m) for n, m in shapes.items()}
-            return carry, ctx.state, zero | ctx.metrics, None if new_aux is None else ctx.aux
+            kept = None if new_state is None else ctx.state, None if new_aux is None else ctx.aux
+            return carry, kept[0], zero | ctx.metrics, kept[1]
 
         if is_due is None:
             carry, state, metrics, aux = update()
         else:
-            _, _, shapes, new_aux = jax.eval_shape(update)
+            _, new_state, shapes, new_aux = jax.eval_shape(update)
             self.logged[name] = [n for n in shapes if n not in ctx.metrics]
             carry, state, metrics, aux = jax.lax.cond(is_due, update, skip)
-        return carry, ctx.replace(state=state, metrics=metrics, aux=ctx.aux if aux is None else aux)
+        changed = {"state": state, "aux": aux}
+        return carry, ctx.replace(metrics=metrics, **{n: new for n, new in changed.items() if new is not None})
 
     def _warn_if_reshaped(self, batch: Batch) -> None:
         here = signature(batch)

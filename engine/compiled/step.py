@@ -48,6 +48,7 @@ class CompiledStep:
         needs_step: whether anything compiled needs the number of steps completed.
         function: the function that is compiled.
         jit: whether the step is compiled.
+        placement: as given.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class CompiledStep:
         self._single_step = jax.jit(self.function, donate_argnums=0, inline=True)
         self._init = jax.jit(self.function.init) if jit else self.function.init
         self.jit: bool = jit
-        self._placement = placement
+        self.placement: Placement = placement
         self._calls: dict[Any, Any] = {}
         self._saved: dict[str, Any] = {"mode": None, "batch": None}
         self._device: Any = None  # the sharding of the constants
@@ -91,11 +92,11 @@ class CompiledStep:
 
     def init(self, state: State) -> dict[str, Carry]:
         """Return the first carries, on the devices of the state."""
-        return self._placement.place_carries(self._init(state))
+        return self.placement.place_carries(self._init(state))
 
     def bundle(self, state: State, carries: dict[str, Carry], step: int) -> Bundle:
         """Return what the next call takes, with `step` steps completed."""
-        return state, carries, self._placement.scalar(step, state) if self.needs_step else None
+        return state, carries, self.placement.scalar(step, state) if self.needs_step else None
 
     def begin(self, step: int, saved: dict[str, Any]) -> None:
         """Begin a run with `step` steps completed, fresh or resumed from what `describe` returned.
@@ -126,15 +127,15 @@ class CompiledStep:
             ValueError: the saved run's batches had other leaves, dtypes or ranks, or fewer rows.
         """
         began, traced, saved = time.perf_counter(), self.function.trace_count, self._saved
-        whole = self._placement.place_batch(batch)
+        whole = self.placement.place_batch(batch)
         here = signature(whole)
         _check_batches(saved["batch"], here)
         self.function.expected = saved["batch"] or here
         if self._example is None or self._example_signature != here:
             self._example, self._example_signature = jax.eval_shape(lambda x: x, whole), here
-        if self._device != (device := self._placement.constant_sharding(bundle)):
+        if self._device != (device := self.placement.constant_sharding(bundle)):
             self._device, self._constants = device, {}
-        layout = self._placement.layout(bundle)
+        layout = self.placement.layout(bundle)
         if self.block_size is None:
             self.block_size = self.choose_block_size(bundle, self._example, batch, rng, saved["mode"])[0]
             self._select_call(layout)
@@ -145,7 +146,7 @@ class CompiledStep:
         if hasattr(self.call, "trace"):
             batch = BatchStacker(batch, self.block_size).batches() if self.block_size else batch
             lowered = self.call.trace(bundle, batch, rng, self._due((self._never,), 1)).lower()
-            if self._placement.processes > 1:
+            if self.placement.processes > 1:
                 check_same({"the first batch": here, "the compiled step": lowered.as_text()})
             lowered.compile()
             if self.function.trace_count > traced:
@@ -163,7 +164,7 @@ class CompiledStep:
             batch: one batch, or the part of this process.
             mode: the execution mode of the saved run, None for a fresh run.
         """
-        if mode is None and not self._placement.blocks_by_default:
+        if mode is None and not self.placement.blocks_by_default:
             return 0, "several steps per call have not been measured on many devices"
         if mode == "plain":
             return 0, "the saved run ran one step a call"
@@ -201,6 +202,18 @@ class CompiledStep:
         if self.block_size:
             return bundle, BlockMetrics(last_metrics, columns, count, present)
         return bundle, last_metrics or NoMetrics(next(iter(last.values()))) if last else last
+
+    def trial(self, bundle: Bundle, batch: Batch, rng: Any) -> tuple[Bundle, Metrics]:
+        """Run one step on a copy of the bundle, with the executable of the run. No conditional half is due.
+
+        Args:
+            bundle, rng: as for `call`.
+            batch: one batch.
+        """
+        if self.block_size:
+            batch = BatchStacker(batch, self.block_size).batches()
+        bundle, metrics = self.call(jax.tree.map(jnp.copy, bundle), batch, rng, self._due((self._never,), 1))
+        return bundle, metrics[0] if self.block_size else metrics
 
     @property
     def _never(self) -> tuple[bool, ...]:
@@ -240,7 +253,7 @@ class CompiledStep:
                 function = functools.partial(blocks.run_block, self._single_step, self.block_size)
                 call = jax.jit(function, donate_argnums=0, compiler_options=blocks.COMPILER_OPTIONS)
             if layout is not None:
-                call = self._placement.pin(call, function, layout, stacked=bool(self.block_size), jit=self.jit)
+                call = self.placement.pin(call, function, layout, stacked=bool(self.block_size), jit=self.jit)
             self._calls[key] = call
         self.call = self._calls[key]
 

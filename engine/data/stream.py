@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
-
-import jax
 
 from ..checks import check_batch
 from ..messages import log_user
@@ -256,10 +253,9 @@ class BatchStream:
         return self._ahead[0]
 
     def replace(self, batch: Batch) -> None:
-        """Replace the next batch. The same arrays in other containers are not a replacement."""
-        old, new = jax.tree.leaves(self.peek()), jax.tree.leaves(batch)
-        self._replaced = len(old) != len(new) or not all(map(operator.is_, old, new))
-        self._ahead[0] = batch
+        """Replace the next batch. It is copied, so the arrays can be filled again for the step after it."""
+        self.peek()
+        self._ahead[0], self._replaced = copy_numpy(batch), True
 
     def interrupt(self) -> None:
         """End the wait for a batch, if the thread that calls this waits for one in the code of the data.

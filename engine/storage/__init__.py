@@ -1,8 +1,8 @@
 """A run's directory: read its checkpoints, write new ones, lock it, and save or load a single pytree.
 
-`<directory>/N` is always a complete checkpoint of step N. It is written under `.saving` by Orbax, gets a manifest
-with checksums, and is moved into place by one rename. `archive/` holds checkpoints that were moved to make room for
-others.
+`<directory>/N` is always a complete checkpoint of step N: an Orbax checkpoint of one tree, which holds all trees by
+name, with the host state and a manifest with checksums beside it. It is written under `.saving` and moved into place by
+one rename. `archive/` holds checkpoints that were moved to make room for others.
 
 | you want to | use |
 |---|---|

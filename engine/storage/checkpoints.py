@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..checks import check_mode, local_path
-from ..placement import device_of
 from ..records import improves
 from .files import names_in
 from .manifest import MANIFEST, NewerFormatError, find_damage, read_manifest
-from .orbax_trees import ORBAX, from_orbax, to_orbax
+from .orbax_trees import METADATA, read_arrays, restore
 
 HOST = "host.npz"
 
@@ -65,7 +67,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, damaged ones included, in ascending order. Links do not count."""
         steps = [int(name) for name in names_in(self.directory) if re.fullmatch(r"0|[1-9]\d*", name)]
-        markers = {MANIFEST, "_CHECKPOINT_METADATA"}  # Orbax's marker identifies it if the manifest is lost
+        # What Orbax writes identifies a checkpoint whose manifest is lost; version 0.1 left the second name.
+        markers = {MANIFEST, METADATA, "_CHECKPOINT_METADATA"}
         return sorted(n for n in steps if not os.path.islink(self.path(n)) and markers & names_in(self.path(n)))
 
     def path(self, *parts: int | str) -> str:
@@ -119,36 +122,43 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             return f"{MANIFEST} is damaged ({error})"
 
-    def load(self, step: int, likes: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    def load(self, step: int, likes: dict[str, Any] | None = None, *, partial: bool = False) -> dict[str, Any]:
         """Load trees of a checkpoint by name. All processes must call it. Checksums are not verified; see `damage`.
 
         Args:
             step: the step of the checkpoint.
             likes: by name, a tree of the same structure, shapes and dtypes, of arrays or `jax.ShapeDtypeStruct`;
-                None loads nested dicts. Arrays that say no placement get the saved one, or the default device where
-                the saved devices do not exist. A run saves the trees `"state"` and `"carries"`.
+                None instead of a tree loads nested dicts, and None instead of `likes` loads all trees. Arrays that say
+                no placement get the saved one. That is the default device for small trees on one device, and where the
+                saved devices do not exist. A run saves the trees `"state"` and `"carries"`.
             partial: True allows the checkpoint to hold more than `likes`.
 
         Raises:
             ValueError: a tree has another structure or other shapes.
         """
-        import orbax.checkpoint as ocp
+        return restore(self.path(step), likes, partial=partial)
 
-        items: dict[str, Any] = {}
-        elsewhere = device_of(()) if jax.process_count() == 1 else None
-        for name, like in likes.items():
-            target = None if like is None else to_orbax(like)
-            if target is None or (jax.tree.leaves(target) and not partial):
-                items[name] = ocp.args.StandardRestore(target, fallback_sharding=elsewhere)
-            elif jax.tree.leaves(target):
-                how = ocp.checkpoint_utils.construct_restore_args(target)
-                items[name] = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-        with ORBAX, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items)) if items else {}
-        return {
-            name: found[name]["tree"] if like is None else from_orbax(found[name] if name in items else {}, like)
-            for name, like in likes.items()
-        }
+    def arrays(self, step: int, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield arrays of a checkpoint one by one, so that it need not fit into memory. Random keys come as their data.
+
+        Args:
+            step: the step of the checkpoint.
+            names: the paths of the arrays, such as `"state/params/w"`, in the order in which they are yielded.
+
+        Raises:
+            KeyError: the checkpoint has no array of that name. Arrays of size 0 are not stored.
+
+        >>> import tempfile
+        >>> from onstep.storage import save
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(directory, {"w": np.arange(3), "b": np.float32(0.5)}, step=7)
+        ...     for name, array in Checkpoints(directory).arrays(7, ["state/w", "state/b"]):
+        ...         print(name, array.tolist())
+        state/w [0, 1, 2]
+        state/b 0.5
+        """
+        for tree, inside in itertools.groupby(names, lambda name: name.partition("/")[0]):
+            yield from read_arrays(self.path(step), tree, list(inside))
 
     def host(self, step: int) -> bytes:
         """Return the bytes saved with the trees: this process's own if the number of processes is the same."""

@@ -44,9 +44,13 @@ def join(folder: str, name: str) -> str:
 
 
 def is_plain_file(folder: str, path: str) -> bool:
-    """Return whether a path is a regular file that is reached from the folder without a link."""
-    inside = os.path.join(os.path.realpath(folder), os.path.relpath(path, folder))
-    return os.path.isfile(path) and not os.path.islink(path) and os.path.realpath(path) == inside
+    """Return whether a path below a folder is a regular file that is reached from the folder without a link."""
+    parent = os.path.dirname(path)
+    while parent != folder:
+        if os.path.islink(parent):
+            return False
+        parent = os.path.dirname(parent)
+    return os.path.isfile(path) and not os.path.islink(path)
 
 
 def checksum(path: str) -> int:

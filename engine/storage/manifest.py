@@ -12,8 +12,11 @@ from typing import Any
 from .files import checksum, files_below, is_plain_file, join, write_file
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-"""The format of manifests, as they say themselves. A newer one keeps the checksum at the end."""
+FORMAT = 2
+"""The format of checkpoints, as their manifests say. A newer one keeps the checksum at the end.
+
+Format 1, of version 0.1, has a folder for each tree.
+"""
 
 
 class NewerFormatError(ValueError):
@@ -112,7 +115,7 @@ def _is_pair(value: Any, is_item: Callable[[Any], bool]) -> bool:
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    "format": lambda value: value == FORMAT,
+    "format": lambda value: _is_int(value) and 1 <= value <= FORMAT,
     "run": lambda value: isinstance(value, str),
     "step": _is_int,
     "best": lambda value: value is None or _is_pair(value, lambda item: isinstance(item, str)),

@@ -80,7 +80,7 @@ def load(directory: str | os.PathLike[str], like: Any = None, step: int | Litera
         like: a tree of the same structure, shapes and dtypes, of arrays or of `jax.ShapeDtypeStruct` (what
             `jax.eval_shape` returns), with a sharding for many devices. None returns nested dicts. A number or a
             numpy array in it may have the dtype to which JAX converts it. Without a sharding, an array gets the one
-            that it was saved with, or the default device where the saved devices do not exist.
+            that it was saved with, or the default device for small trees and where the saved devices do not exist.
         step: which checkpoint; the newest by default. `"best"` is the best by the metric and mode of the run.
 
     Returns:

@@ -15,14 +15,16 @@ from typing import Any
 import jax
 
 from .. import processes
-from .checkpoints import HOST, Checkpoints, host_name
+from .checkpoints import Checkpoints, host_name
 from .files import names_in, write_file
 from .manifest import delete_listed, describe_files, write_manifest
-from .orbax_trees import ORBAX, check_storable, to_orbax
+from .orbax_trees import ORBAX, check_storable, detach, finalize, new_handler, write
 
 SAVING, ARCHIVE, TRASH = ".saving", "archive", ".trash"
 ARCHIVE_0_1 = "aside"
 """The archive's name in version 0.1."""
+
+_saves = itertools.count()  # the number of the next save of any writer; the same in all processes
 
 
 class CheckpointWriter:
@@ -37,10 +39,12 @@ class CheckpointWriter:
         keep: how many of the newest checkpoints to keep; None for all.
         best: a metric; the best checkpoint by it is kept as well.
         mode: whether `"min"` or `"max"` of that metric is best.
+        keep_every: keep the first checkpoint of every `keep_every` steps for ever; None for none.
 
     Attributes:
         checkpoints: read-only access to the same directory.
         keep: how many of the newest checkpoints to keep; None for all.
+        keep_every: keep the first checkpoint of every `keep_every` steps for ever; None for none.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -61,13 +65,15 @@ class CheckpointWriter:
         keep: int | None = None,
         best: str | None = None,
         mode: str = "min",
+        keep_every: int | None = None,
     ):
         self.checkpoints: Checkpoints = Checkpoints(directory, best=best, mode=mode)
         self.keep: int | None = keep
+        self.keep_every: int | None = keep_every
         self._run = uuid.uuid4().hex  # a writer deletes no checkpoint of another run
         self._resumed: int | None = None
-        self._checkpointer: Any = None
-        self._commit: threading.Thread | None = None
+        self._handler: Any = None  # of Orbax, from the first save to `close`
+        self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saving: int | None = None  # the step of the last save, until `wait` has waited for it
 
@@ -103,36 +109,32 @@ class CheckpointWriter:
             RuntimeError: the previous save failed.
             TypeError: Orbax cannot store a leaf.
         """
-        import orbax.checkpoint as ocp
-
         self.wait()
         check_storable(trees)
-        items = {name: to_orbax(tree) for name, tree in trees.items()}
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
-        self._saving = step
-        ORBAX.acquire()  # until Orbax has finished, in `_finish`
+        saved, is_copy = detach(trees)
+        self._saving, number = step, next(_saves)
         try:
             processes.first(self._make_room, step)
-            if self._checkpointer is None:
-                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            if not processes.writes():  # before Orbax's save, because all processes wait for its end
-                write_file(self._path(SAVING, f"{step}.{host_name(jax.process_index())}"), host)
-            self._checkpointer.save(self._path(SAVING, step), args=ocp.args.Composite(**args))
-        except BaseException as error:
-            ORBAX.release()
-            if isinstance(error, FileExistsError) or not isinstance(error, Exception):
+        except Exception as error:
+            if isinstance(error, FileExistsError):
                 raise
             self._failure = error
             self.wait()
             return
-        rest = (step, host, dict(metrics or {}), dict(config or {}))
-        self._commit = threading.Thread(target=self._finish, args=rest, name="onstep-commit")
+        if self._handler is None:
+            self._handler = new_handler()
+        copied = threading.Event()  # set once the arrays may be modified
+        manifest = self._manifest(step, metrics, config)
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, number, saved, host, manifest, copied), name="onstep-commit"
+        )
         try:
-            self._commit.start()
+            self._thread.start()
         except RuntimeError:  # the system has no thread left
-            self._commit = None
-            ORBAX.release()
+            self._thread = None
             raise
+        if not is_copy:
+            copied.wait()
 
     def wait(self) -> None:
         """Wait until the last save is committed.
@@ -140,9 +142,9 @@ class CheckpointWriter:
         Raises:
             RuntimeError: the save failed; the message has step, path and reason. Earlier checkpoints are intact.
         """
-        if self._commit is not None:
-            self._commit.join()
-            self._commit = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         step, self._saving = self._saving, None
         if step is None or processes.failed():
             return
@@ -156,7 +158,7 @@ class CheckpointWriter:
             raise RuntimeError(f"The checkpoint of step {step} in {self._path()} could not be saved: {said}") from error
 
     def close(self) -> None:
-        """Wait for the last save, and stop Orbax's threads.
+        """Wait for the last save, and release what Orbax holds.
 
         Raises:
             RuntimeError: the last save failed.
@@ -164,19 +166,21 @@ class CheckpointWriter:
         try:
             self.wait()
         finally:
-            checkpointer, self._checkpointer = self._checkpointer, None
-            if checkpointer is not None:
-                with ORBAX:
-                    checkpointer.close()
+            handler, self._handler = self._handler, None
+            if handler is not None:
+                handler.close()
                 with contextlib.suppress(OSError):
                     os.rmdir(self._path(SAVING))
 
     def prune(self) -> None:
-        """Delete the checkpoints of this run that are neither among the newest, nor the best, nor resumed from."""
+        """Delete the checkpoints of this run that are not among the newest, the best, a milestone, or resumed from."""
         steps = self.checkpoints.steps()
         if not self.keep:
             return
         kept = {*steps[-self.keep :], self._resumed, self.checkpoints.best_step() if self.checkpoints.best else None}
+        if self.keep_every is not None:
+            first = {step // self.keep_every: step for step in reversed(steps)}
+            kept |= {step for number, step in first.items() if number}
         for step in steps:
             with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint is not deleted
                 if step not in kept and self.checkpoints.manifest(step)["run"] == self._run:
@@ -215,28 +219,36 @@ class CheckpointWriter:
             raise FileExistsError(
                 f"{self._path(step)} exists and is not a checkpoint of this run. Move it, or use another directory."
             )
-        if self._checkpointer is None:
+        if self._handler is None:
             self.clean()
-        os.makedirs(self._path(SAVING, "writable"))  # Orbax would hang on a folder that it cannot create
-        os.rmdir(self._path(SAVING, "writable"))
+        os.makedirs(self._path(SAVING, step))
 
-    def _finish(self, step: int, host: bytes, metrics: dict[str, float], config: dict[str, Any]) -> None:
-        """Commit in the background: checksums, manifest, rename. Then old checkpoints are deleted."""
+    def _manifest(
+        self, step: int, metrics: Mapping[str, float] | None, config: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return the manifest of a checkpoint, but for its files."""
+        best = [self.checkpoints.best, self.checkpoints.mode] if self.checkpoints.best else None
+        values, described = dict(metrics or {}), dict(config or {})
+        return {"run": self._run, "step": step, "best": best, "metrics": values, "config": described}
+
+    def _finish(
+        self, step: int, number: int, trees: Any, host: bytes, manifest: dict[str, Any], copied: threading.Event
+    ) -> None:
+        """Write and commit a checkpoint in the background. Then old checkpoints are deleted."""
+        path = self._path(SAVING, step)
         try:
-            try:
-                self._checkpointer.wait_until_finished()
-            finally:
-                ORBAX.release()
-            if not processes.writes():
-                return
-            path = self._path(SAVING, step)
-            write_file(os.path.join(path, HOST), host)
-            for process in range(1, jax.process_count()):
-                os.rename(f"{path}.{host_name(process)}", os.path.join(path, host_name(process)))
-            files = describe_files(path)
-            best = [self.checkpoints.best, self.checkpoints.mode] if self.checkpoints.best else None
-            manifest = {"run": self._run, "step": step, "best": best, "metrics": metrics, "files": files}
-            write_manifest(path, manifest | {"config": config})
+            with ORBAX:
+                try:
+                    write(self._handler, path, trees, copied)
+                    write_file(os.path.join(path, host_name(jax.process_index())), host)
+                except BaseException as error:
+                    self._failure = error
+                copied.set()
+                failed = any(processes.gather(f"save/{number}", self._failure is not None))
+                if failed or not processes.writes():
+                    return
+                finalize(self._handler, path)  # because all processes have written their parts
+            write_manifest(path, manifest | {"files": describe_files(path)})
             os.rename(path, self._path(step))
             self.prune()
         except BaseException as error:
