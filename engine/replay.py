@@ -371,7 +371,8 @@ def replay_command(loop: Loop, step: int) -> str:
     """
     directory = loop.checkpoints[0].directory if loop.checkpoints else None
     script = getattr(sys.modules["__main__"], "__file__", None)
-    if script is None or "ipykernel" in sys.modules:
+    ipython = sys.modules.get("IPython")
+    if script is None or (ipython is not None and ipython.get_ipython() is not None):
         which = f"{directory!r}, " if len(loop.checkpoints) > 1 else ""
         return f"engine.replay(state, data, {which}step={step}, ...).first_bad()"
     here = os.path.relpath(script)

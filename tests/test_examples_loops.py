@@ -402,6 +402,7 @@ def test_project_a_undoes_exactly_the_corrupted_steps(tmp_path, monkeypatch, cap
 @pytest.mark.slow
 def test_nan_is_found_in_its_layer_by_the_example(tmp_path, monkeypatch, capsys):
     module = load("find_nan.py")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", module.__file__, raising=False)  # as for a script
     assert main(module, monkeypatch, "--fast", "--directory", tmp_path / "run") == 0
     error, command, _, step, found, code, *_ = capsys.readouterr().out.splitlines()
     number = re.search(r"non-finite loss at step (\d+)", error)[1]
