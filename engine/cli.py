@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from onstep.callbacks import Checkpoint, Report
+from onstep.callbacks import Report
 from onstep.callbacks.json_lines import read_json_lines
 
 from .compare import compare_runs, find_parting
@@ -329,7 +329,8 @@ class _Replay:
         """Replay a run if it is the wanted one, and end the script."""
         if self.done:  # the script has caught its end
             raise _Replayed
-        directory = next((str(cb.directory) for cb in engine.callbacks.values() if isinstance(cb, Checkpoint)), None)
+        saved = [each for callback in engine.callbacks.values() if (each := callback.checkpoints) is not None]
+        directory = saved[0].directory if saved else None
         if self._wanted is not None and (directory is None or os.path.realpath(directory) != self._wanted):
             self.passed.append(directory)
             return
