@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 from pathlib import Path
 
 import flax.linen as nn
@@ -123,3 +124,16 @@ def load_example(script):
 def files(directory):
     """Return the modification time of every file under `directory`, by path."""
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def contents_below(*directories):
+    """Return every file below directories with its bytes and the time of its last change, and every folder."""
+    found = {}
+    for directory in directories:
+        for folder, _, names in os.walk(directory):
+            found[folder] = os.stat(folder).st_mtime_ns
+            for name in names:
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    found[path] = file.read(), os.stat(path).st_mtime_ns
+    return found

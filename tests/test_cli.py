@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from models import contents_below
 from onstep import Engine
 from onstep.callbacks import Checkpoint, Report
 from onstep.cli import main
@@ -38,19 +39,6 @@ if __name__ == "__main__":
 """
 
 
-def files(*directories):
-    """Return every file below directories with its bytes and the time of its last change, and every folder."""
-    found = {}
-    for directory in directories:
-        for folder, _, names in os.walk(directory):
-            found[folder] = os.stat(folder).st_mtime_ns
-            for name in names:
-                path = os.path.join(folder, name)
-                with open(path, "rb") as file:
-                    found[path] = file.read(), os.stat(path).st_mtime_ns
-    return found
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a script and its runs: a and b are equal, and step 8 of c has a NaN."""
@@ -69,9 +57,9 @@ def call(made, monkeypatch, capsys):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def call(*arguments, status=0):
-        before = files(made)
+        before = contents_below(made)
         assert main(list(arguments)) == status
-        assert files(made) == before
+        assert contents_below(made) == before
         printed = capsys.readouterr()
         if status == 2:
             assert printed.out == ""
@@ -260,9 +248,9 @@ def test_steps_that_are_none_are_usage_errors(steps, capsys):
 
 def test_report_is_written_from_what_was_saved(made, tmp_path, monkeypatch, capsys):
     directory = Path(shutil.copytree(made / "a", tmp_path / "a"))
-    before = files(directory)
+    before = contents_below(directory)
     assert main(["report", str(directory), "-o", str(tmp_path / "page.html")]) == 0
-    assert files(directory) == before
+    assert contents_below(directory) == before
     page = (tmp_path / "page.html").read_text()
     assert "Finished at step 8" in page
     assert "train/loss" in page

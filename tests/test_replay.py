@@ -1,6 +1,5 @@
 """Replays: a past step as it was, from the checkpoints of the run, without changing a file."""
 
-import os
 import shutil
 from functools import partial
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import contents_below
 from onstep import Batches, Callback, Engine, every
 from onstep.callbacks import EMA, Checkpoint, Evaluate, GradNorm, JSONLines, NaNGuard, Profiler, TensorBoard
 from onstep.sharding import make_mesh
@@ -37,18 +37,6 @@ def same(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def files(directory):
-    """Return every file of a directory with its bytes and the time of its last change, and every folder."""
-    found = {}
-    for folder, _, names in os.walk(directory):
-        found[folder] = os.stat(folder).st_mtime_ns
-        for name in names:
-            path = os.path.join(folder, name)
-            with open(path, "rb") as file:
-                found[path] = file.read(), os.stat(path).st_mtime_ns
-    return found
 
 
 def step(state, batch, rng):
@@ -128,7 +116,7 @@ def test_every_replayed_step_has_the_bytes_of_the_run(steps_per_call, source, ex
     target = {"steps": 24, "epoch_steps": 10 if source == "generator" else None}
     new = partial(Engine, step, log_every=4, steps_per_call=steps_per_call)
     new(callbacks=usual(tmp_path, EXTRA[extra](), recorder)).run(START, SOURCES[source](), rng=key, **target)
-    before = files(tmp_path)
+    before = contents_below(tmp_path)
     sinks = JSONLines(tmp_path / "log"), TensorBoard(tmp_path / "tb"), Profiler(tmp_path / "trace", start=7, steps=2)
     engine = new(callbacks=usual(tmp_path, EXTRA[extra](), *sinks))
     for number in (1, 8, 12, 24):
@@ -141,7 +129,7 @@ def test_every_replayed_step_has_the_bytes_of_the_run(steps_per_call, source, ex
             same((state, metrics), recorder.after[number])
         assert set(moment.run(jit=False)[1]) == set(metrics)
     assert moment.first_bad() is None
-    assert files(tmp_path) == before
+    assert contents_below(tmp_path) == before
 
 
 class Begins(Callback):
@@ -159,7 +147,7 @@ def test_callbacks_that_change_the_run_take_part_and_no_other(crashed, tmp_path)
     Engine(step, callbacks).run(START, list(rows(0)), rng=key, **target)
     if crashed:
         shutil.rmtree(tmp_path / "12")
-    before = files(tmp_path)
+    before = contents_below(tmp_path)
     noise = Noise()
     callbacks = [Begins(), Checkpoint(tmp_path), Decay(), noise, Profiler(tmp_path / "trace", start=1)]
     engine = Engine(step, callbacks)
@@ -168,7 +156,7 @@ def test_callbacks_that_change_the_run_take_part_and_no_other(crashed, tmp_path)
         moment = engine.replay(START, list(rows(0)), step=number, rng=key, **target)
         same((moment.state, moment.batch), (recorder.before[number][0], recorder.before[number][2]))
     assert noise.get_state() == generator
-    assert files(tmp_path) == before
+    assert contents_below(tmp_path) == before
 
 
 def test_step_on_a_mesh_is_replayed(tmp_path):
@@ -176,7 +164,7 @@ def test_step_on_a_mesh_is_replayed(tmp_path):
     data = Batches({"x": DATA}, 8, seed=3)
     callbacks = [NaNGuard(), Checkpoint(tmp_path, when=7, keep=9)]
     Engine(step, [*callbacks, recorder], mesh=mesh).run(START, data, steps=18, rng=key)
-    before = files(tmp_path)
+    before = contents_below(tmp_path)
     engine = Engine(step, [NaNGuard(), Checkpoint(tmp_path)], mesh=mesh)
     for number in (3, 18):
         moment = engine.replay(START, data, step=number, steps=18, rng=key)
@@ -185,7 +173,7 @@ def test_step_on_a_mesh_is_replayed(tmp_path):
         same((state, metrics), recorder.after[number])
         np.testing.assert_allclose(moment.run(jit=False)[0]["w"], state["w"], rtol=1e-5)
         assert moment.first_bad() is None
-    assert files(tmp_path) == before
+    assert contents_below(tmp_path) == before
 
 
 def test_directory_is_needed_if_the_engine_has_several(tmp_path):
